@@ -1,0 +1,75 @@
+# Every target sets up what it needs; run again, it only does what changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Where PyTorch comes from, for those whose pip would fetch a CUDA build of several gigabytes. The CPU builds are at
+# the index that https://pytorch.org names; pass it as TORCH_INDEX=<url>.
+TORCH_INDEX ?=
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
+STAMP := $(VENV)/.installed-
+
+.PHONY: help setup setup-dev demo test test-interop lint protos rebuild bench clean
+
+help:            ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TurboLens needs Python 3.11 or newer; say which with PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)torch: constraints.txt | $(VENV)/bin/python
+	@$(PY) tools/check_torch.py "$(TORCH)" "$(TORCH_INDEX)"
+	@echo "Installing $(TORCH)"
+	@$(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+$(STAMP)run: pyproject.toml constraints.txt $(STAMP)torch
+	@echo "Installing TurboLens and what it runs on"
+	@$(PIP) --editable '.[server]'
+	@touch $@
+
+$(STAMP)dev: pyproject.toml constraints.txt $(STAMP)run
+	@echo "Installing what training, tests and checks need"
+	@$(PIP) --editable '.[server,training,dev]'
+	@touch $@
+
+$(STAMP)interop: $(STAMP)dev
+	@echo "Installing SAELens"
+	@$(PIP) --editable '.[server,training,dev,interop]'
+	@touch $@
+
+setup: $(STAMP)run       ## Install the server and the SDK into .venv
+setup-dev: $(STAMP)dev   ## Install everything into .venv
+
+demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contact-sheet.png
+	@$(PY) examples/demo.py --out demo
+
+test: $(STAMP)dev        ## Pass the tests
+	@$(PY) -m pytest -m 'not interop'
+
+test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare
+	@$(PY) -m pytest -m interop tests/interop
+
+lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/buf lint
+	@$(VENV)/bin/buf format --diff --exit-code
+	@$(VENV)/bin/buf breaking --against proto/baseline.binpb
+	@$(PY) tools/protos.py --check
+	@$(PY) tools/unasync.py --check
+
+protos: $(STAMP)dev      ## Regenerate the Python stubs
+	@$(PY) tools/protos.py
+
+rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs, labels, dose table, expectations
+	@$(VENV)/bin/turbolens train rebuild
+
+bench: $(STAMP)dev       ## Measure the server beside the bare diffusers pipeline
+	@$(PY) benchmarks/serve_vs_diffusers.py
+
+clean:                   ## Remove what `make` made
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,93 @@
+"""TurboLens: pictures of SDXL Turbo, the features behind them, and steering by those features.
+
+import turbolens as tl
+
+with tl.connect("localhost:50051") as lens:
+    picture = lens.generate("a big red star on the left, night background", seed=7)
+    blue = lens.search_features("blue", block="up.0.1")[0]
+    steered = lens.generate(picture.prompt, seed=7, steer=[tl.add(blue, 8, mask=tl.box(0, 0, 0.5, 1))])
+"""
+
+from turbolens import aio
+from turbolens._channel import TLS
+from turbolens._edits import (
+    Edit,
+    FeatureRef,
+    Mask,
+    ablate,
+    add,
+    box,
+    boxes,
+    feature,
+    mask,
+    polygon,
+    replace,
+    scale,
+    set_to,
+)
+from turbolens._errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    TurboLensError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from turbolens._features import BlockFeatures, Feature, Label, Match, RunFeatures, Table, TopFeature
+from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
+from turbolens._sync import Lens, connect
+
+__all__ = [
+    "TLS",
+    "BlockFeatures",
+    "Cancelled",
+    "Coded",
+    "DeadlineExceeded",
+    "Done",
+    "Edit",
+    "Extraction",
+    "Feature",
+    "FeatureRef",
+    "Features",
+    "FieldViolation",
+    "InternalError",
+    "InvalidRequest",
+    "Label",
+    "Lens",
+    "Mask",
+    "Match",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "Picture",
+    "PictureReady",
+    "Pictures",
+    "Queued",
+    "RunFeatures",
+    "Step",
+    "Table",
+    "TopFeature",
+    "TurboLensError",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Warning",
+    "ablate",
+    "add",
+    "aio",
+    "box",
+    "boxes",
+    "connect",
+    "feature",
+    "mask",
+    "polygon",
+    "replace",
+    "scale",
+    "set_to",
+]

@@ -1,0 +1,202 @@
+"""Edits: what to change in the activations of a run, and where and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+from turbolens_proto.v1 import steering_pb2
+
+Unit = Literal["mean", "raw", "norm"]
+_UNITS: Final = {"mean": steering_pb2.UNIT_MEAN, "raw": steering_pb2.UNIT_RAW, "norm": steering_pb2.UNIT_NORM}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeatureRef:
+    """One feature of one SAE."""
+
+    sae: str
+    """The SAE's name; a block's name means its default SAE."""
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.sae}/{self.index}"
+
+
+@runtime_checkable
+class HasRef(Protocol):
+    """Anything that stands for a feature, such as a search result."""
+
+    @property
+    def ref(self) -> FeatureRef:
+        """The feature."""
+        ...
+
+
+FeatureLike: TypeAlias = FeatureRef | HasRef | tuple[str, int] | str
+"""A feature: `feature("up.0.1", 412)`, a search result, `("up.0.1", 412)` or `"up.0.1/412"`."""
+Features: TypeAlias = FeatureLike | Sequence[FeatureLike] | Mapping[FeatureLike, float]
+"""One feature, several, or several with weights."""
+
+
+def feature(sae: str, index: int) -> FeatureRef:
+    """Name a feature: `feature("up.0.1", 412)`."""
+    return FeatureRef(sae, int(index))
+
+
+def to_ref(like: FeatureLike) -> FeatureRef:
+    """A feature in any of its forms as a reference.
+
+    Raises:
+        TypeError, ValueError: it is none of them.
+    """
+    if isinstance(like, FeatureRef):
+        return like
+    if isinstance(like, HasRef):
+        return like.ref
+    if isinstance(like, str):
+        sae, slash, index = like.rpartition("/")
+        if not slash or not index.isdecimal():
+            raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/412"')
+        return FeatureRef(sae, int(index))
+    if isinstance(like, tuple) and len(like) == 2:
+        return FeatureRef(str(like[0]), int(like[1]))
+    raise TypeError(f"{like!r} is no feature; give a search result, feature(sae, index) or a (sae, index) tuple")
+
+
+def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
+    if isinstance(features, Mapping):
+        return tuple((to_ref(like), float(weight)) for like, weight in features.items())
+    pair = isinstance(features, tuple) and len(features) == 2 and isinstance(features[1], int)
+    if isinstance(features, (str, FeatureRef, HasRef)) or pair:
+        return ((to_ref(features), None),)  # type: ignore[arg-type]
+    return tuple((to_ref(like), None) for like in features)  # type: ignore[union-attr]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mask:
+    """Where an edit acts; made by :func:`box`, :func:`boxes`, :func:`polygon` and :func:`mask`."""
+
+    message: steering_pb2.Mask
+
+    def __repr__(self) -> str:
+        kind = self.message.WhichOneof("shape")
+        return f"Mask({kind}, {len(self.message.png)} bytes)" if kind == "png" else f"Mask({kind})"
+
+
+def box(left: float, top: float, right: float, bottom: float) -> Mask:
+    """A box in fractions of the picture, origin at the top left: `box(0, 0, .5, 1)` is the left half."""
+    return boxes((left, top, right, bottom))
+
+
+def boxes(*corners: tuple[float, float, float, float]) -> Mask:
+    """The union of boxes, each (left, top, right, bottom)."""
+    shapes = [steering_pb2.Box(left=le, top=to, right=ri, bottom=bo) for le, to, ri, bo in corners]
+    return Mask(steering_pb2.Mask(boxes=steering_pb2.Boxes(boxes=shapes)))
+
+
+def polygon(*points: tuple[float, float]) -> Mask:
+    """A polygon by its corners (x, y) in fractions of the picture, origin at the top left."""
+    shape = steering_pb2.Polygon(points=[steering_pb2.Point(x=x, y=y) for x, y in points])
+    return Mask(steering_pb2.Mask(polygons=steering_pb2.Polygons(polygons=[shape])))
+
+
+def mask(picture: Any) -> Mask:
+    """A mask from a picture of any size: PNG bytes, a PIL image, or an array [height, width] in [0, 1]."""
+    if isinstance(picture, bytes):
+        return Mask(steering_pb2.Mask(png=picture))
+    from PIL import Image
+
+    if not isinstance(picture, Image.Image):
+        import numpy as np
+
+        values = np.asarray(picture, dtype=np.float64)
+        if values.ndim != 2 or not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise ValueError(f"a mask is [height, width] with finite values in [0, 1], got shape {values.shape}")
+        picture = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    file = io.BytesIO()
+    picture.convert("L").save(file, "PNG")
+    return Mask(steering_pb2.Mask(png=file.getvalue()))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Edit:
+    """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to` and :func:`replace`."""
+
+    kind: Literal["add", "scale", "set", "replace"]
+    features: tuple[tuple[FeatureRef, float | None], ...]
+    amount: float
+    unit: Unit = "mean"
+    mask: Mask | None = None
+    steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in _UNITS:
+            raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
+
+    def to_proto(self) -> steering_pb2.Edit:
+        """The edit as a message."""
+        features = [
+            steering_pb2.WeightedFeature(feature=steering_pb2.FeatureRef(sae=ref.sae, index=ref.index), weight=weight)
+            for ref, weight in self.features
+        ]
+        edit = steering_pb2.Edit(features=features, mask=self.mask.message if self.mask else None)
+        unit = _UNITS[self.unit]
+        match self.kind:
+            case "add":
+                edit.add.CopyFrom(steering_pb2.AddEdit(strength=self.amount, unit=unit))
+            case "scale":
+                edit.scale.CopyFrom(steering_pb2.ScaleEdit(factor=self.amount))
+            case "set":
+                edit.set.CopyFrom(steering_pb2.SetEdit(value=self.amount, unit=unit))
+            case "replace":
+                edit.replace.CopyFrom(steering_pb2.ReplaceEdit(strength=self.amount, unit=unit))
+        if self.steps is not None:
+            edit.steps.CopyFrom(steering_pb2.StepRange(start=self.steps[0], end=self.steps[1]))
+        return edit
+
+
+Steps: TypeAlias = tuple[int, int] | None
+
+
+def add(
+    features: Features, strength: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+) -> Edit:
+    """Raise activations by `strength` units (negative: lower them).
+
+    Args:
+        features: one feature, several, or a dict of feature to weight.
+        strength: -40 to 40 is usual in means; at most 1000.
+        unit: "mean" (the feature's mean activation where active), "raw", or "norm" (the block's update norm).
+        mask: where; None: everywhere.
+        steps: half-open range of 0-based steps; None: every step.
+    """
+    return Edit("add", _terms(features), strength, unit, mask, steps)
+
+
+def scale(features: Features, factor: float, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+    """Multiply activations by `factor`; 1 changes nothing."""
+    return Edit("scale", _terms(features), factor, "mean", mask, steps)
+
+
+def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+    """Remove features: multiply their activations by 0."""
+    return scale(features, 0.0, mask=mask, steps=steps)
+
+
+def set_to(
+    features: Features, value: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+) -> Edit:
+    """Fix activations at `value` units, wherever they stood."""
+    return Edit("set", _terms(features), value, unit, mask, steps)
+
+
+def replace(
+    features: Features, strength: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+) -> Edit:
+    """Put the features in place of everything that the block would have written."""
+    return Edit("replace", _terms(features), strength, unit, mask, steps)

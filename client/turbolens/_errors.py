@@ -1,0 +1,150 @@
+"""Exceptions, one for each kind of answer that is not a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import grpc
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldViolation:
+    """One field of a request that the server refused."""
+
+    field: str
+    """Its path in the request: `edits[0].features[1].feature.index`."""
+    description: str
+    """What was received and what is allowed."""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.description}"
+
+
+class TurboLensError(Exception):
+    """Any error of a call.
+
+    Attributes:
+        code: gRPC's status code, by name.
+        message: what happened.
+        reason: the server's machine-readable reason, such as "QUEUE_FULL".
+        request_id: the id under which the server's log has the call.
+        violations: every field that was refused.
+        retry_after: seconds after which to try again, where the server says so.
+        cause: gRPC's own error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        reason: str = "",
+        request_id: str = "",
+        violations: tuple[FieldViolation, ...] = (),
+        retry_after: float | None = None,
+        cause: grpc.RpcError | None = None,
+    ) -> None:
+        super().__init__("\n  ".join([message, *map(str, violations)]) if len(violations) > 1 else message)
+        self.message = message
+        self.code = code
+        self.reason = reason
+        self.request_id = request_id
+        self.violations = violations
+        self.retry_after = retry_after
+        self.cause = cause
+
+
+class InvalidRequest(TurboLensError):
+    """The request cannot be served as it is; `violations` says which fields are wrong."""
+
+
+class NotFound(TurboLensError):
+    """There is no such feature or SAE."""
+
+
+class Unavailable(TurboLensError):
+    """No server answers, or its model is still loading."""
+
+
+class Overloaded(TurboLensError):
+    """The server's queue is full; try again after `retry_after` seconds."""
+
+
+class DeadlineExceeded(TurboLensError):
+    """The call took longer than its timeout."""
+
+
+class Cancelled(TurboLensError):
+    """The call was cancelled."""
+
+
+class Unauthenticated(TurboLensError):
+    """The server wants to know who calls."""
+
+
+class PermissionDenied(TurboLensError):
+    """The caller may not do this."""
+
+
+class Unimplemented(TurboLensError):
+    """The server does not know this call: it is older than this client, or is no TurboLens server."""
+
+
+class InternalError(TurboLensError):
+    """The server failed; its log has the reason under `request_id`."""
+
+
+EXCEPTIONS: Final[dict[grpc.StatusCode, type[TurboLensError]]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.FAILED_PRECONDITION: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+    grpc.StatusCode.INTERNAL: InternalError,
+    grpc.StatusCode.UNKNOWN: InternalError,
+}
+"""Status codes and what they become; any other is a plain TurboLensError."""
+
+
+def from_rpc_error(error: Any, target: str) -> TurboLensError:
+    """gRPC's error as ours, with the details that the server sent."""
+    from google.rpc import error_details_pb2, status_pb2
+
+    code: grpc.StatusCode = error.code()
+    message = error.details() or code.name
+    reason, request_id, retry_after = "", "", None
+    violations: list[FieldViolation] = []
+    for key, value in error.trailing_metadata() or ():
+        if key == "x-request-id":
+            request_id = str(value)
+        elif key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                info, bad, retry = (
+                    error_details_pb2.ErrorInfo(),
+                    error_details_pb2.BadRequest(),
+                    error_details_pb2.RetryInfo(),
+                )
+                if detail.Unpack(info):
+                    reason = info.reason
+                elif detail.Unpack(bad):
+                    violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
+                elif detail.Unpack(retry):
+                    retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    if code is grpc.StatusCode.UNAVAILABLE and not reason:
+        message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
+    return EXCEPTIONS.get(code, TurboLensError)(
+        message,
+        code=code.name,
+        reason=reason,
+        request_id=request_id,
+        violations=tuple(violations),
+        retry_after=retry_after,
+        cause=error,
+    )

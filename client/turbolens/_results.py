@@ -1,0 +1,215 @@
+"""What calls return."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
+
+from turbolens._features import BlockFeatures, RunFeatures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Labels = Mapping[str, Mapping[int, str]]
+FORMATS: Final = {
+    "png": run_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": run_pb2.IMAGE_FORMAT_JPEG,
+    "webp": run_pb2.IMAGE_FORMAT_WEBP,
+    "raw": run_pb2.IMAGE_FORMAT_RAW,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Warning:
+    """Something to know about a result that was not an error."""
+
+    code: str
+    message: str
+
+
+class Coded:
+    """A coded picture."""
+
+    def __init__(self, message: run_pb2.Image) -> None:
+        self._message = message
+
+    @property
+    def bytes(self) -> bytes:
+        """The bytes as the server coded them."""
+        return self._message.data
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        from PIL import Image
+
+        size = (self._message.width, self._message.height)
+        if self._message.format == run_pb2.IMAGE_FORMAT_RAW:
+            return Image.frombytes("RGB", size, self._message.data)
+        return Image.open(io.BytesIO(self._message.data)).convert("RGB")
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The picture as uint8 [height, width, 3]."""
+        return np.asarray(self.image)
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture: the server's own bytes where the file's ending is their format, else coded anew."""
+        path = Path(path)
+        ending = {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix.lower().removeprefix("."))
+        if ending != "raw" and FORMATS.get(ending) == self._message.format:
+            path.write_bytes(self._message.data)
+        else:
+            self.image.save(path)
+
+    def _repr_png_(self) -> bytes:
+        if self._message.format == run_pb2.IMAGE_FORMAT_PNG:
+            return self._message.data
+        file = io.BytesIO()
+        self.image.save(file, "PNG")
+        return file.getvalue()
+
+
+class Picture(Coded):
+    """One picture, and what was asked for beside it."""
+
+    def __init__(
+        self,
+        message: generation_service_pb2.Generation,
+        prompt: str,
+        provenance: run_pb2.Provenance | None,
+        warnings: tuple[Warning, ...],
+        labels: Labels,
+    ) -> None:
+        super().__init__(message.image)
+        self.prompt = prompt
+        self.seed = message.seed
+        self.provenance = provenance
+        """Everything needed to make it again; None in a stream, whose `Done` event has it."""
+        self.warnings = warnings
+        self.features = RunFeatures(message.seed, message.features, labels)
+        """By SAE; empty where none were asked for."""
+        self._latents = message.latents if message.HasField("latents") else None
+
+    @property
+    def latents(self) -> npt.NDArray[np.float32] | None:
+        """The final latent, float32 [channels, height, width]; None where it was not asked for."""
+        if self._latents is None:
+            return None
+        return np.frombuffer(self._latents.data, "<f4").reshape(tuple(self._latents.shape)).astype(np.float32)
+
+    def __repr__(self) -> str:
+        size = f"{self._message.width}x{self._message.height}"
+        return f"Picture({self.prompt!r}, seed={self.seed}, {size}, features={list(self.features)})"
+
+
+class Pictures(list[Picture]):
+    """Pictures of several seeds; notebooks show them side by side."""
+
+    def _repr_html_(self) -> str:
+        import base64
+
+        def tag(picture: Picture) -> str:
+            data = base64.b64encode(picture._repr_png_()).decode()
+            return f'<img src="data:image/png;base64,{data}" title="seed {picture.seed}">'
+
+        return "".join(map(tag, self))
+
+
+class Extraction(RunFeatures):
+    """The features of one run: `extraction["down.2.1"].top(10)`."""
+
+    def __init__(
+        self,
+        message: feature_service_pb2.Extraction,
+        prompt: str,
+        provenance: run_pb2.Provenance,
+        warnings: tuple[Warning, ...],
+        labels: Labels,
+    ) -> None:
+        super().__init__(message.seed, message.features, labels)
+        self.prompt = prompt
+        self.provenance = provenance
+        self.warnings = warnings
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits."""
+
+    request_id: str
+    position: int
+    """Requests ahead of it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """A denoising step of one picture ended."""
+
+    seed_index: int
+    step: int
+    steps: int
+    preview: Coded | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Features:
+    """Features of one SAE at one step of one picture."""
+
+    seed_index: int
+    seed: int
+    block: BlockFeatures
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PictureReady:
+    """A picture is ready."""
+
+    seed_index: int
+    picture: Picture
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """The run ended well."""
+
+    provenance: run_pb2.Provenance
+    warnings: tuple[Warning, ...]
+
+
+Event = Queued | Step | Features | PictureReady | Done
+
+
+def warnings_of(messages: Any) -> tuple[Warning, ...]:
+    """Warnings from their messages."""
+    return tuple(Warning(message.code, message.message) for message in messages)
+
+
+def event_of(
+    message: generation_service_pb2.StreamGenerateResponse | feature_service_pb2.StreamFeaturesResponse,
+    prompt: str,
+    labels: Labels,
+) -> Event:
+    """A stream's message as an event."""
+    kind = message.WhichOneof("event")
+    if kind is None:
+        raise ValueError("the server sent an event that this client does not know; update the client")
+    inner: Any = getattr(message, kind)
+    if kind == "queued":
+        return Queued(inner.request_id, inner.position)
+    if kind == "step":
+        preview = Coded(inner.preview) if inner.HasField("preview") else None
+        return Step(inner.seed_index, inner.step, inner.steps, preview)
+    if kind == "features":
+        sae = inner.features.sae
+        return Features(inner.seed_index, inner.seed, BlockFeatures([inner.features], labels.get(sae, {})))
+    if kind == "picture":
+        return PictureReady(inner.seed_index, Picture(inner.generation, prompt, None, (), labels))
+    return Done(inner.provenance, warnings_of(inner.warnings))

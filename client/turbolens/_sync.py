@@ -1,0 +1,301 @@
+"""The sync client. Made from `_async.py` by `tools/unasync.py`: edit there only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from turbolens_proto.v1 import (
+    feature_service_pb2,
+    feature_service_pb2_grpc,
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+
+from turbolens._channel import TLS, sync_channel
+from turbolens._edits import Edit, FeatureLike, to_ref
+from turbolens._embedded import EmbeddedServer, start_embedded
+from turbolens._errors import from_rpc_error
+from turbolens._features import Feature, Match, Table
+from turbolens._requests import ImageFormat, Selection, extract_request, generate_request, one_or_many
+from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
+
+
+class Lens:
+    """A connection to a TurboLens server; made by :func:`turbolens.connect`."""
+
+    def __init__(
+        self, target: str, *, tls: TLS | None = None, timeout: float = 60.0, embedded: EmbeddedServer | None = None
+    ) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._embedded = embedded
+        self._channel = sync_channel(target, tls)
+        self._models: Any = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._features: Any = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
+        self._generation: Any = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
+        self._model: model_service_pb2.Model | None = None
+        self._labels: dict[str, dict[int, str]] = {}
+
+    def model(self) -> model_service_pb2.Model:
+        """The model, its hook points and SAEs, and every limit; asked once."""
+        if self._model is None:
+            answer = self._call(self._models.GetModel, model_service_pb2.GetModelRequest(), None)
+            self._model = answer.model
+        return self._model
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steer: Sequence[Edit] = (),
+        features: Selection = None,
+        format: ImageFormat = "png",
+        quality: int | None = None,
+        latents: bool = False,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Any:
+        """Make a picture, or one for each of several seeds.
+
+        Args:
+            prompt: any text; the empty prompt is one.
+            seed: of one picture; None: the server draws one and the result says which.
+            seeds: of several pictures.
+            steps: denoising steps; None: the server's default.
+            width: pixels; None: the server's default.
+            height: pixels; None: the server's default.
+            steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
+            features: features to return: True for all, or SAEs by name.
+            format: "png", "jpeg", "webp" or "raw".
+            quality: of JPEG and WebP, 1 to 100.
+            latents: return the final latent too.
+            timeout: seconds; None: the connection's.
+            request_id: for the server's log; empty: the server makes one.
+
+        Returns:
+            A :class:`Picture`; :class:`Pictures`, in order, where `seeds` was given.
+
+        Raises:
+            InvalidRequest: with a violation for every field that cannot be served.
+            TurboLensError: anything else that went wrong.
+        """
+        request = generate_request(
+            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
+            features=features, format=format, quality=quality, latents=latents, request_id=request_id,
+        )  # fmt: skip
+        answer = self._call(self._generation.Generate, request, timeout)
+        labels = self._labels_of(chunk.sae for made in answer.generations for chunk in made.features)
+        warnings = warnings_of(answer.warnings)
+        made = [Picture(g, prompt, answer.provenance, warnings, labels) for g in answer.generations]
+        return Pictures(made) if seeds is not None else made[0]
+
+    def extract(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steer: Sequence[Edit] = (),
+        saes: Sequence[str] | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Any:
+        """The features of a run, without its picture; arguments as for :meth:`generate`, `saes` by name.
+
+        Returns:
+            An :class:`Extraction`; a list of them, in order, where `seeds` was given.
+
+        Raises:
+            InvalidRequest: with a violation for every field that cannot be served.
+            TurboLensError: anything else that went wrong.
+        """
+        request = extract_request(
+            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
+            features=saes, request_id=request_id,
+        )  # fmt: skip
+        answer = self._call(self._features.ExtractFeatures, request, timeout)
+        labels = self._labels_of(chunk.sae for made in answer.extractions for chunk in made.features)
+        warnings = warnings_of(answer.warnings)
+        made = [Extraction(e, prompt, answer.provenance, warnings, labels) for e in answer.extractions]
+        return made if seeds is not None else made[0]
+
+    def stream_generate(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steer: Sequence[Edit] = (),
+        features: Selection = None,
+        format: ImageFormat = "png",
+        quality: int | None = None,
+        latents: bool = False,
+        previews: bool = False,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Iterator[Event]:
+        """Make pictures and hear of every step: Queued, Step, Features, PictureReady, Done.
+
+        Arguments as for :meth:`generate`; `previews` decodes a preview at every step but the last. Leaving the loop
+        early cancels the run.
+        """
+        request = generate_request(
+            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
+            features=features, format=format, quality=quality, latents=latents, request_id=request_id,
+        )  # fmt: skip
+        labels = self._labels_of(self._selected(features))
+        stream = generation_service_pb2.StreamGenerateRequest(request=request, previews=previews)
+        for message in self._stream(self._generation.StreamGenerate, stream, timeout):
+            yield event_of(message, prompt, labels)
+
+    def stream_features(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steer: Sequence[Edit] = (),
+        saes: Sequence[str] | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Iterator[Event]:
+        """The features of a run as they are computed: Queued, Features, Done. Arguments as for :meth:`extract`."""
+        request = extract_request(
+            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
+            features=saes, request_id=request_id,
+        )  # fmt: skip
+        labels = self._labels_of(self._selected(True if saes is None else saes))
+        stream = feature_service_pb2.StreamFeaturesRequest(request=request)
+        for message in self._stream(self._features.StreamFeatures, stream, timeout):
+            yield event_of(message, prompt, labels)
+
+    def search_features(self, query: str, *, block: str | None = None, limit: int = 10) -> Table:
+        """Features for words, best first; each goes straight into an edit.
+
+        Args:
+            query: a word or a few.
+            block: only this SAE; None: all.
+            limit: at most so many, up to 100.
+
+        Returns:
+            A list of :class:`Match`.
+        """
+        request = feature_service_pb2.SearchFeaturesRequest(query=query, saes=[block] if block else [], page_size=limit)
+        answer = self._call(self._features.SearchFeatures, request, None)
+        matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
+        return Table(matches, ("ref", "feature.label", "score", "reason"))
+
+    def get_feature(self, feature: FeatureLike) -> Feature:
+        """What is known of one feature: `get_feature("up.0.1/412")`."""
+        ref = to_ref(feature)
+        request = feature_service_pb2.GetFeatureRequest(name=f"saes/{ref.sae}/features/{ref.index}")
+        answer = self._call(self._features.GetFeature, request, None)
+        return Feature.from_proto(answer.feature)
+
+    def list_features(self, sae: str, *, filter: str = "", order_by: str = "") -> Iterator[Feature]:
+        """Every feature of an SAE that matches, page by page.
+
+        Args:
+            sae: its name.
+            filter: comparisons joined by AND, such as `attribute = "color" AND frequency > 0.01`.
+            order_by: fields with an optional "desc", such as `frequency desc, index`.
+        """
+        token = ""
+        while True:
+            request = feature_service_pb2.ListFeaturesRequest(
+                parent=f"saes/{sae}", page_size=1000, page_token=token, filter=filter, order_by=order_by
+            )
+            answer = self._call(self._features.ListFeatures, request, None)
+            for message in answer.features:
+                yield Feature.from_proto(message)
+            token = answer.next_page_token
+            if not token:
+                return
+
+    def close(self) -> None:
+        """Close the connection, and the server that was started for it."""
+        self._channel.close()
+        if self._embedded is not None:
+            self._embedded.close()
+            self._embedded = None
+
+    def __enter__(self) -> Lens:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Lens({self._target!r})"
+
+    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        try:
+            return method(request, timeout=self._timeout if timeout is None else timeout)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+
+    def _stream(self, method: Any, request: Any, timeout: float | None) -> Iterator[Any]:
+        call = method(request, timeout=self._timeout if timeout is None else timeout)
+        try:
+            for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+        finally:
+            call.cancel()
+
+    def _selected(self, features: Selection) -> Sequence[str]:
+        """The names of the SAEs whose features come back."""
+        if features is None or features is False:
+            return ()
+        if isinstance(features, str):
+            return (features,)
+        return [sae.name for sae in (self.model()).saes] if features is True else features
+
+    def _labels_of(self, saes: Any) -> dict[str, dict[int, str]]:
+        """Labels of SAEs, fetched once for each and kept."""
+        for sae in dict.fromkeys(saes):
+            if sae not in self._labels:
+                found = {}
+                for known in self.list_features(sae, filter='label != ""'):
+                    found[known.ref.index] = known.label
+                self._labels[sae] = found
+        return self._labels
+
+
+def connect(target: str = "localhost:50051", *, tls: TLS | None = None, timeout: float = 60.0, **settings: Any) -> Lens:
+    """Connect to a server, or start one in this process.
+
+    Args:
+        target: "host:port", or "embedded" for a server of its own in this process.
+        tls: for a server behind TLS.
+        timeout: seconds that a call may take, unless it says otherwise.
+        settings: of the embedded server, such as `model` or `sae`.
+    """
+    if target == "embedded":
+        embedded = start_embedded(settings)
+        return Lens(embedded.target, timeout=timeout, embedded=embedded)
+    if settings:
+        raise TypeError(f"{', '.join(settings)}: only an embedded server takes settings")
+    return Lens(target, tls=tls, timeout=timeout)

@@ -1,0 +1,278 @@
+"""The `turbolens` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import tyro
+from tyro.conf import Positional
+
+import turbolens as tl
+
+COMMANDS: Final = "turbolens.commands"
+_EXTRAS: Final = {"serve": "server", "train": "training"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    prompt: Positional[str]
+    """What to draw."""
+    server: str = "localhost:50051"
+    """`host:port` of a server, or `embedded` for one in this process."""
+    seed: int | None = None
+    """Seed; left out: the server draws one and says which."""
+    steps: int | None = None
+    """Denoising steps; left out: the server's default."""
+    add: tuple[str, ...] = ()
+    """Edits BLOCK/INDEX=STRENGTH, such as up.0.1/412=8, in means of the feature."""
+    scale: tuple[str, ...] = ()
+    """Edits BLOCK/INDEX=FACTOR; 0 removes the feature."""
+    set: tuple[str, ...] = ()
+    """Edits BLOCK/INDEX=VALUE, in means of the feature."""
+    mask: str | None = None
+    """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where the edits act."""
+
+    def edits(self) -> list[tl.Edit]:
+        """The edits, in the order add, scale, set."""
+        where = None
+        if self.mask is not None:
+            corners = [float(part) for part in self.mask.split(",")]
+            if len(corners) != 4:
+                raise ValueError(f"--mask {self.mask}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
+            where = tl.box(*corners)
+        made = []
+        for make, texts in ((tl.add, self.add), (tl.scale, self.scale), (tl.set_to, self.set)):
+            for text in texts:
+                name, equals, amount = text.partition("=")
+                if not equals:
+                    raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/412=8")
+                made.append(make(name, float(amount), mask=where))
+        return made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(_Run):
+    """Make a picture.
+
+    Example: turbolens generate "a big red star on the left, night background" --seed 7 --add up.0.1/412=8
+    """
+
+    out: Path = Path("picture.png")
+    """File to write; its ending says the format."""
+
+    def run(self) -> None:
+        with tl.connect(self.server) as lens:
+            picture = lens.generate(self.prompt, seed=self.seed, steps=self.steps, steer=self.edits())
+        picture.save(self.out)
+        for warning in picture.warnings:
+            print(f"note: {warning.message}", file=sys.stderr)
+        print(f"{self.out}  seed {picture.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extract(_Run):
+    """Show the strongest features behind a picture.
+
+    Example: turbolens extract "a big red star on the left, night background" --seed 7 --top 5
+    """
+
+    top: int = 10
+    """Features of each SAE."""
+    sae: tuple[str, ...] = ()
+    """SAEs by name; left out: all."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        with tl.connect(self.server) as lens:
+            found = lens.extract(
+                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), saes=self.sae or None
+            )
+        if self.json:
+            rows = {
+                sae: [{"feature": r.feature, "mean": r.mean, "label": r.label} for r in block.top(self.top)]
+                for sae, block in found.items()
+            }
+            print(json.dumps({"seed": found.seed, "features": rows}, indent=1))
+            return
+        for sae, block in found.items():
+            print(f"\n{sae}  (seed {found.seed})\n{block.top(self.top)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """Find features by words.
+
+    Example: turbolens features search blue --block up.0.1
+    """
+
+    words: Positional[str]
+    """What the feature should stand for."""
+    block: str | None = None
+    """Only this SAE."""
+    limit: int = 10
+    """At most so many."""
+    server: str = "localhost:50051"
+    """`host:port` of a server, or `embedded`."""
+
+    def run(self) -> None:
+        with tl.connect(self.server) as lens:
+            print(lens.search_features(self.words, block=self.block, limit=self.limit))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class List:
+    """List the features of an SAE.
+
+    Example: turbolens features list up.0.1 --filter 'attribute = "color" AND frequency > 0.01' --limit 20
+    """
+
+    sae: Positional[str]
+    """The SAE's name."""
+    filter: str = ""
+    """Comparisons joined by AND."""
+    order_by: str = "label_score desc"
+    """Fields with an optional "desc"."""
+    limit: int = 50
+    """At most so many."""
+    server: str = "localhost:50051"
+    """`host:port` of a server, or `embedded`."""
+
+    def run(self) -> None:
+        rows = []
+        with tl.connect(self.server) as lens:
+            for feature in lens.list_features(self.sae, filter=self.filter, order_by=self.order_by):
+                rows.append(feature)
+                if len(rows) == self.limit:
+                    break
+        print(tl.Table(rows, ("ref", "label", "label_score", "frequency", "mean", "max")))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Show what is known of one feature.
+
+    Example: turbolens features show up.0.1/412
+    """
+
+    feature: Positional[str]
+    """BLOCK/INDEX."""
+    server: str = "localhost:50051"
+    """`host:port` of a server, or `embedded`."""
+
+    def run(self) -> None:
+        with tl.connect(self.server) as lens:
+            feature = lens.get_feature(self.feature)
+        print(tl.Table([feature], ("ref", "label", "label_score", "frequency", "mean", "max")))
+        if feature.labels:
+            print(f"\n{tl.Table(feature.labels, ('attribute', 'value', 'region', 'score'))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Look at this machine and at a server, and say what is wrong.
+
+    Example: turbolens doctor --server localhost:50051
+    """
+
+    server: str = "localhost:50051"
+    """`host:port` of a server."""
+
+    def run(self) -> None:
+        failed = False
+
+        def line(state: str, what: str) -> None:
+            print(f"{state:>5}  {what}")
+
+        line("ok" if sys.version_info >= (3, 11) else "fail", f"Python {platform.python_version()}")
+        for package in ("turbolens", "grpcio", "protobuf"):
+            line("ok", f"{package} {version(package)}")
+        try:
+            line("ok", f"torch {version('torch')}: {_gpu()}")
+        except PackageNotFoundError:
+            line("warn", "no torch: this machine can call a server but not be one (pip install 'turbolens[server]')")
+        try:
+            with tl.connect(self.server, timeout=5) as lens:
+                model = lens.model()
+            saes = ", ".join(sae.name for sae in model.saes) or "none"
+            line("ok", f"{self.server} serves {model.name} on {model.device} ({model.dtype}); SAEs: {saes}")
+        except tl.TurboLensError as error:
+            failed = True
+            line("fail", error.message)
+        if failed:
+            sys.exit(1)
+
+
+def _gpu() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "not importable"
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, runs on the CPU"
+
+
+FeatureCommands = Annotated[
+    Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")],
+    tyro.conf.subcommand("features", description="Find and look up features."),
+]
+
+
+def _installed(command: str, argv: list[str]) -> None:
+    """Run a command that another package brings: `serve`, `train`."""
+    found = list(entry_points(group=COMMANDS, name=command))
+    if not found:
+        sys.exit(f"turbolens {command} is not installed: pip install 'turbolens[{_EXTRAS[command]}]'")
+    found[0].load()(argv)
+
+
+_HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, and steering by those features
+
+  turbolens serve                       serve a model (see turbolens serve --help)
+  turbolens generate "a blue ring ..."  make a picture, steered or not
+  turbolens extract "a blue ring ..."   show the features behind a picture
+  turbolens features search blue        find features by words; also: list, show
+  turbolens train ...                   train the embedded model and SAEs
+  turbolens doctor                      say what is wrong
+
+  --help after any of them explains it; --version says the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_HELP)
+        return
+    if args[0] == "--version":
+        print(version("turbolens"))
+        return
+    name, rest = args[0], args[1:]
+    if name in _EXTRAS:
+        _installed(name, rest)
+        return
+    kinds: dict[str, Any] = {"generate": Generate, "extract": Extract, "features": FeatureCommands, "doctor": Doctor}
+    if name not in kinds:
+        sys.exit(f"turbolens: no command {name!r}; there are {', '.join((*kinds, *_EXTRAS))}")
+    command = tyro.cli(kinds[name], args=rest, prog=f"turbolens {name}")
+    try:
+        command.run()
+    except tl.InvalidRequest as error:
+        print(f"turbolens: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (tl.TurboLensError, ValueError, RuntimeError) as error:
+        sys.exit(f"turbolens: {error}")
+
+
+if __name__ == "__main__":
+    main()

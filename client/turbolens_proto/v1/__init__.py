@@ -1,0 +1,1 @@
+"""Generated from proto/turbolens/v1; see tools/protos.py."""

@@ -1,0 +1,57 @@
+"""`turbolens serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+import structlog
+
+from turbolens_server.config import ConfigError, ServerConfig, read_config
+from turbolens_server.logs import configure_logging
+
+
+def main(argv: list[str]) -> None:
+    """Entry point: serve until told to stop; a start that fails is one line and exit code 1."""
+    try:
+        config = read_config(argv)
+    except ConfigError as error:
+        sys.exit(f"turbolens serve: {error}")
+    configure_logging(config.log_format, config.log_level)
+    # Imported late: a command's help and a mistyped setting must not wait for torch.
+    from turbolens_server.engine.load import LoadError
+    from turbolens_server.sae.bundle import BundleError
+
+    try:
+        asyncio.run(_serve(config))
+    except (LoadError, BundleError) as error:
+        sys.exit(f"turbolens serve: {error}")
+
+
+async def _serve(config: ServerConfig) -> None:
+    from turbolens_server.serving import Serving, load_and_serve
+
+    log = structlog.get_logger("turbolens")
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sign, told.set)
+    serving = Serving(config)
+    try:
+        port = await serving.start(f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        sys.exit(f"turbolens serve: cannot listen on {config.host}:{config.port} ({error}); is the port taken?")
+    log.info("listening", address=f"{config.host}:{port}")
+    loading = asyncio.create_task(load_and_serve(serving, config))
+    waiting = asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait({loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+        await waiting
+        log.info("stopping", grace_s=config.grace_s)
+    finally:
+        waiting.cancel()
+        await serving.stop(config.grace_s if loading.done() and not loading.exception() else 0)
+    log.info("stopped")

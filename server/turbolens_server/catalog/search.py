@@ -1,0 +1,74 @@
+"""Words to features: by the words of their labels first, by the model's own text encoder where no word is near."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+_PREFIX: Final = 0.8
+_TYPO: Final = 0.7
+_TYPO_RATIO: Final = 0.8
+_MEANING: Final = 0.4  # what the text encoder alone can give: it knows words, not labels
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Nearness:
+    """How near a label's value is to a query, and by what."""
+
+    score: float
+    """0 to 1."""
+    how: str
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[str]], cosine: float) -> Nearness:
+    """How near a label's value is to the words of a query.
+
+    Args:
+        query: words in lower case.
+        value: the label's value.
+        synonyms: other words for a value.
+        cosine: of the query's and the value's text embeddings.
+    """
+    names = {value.lower(): "word", **{word.lower(): "synonym" for word in synonyms.get(value, ())}}
+    best = Nearness(_MEANING * float(np.clip(cosine, 0, 1)), "meaning")
+    for word in query:
+        for name, kind in names.items():
+            if word == name:
+                found = Nearness(1.0, kind)
+            elif len(word) >= 3 and name.startswith(word):
+                found = Nearness(_PREFIX, "prefix")
+            elif len(word) >= 4 and difflib.SequenceMatcher(None, word, name).ratio() >= _TYPO_RATIO:
+                found = Nearness(_TYPO, "spelling")
+            else:
+                continue
+            best = max(best, found, key=lambda n: n.score)
+    return best
+
+
+def sureness(auroc: float) -> float:
+    """How sure a label is, 0 to 1, from its AUROC."""
+    return float(np.clip(2 * (auroc - 0.5), 0, 1))
+
+
+def cosines(
+    query: npt.NDArray[np.float32], vectors: Mapping[str, npt.NDArray[np.float32]], center: npt.NDArray[np.float32]
+) -> dict[str, float]:
+    """Cosine of a query's embedding with each value's, around their common mean: encoders put all texts close."""
+
+    def unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        moved = vector - center
+        return moved / max(float(np.linalg.norm(moved)), 1e-6)
+
+    asked = unit(query)
+    return {value: float(asked @ unit(vector)) for value, vector in vectors.items()}

@@ -1,0 +1,127 @@
+"""Settings of `turbolens serve`: flags over environment over file over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Serve a model and its SAEs over gRPC.
+
+    Every setting can also come from the environment (TURBOLENS_MODEL, TURBOLENS_PORT, ...; lists separated by
+    commas) or from a TOML file given by --config; a flag wins over the environment, and that over the file.
+
+    Examples: `turbolens serve`; `turbolens serve --model stabilityai/sdxl-turbo --variant fp16 --sae ./sdxl-saes`.
+    """
+
+    model: str = "mini"
+    """`mini` (ships with the package), a `diffusers` folder, or a hub id of an SDXL-type model."""
+    sae: tuple[str, ...] = ()
+    """SAEs: a bundle, a folder of bundles, a published reference folder or a hub id each; `BLOCK=PATH` says where one
+    sits whose folder does not. `mini` brings its own."""
+    force_sae: bool = False
+    """Serve an SAE on a model that it was not trained on; every result says so."""
+    device: str = "auto"
+    """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
+    dtype: str = "auto"
+    """`auto` (float16 on a GPU, else float32), `float32`, `float16` or `bfloat16`."""
+    variant: str | None = None
+    """Variant of the weight files, such as `fp16`."""
+    vae: str | None = None
+    """Another VAE, by folder or hub id, such as a fast or a half-precision one."""
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` for all."""
+    port: int = 50051
+    """Port to listen on; 0 takes a free one and says which."""
+    max_steps: int = 4
+    """Most denoising steps of a request."""
+    max_seeds: int = 16
+    """Most pictures of a request."""
+    max_queue: int = 64
+    """Requests that may wait; one more is refused with the time to come back."""
+    grace_s: float = 30.0
+    """Seconds that requests in flight get when the server is told to stop."""
+    reflection: bool = True
+    """Answer server reflection, so that tools can list the services."""
+    log_format: Literal["auto", "json", "pretty"] = "auto"
+    """JSON lines, colours, or whichever fits the terminal."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("port", 0), ("max_steps", 1), ("max_seeds", 1), ("max_queue", 1), ("grace_s", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.port > 65535:
+            raise ConfigError(f"port is {self.port}; it must be at most 65535")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the text names it."""
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    known = {field.name for field in dataclasses.fields(ServerConfig)}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"--config {path}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(ServerConfig):
+        text = environment.get(f"TURBOLENS_{field.name.upper()}")
+        if text is None:
+            continue
+        try:
+            values[field.name] = _parse(text, field.default)
+        except ValueError as error:
+            raise ConfigError(f"TURBOLENS_{field.name.upper()}={text!r}: {error}") from error
+    return values
+
+
+def _parse(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("0", "1", "true", "false"):
+            raise ValueError("must be true or false")
+        return text.lower() in ("1", "true")
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return type(default)(text) if isinstance(default, (int, float)) else text
+
+
+def read_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """The settings of a command line.
+
+    Raises:
+        ConfigError: a value from the file or the environment cannot be used.
+    """
+    rest = list(argv)
+    base: dict[str, Any] = {}
+    for at, argument in enumerate(rest):
+        if argument == "--config" and at + 1 < len(rest):
+            base = _from_file(Path(rest[at + 1]))
+            del rest[at : at + 2]
+            break
+        if argument.startswith("--config="):
+            base = _from_file(Path(argument.partition("=")[2]))
+            del rest[at]
+            break
+    base |= _from_environment(environment)
+    try:
+        default = ServerConfig(**base)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    return tyro.cli(ServerConfig, args=rest, default=default, prog="turbolens serve")

@@ -1,0 +1,272 @@
+"""Load a model and its SAEs into an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
+from huggingface_hub import snapshot_download
+
+from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo
+from turbolens_server.engine.text import TextEncoder
+from turbolens_server.sae.bundle import Bundle, BundleError, hash_file, load_bundle
+from turbolens_server.sae.reference_format import is_reference_folder, load_reference_folder, module_to_hook_point
+from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
+
+EMBEDDED: Final = "mini"
+"""The name of the model that ships with the package."""
+_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FILE_PATTERNS: Final = ["*.json", "*.txt", "*.safetensors", "*.model"]
+
+
+class LoadError(RuntimeError):
+    """A model or SAE cannot be served; the text is one line that says why and what to do."""
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded model."""
+    return Path(str(files("turbolens_server.models").joinpath("mini")))
+
+
+def embedded_saes() -> Path:
+    """Folder of the embedded model's SAE bundles."""
+    return Path(str(files("turbolens_server.models").joinpath("mini-saes")))
+
+
+def load_engine(
+    *,
+    model: str = EMBEDDED,
+    device: str = "auto",
+    dtype: str = "auto",
+    variant: str | None = None,
+    vae: str | None = None,
+    saes: Sequence[str] | None = None,
+    force_sae: bool = False,
+    max_steps: int = 4,
+) -> Engine:
+    """Load a model with its SAEs.
+
+    Args:
+        model: "mini", a `diffusers` folder, or a hub id of an SDXL-type model.
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" (float16 on a GPU, else float32), "float32", "float16" or "bfloat16".
+        variant: file variant to load, such as "fp16".
+        vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
+        saes: each a bundle, a folder of bundles, a published reference folder, or a hub id; `BLOCK=` in front says
+            where one sits whose folder does not. None: the embedded model's own, or none.
+        force_sae: serve an SAE on a model that it was not trained on.
+        max_steps: most denoising steps a request may ask for.
+
+    Raises:
+        LoadError: with one clear line.
+    """
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    folder = embedded_model() if model == EMBEDDED else _resolve(model, "--model")
+    if not (folder / "model_index.json").exists():
+        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
+    try:
+        with _quiet(model == EMBEDDED):
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                folder, dtype=torch_dtype, variant=variant, use_safetensors=True, local_files_only=True
+            )
+    except Exception as error:  # diffusers, transformers and safetensors raise many kinds
+        raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({_first_line(error)})") from error
+    unet = pipeline.unet.to(torch_device).eval()
+    try:
+        check_supported(unet)
+    except UnsupportedUNet as error:
+        raise LoadError(f"{model}: {error}") from error
+    decoder = _vae(vae, pipeline.vae, torch_dtype).to(torch_device).eval()
+    downscale = pipeline.vae_scale_factor
+    text = TextEncoder(
+        (pipeline.tokenizer, pipeline.tokenizer_2),
+        (pipeline.text_encoder.to(torch_device).eval(), pipeline.text_encoder_2.to(torch_device).eval()),
+        torch_device,
+    )
+    model_hash = hash_unet(folder, variant)
+    points = find_hook_points(unet, downscale)
+    sources = [str(embedded_saes())] if saes is None and model == EMBEDDED else list(saes or ())
+    loaded = [sae for source in sources for sae in _load_saes(source, points.keys(), model_hash, force_sae)]
+    for sae in loaded:
+        d_model = points[sae.hook_point].d_model
+        if sae.bundle.d_in != d_model:
+            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_in} dimensions, {sae.hook_point} has {d_model}")
+    names = [sae.name for sae in loaded]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; give one another name in its cfg.json")
+    used = {
+        *(DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ()),
+        *(sae.hook_point for sae in loaded),
+    }
+    order = [name for name in points if name in used]
+    default = (unet.config.sample_size * downscale,) * 2
+    size = (512, 512) if default == (1024, 1024) and "turbo" in model.lower() else default
+    info = EngineInfo(
+        model=model,
+        model_hash=model_hash,
+        hook_points=tuple(points[name] for name in order),
+        saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
+        default_steps=1,
+        max_steps=max_steps,
+        default_size=size,
+        sizes=(size,),
+        max_prompt_tokens=text.max_tokens,
+        backend="torch",
+        device=_describe(torch_device),
+        dtype=str(torch_dtype).removeprefix("torch."),
+        versions=versions(),
+    )
+    return Engine(Components(text, unet, decoder, pipeline.scheduler, downscale), info, torch_device, torch_dtype)
+
+
+def hash_unet(folder: Path, variant: str | None = None) -> str:
+    """SHA-256 over the U-Net's weight files, in order of name."""
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    weights = sorted(path for path in (folder / "unet").glob("*.safetensors") if path.name.endswith(suffix))
+    if variant is None:
+        weights = [path for path in weights if path.name.count(".") == 1 or "-of-" in path.name]
+    if len(weights) == 1:
+        return hash_file(weights[0])
+    digest = hashlib.sha256()
+    for path in weights:
+        digest.update(hash_file(path).encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numerics."""
+    try:
+        own = version("turbolens")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"turbolens": own, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Load without progress bars: a model of some megabytes is there before one can be read."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries if quiet else ():
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was in zip(libraries, shown, strict=True):
+            if quiet and was:
+                library.enable_progress_bar()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoadError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f"--device {name}: this PyTorch ({torch.__version__}) sees no GPU; use --device cpu")
+    return device
+
+
+def _describe(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise LoadError(f"--dtype {name}: use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _resolve(name: str, flag: str) -> Path:
+    """A local folder, or the snapshot of a hub id (from the cache where it is complete, else downloaded)."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
+    patterns = [*_FILE_PATTERNS, "*.pth", "*.pt"] if flag == "--sae" else _FILE_PATTERNS
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # offline, gated, missing: the hub's client raises many kinds
+        raise LoadError(
+            f"{flag} {name}: not a local folder, and the hub gave nothing ({_first_line(error)}); download it where "
+            f"there is a network (`hf download {name}`) and pass the folder, or set HF_HOME to a cache that holds it"
+        ) from error
+
+
+def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
+    """The VAE in a precision in which it stays finite: models say by `force_upcast` that half is not enough."""
+    if name is None:
+        return own.float() if own.config.force_upcast and dtype == torch.float16 else own
+    folder = _resolve(name, "--vae")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        loader = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind]
+        vae = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        raise LoadError(
+            f"--vae {name}: not an AutoencoderKL or AutoencoderTiny folder ({_first_line(error)})"
+        ) from error
+    return vae.float() if getattr(vae.config, "force_upcast", False) and dtype == torch.float16 else vae
+
+
+def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:
+    """Every SAE that one `--sae` names."""
+    block, _, rest = source.partition("=")
+    hook_point, name = (block, rest) if rest and block in points else (None, source)
+    folder = _resolve(name, "--sae")
+    found = sorted({p.parent for pattern in ("cfg.json", "state_dict.pth") for p in folder.rglob(pattern)})
+    if not found:
+        raise LoadError(f"--sae {source}: no SAE in {folder} (neither cfg.json nor state_dict.pth)")
+    if hook_point and len(found) > 1:
+        raise LoadError(f"--sae {source}: {folder} holds {len(found)} SAEs; name one of them")
+    try:
+        bundles = [_load_one(path, hook_point) for path in found]
+    except BundleError as error:
+        raise LoadError(f"--sae {error}") from error
+    infos = []
+    for bundle in bundles:
+        if bundle.hook_point not in points:
+            raise LoadError(
+                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {', '.join(points)}"
+            )
+        foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
+        if foreign and not force:
+            raise LoadError(
+                f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but this one has "
+                f"{model_hash[:12]}; pass --force-sae to serve it all the same (every result will say so)"
+            )
+        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign))
+    return infos
+
+
+def _load_one(folder: Path, hook_point: str | None) -> Bundle:
+    if is_reference_folder(folder):
+        return load_reference_folder(folder, hook_point)
+    bundle = load_bundle(folder)
+    # SAELens folders name the module ("down_blocks.2.attentions.1"), ours the block ("down.2.1").
+    block = hook_point or module_to_hook_point(bundle.hook_point)
+    return dataclasses.replace(
+        bundle, hook_point=block, name=block if bundle.name == bundle.hook_point else bundle.name
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,60 @@
+"""Text encoding exactly as the SDXL pipeline does it, cached by prompt."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+_CACHE_SIZE: Final = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedText:
+    """One prompt, encoded."""
+
+    hidden: Tensor  # [1, tokens, cross_attention_dim]
+    pooled: Tensor  # [1, D]
+    tokens_cut: int
+    """Tokens past the model's limit, which did not reach it."""
+
+
+class TextEncoder:
+    """Both text encoders of an SDXL model with a small cache. Not for use by several threads at once."""
+
+    def __init__(self, tokenizers: tuple[Any, Any], encoders: tuple[Any, Any], device: torch.device) -> None:
+        self._tokenizers = tokenizers
+        self._encoders = encoders
+        self._device = device
+        self._cache: collections.OrderedDict[str, EncodedText] = collections.OrderedDict()
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that reach the model, its two end markers included."""
+        return int(self._tokenizers[0].model_max_length)
+
+    def encode(self, prompt: str) -> EncodedText:
+        """Encode one prompt, of any length and script; tokens past the limit are cut."""
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        hidden, cut, pooled = [], 0, None
+        for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
+            limit = tokenizer.model_max_length
+            ids = tokenizer(
+                prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            ).input_ids
+            cut = max(cut, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - limit)
+            out = encoder(ids.to(self._device), output_hidden_states=True)
+            pooled = out[0]  # of the second encoder in the end
+            hidden.append(out.hidden_states[-2])
+        if pooled is None:
+            raise AssertionError("an SDXL model has two text encoders")
+        encoded = EncodedText(torch.cat(hidden, -1), pooled, cut)
+        self._cache[prompt] = encoded
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return encoded

@@ -1,0 +1,139 @@
+"""What goes into the engine and what comes out: plain values, no protobuf and no tensors that outlive a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from turbolens_server.sae.masks import Mask
+
+EditKind = Literal["add", "scale", "set", "replace"]
+
+
+class Unit(enum.Enum):
+    """What strength 1 means for a feature."""
+
+    RAW = "raw"
+    """The activation itself."""
+    MEAN = "mean"
+    """The feature's mean activation where it is active, from the bundle's statistics."""
+    NORM = "norm"
+    """The RMS norm of the block's update at that step, from the bundle's statistics."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightedFeature:
+    """A feature of an SAE with its share in an edit."""
+
+    sae: str
+    index: int
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Edit:
+    """One validated edit; see `proto/turbolens/v1/steering.proto` for what each kind does."""
+
+    kind: EditKind
+    features: tuple[WeightedFeature, ...]
+    amount: float
+    """Strength of `add` and `replace`, factor of `scale`, value of `set`."""
+    unit: Unit = Unit.MEAN
+    """Ignored by `scale`."""
+    mask: Mask | None = None
+    """None: everywhere."""
+    steps: tuple[int, int] | None = None
+    """Half-open range of 0-based steps; None: every step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One picture to make: a prompt, a seed, and what to do and return on the way."""
+
+    prompt: str
+    seed: int
+    steps: int
+    height: int
+    width: int
+    edits: tuple[Edit, ...] = ()
+    saes: tuple[str, ...] = ()
+    """SAEs whose features are wanted."""
+    picture: bool = True
+    """Decode the picture; False where only features are wanted."""
+    previews: bool = False
+    """Decode the estimate of the clean latent at every step but the last."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SparseCodes:
+    """The active features of one SAE at one step of one picture, in row order of the grid's positions."""
+
+    sae: str
+    step: int
+    height: int
+    width: int
+    d_sae: int
+    counts: npt.NDArray[np.uint16]
+    """[height * width], entries of each position."""
+    indices: npt.NDArray[np.int32]
+    """[counts.sum()], features, in falling order of activation within a position."""
+    values: npt.NDArray[np.float32]
+    """[counts.sum()], activations, all positive."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepDone:
+    """A denoising step of job `job` ended."""
+
+    job: int
+    step: int
+    steps: int
+    preview: npt.NDArray[np.uint8] | None = None
+    """[height, width, 3], where asked."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeaturesReady:
+    """Features of job `job` at one step and SAE."""
+
+    job: int
+    codes: SparseCodes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """What a job came to."""
+
+    job: int
+    picture: npt.NDArray[np.uint8] | None
+    """[height, width, 3]."""
+    latents: npt.NDArray[np.float32]
+    """[channels, height / 8, width / 8] (by the VAE's factor), the final latent before the VAE."""
+    features: tuple[SparseCodes, ...]
+    """In order of step, then of block."""
+    tokens_cut: int
+    """Tokens of the prompt past the model's limit, which did not reach it."""
+
+
+Event = StepDone | FeaturesReady | Result
+OnEvent = Callable[[Event], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookPoint:
+    """A block whose update is read and steered."""
+
+    name: str
+    module: str
+    d_model: int
+    downscale: int
+    """Picture pixels per cell of the grid, each way."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the grid for a picture of `height` x `width` pixels."""
+        return height // self.downscale, width // self.downscale

@@ -1,0 +1,168 @@
+"""From the engine's values to messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
+
+from turbolens_server.engine.engine import EngineInfo
+from turbolens_server.engine.types import Result, SparseCodes
+from turbolens_server.images import encode_image
+from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits, Selection, ValidRequest
+
+
+def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseFeatures:
+    """Codes as a message, in the selection's type and with its features only.
+
+    Raises:
+        RpcError: FAILED_PRECONDITION where a value is past float16's range and float16 was asked for.
+    """
+    counts, indices, values = codes.counts, codes.indices, codes.values
+    if selection.only is not None:
+        wanted = np.fromiter(selection.only[codes.sae], np.int32)
+        keep = np.isin(indices, wanted)
+        position = np.repeat(np.arange(len(counts)), counts)
+        counts = np.bincount(position[keep], minlength=len(counts))
+        indices, values = indices[keep], values[keep]
+    half = selection.value_type == run_pb2.VALUE_TYPE_FLOAT16
+    largest = float(values.max(initial=0.0))
+    if half and largest > float(np.finfo(np.float16).max):
+        message = f"{codes.sae} has an activation of {largest:g}, past float16's range; ask for VALUE_TYPE_FLOAT32"
+        raise RpcError(grpc.StatusCode.FAILED_PRECONDITION, message, "FLOAT16_OVERFLOW")
+    return run_pb2.SparseFeatures(
+        sae=codes.sae,
+        step=codes.step,
+        height=codes.height,
+        width=codes.width,
+        d_sae=codes.d_sae,
+        counts=counts.astype("<u2").tobytes(),
+        indices=indices.astype("<u2" if codes.d_sae <= 2**16 else "<u4").tobytes(),
+        values=values.astype("<f2" if half else "<f4").tobytes(),
+        value_type=selection.value_type,
+    )
+
+
+def all_features(result: Result, request: ValidRequest) -> list[run_pb2.SparseFeatures]:
+    """Every SAE and step of a result, where features were asked for."""
+    if request.selection is None:
+        return []
+    return [sparse_features(codes, request.selection) for codes in result.features]
+
+
+def generation(result: Result, request: ValidRequest, *, features: bool) -> generation_service_pb2.Generation:
+    """A picture and what was asked for beside it."""
+    if result.picture is None:
+        raise AssertionError("a request for pictures has pictures")
+    return generation_service_pb2.Generation(
+        seed=request.jobs[result.job].seed,
+        image=image(result.picture, request),
+        features=all_features(result, request) if features else [],
+        latents=tensor(result.latents) if request.return_latents else None,
+    )
+
+
+def extraction(result: Result, request: ValidRequest) -> feature_service_pb2.Extraction:
+    """The features of one seed."""
+    return feature_service_pb2.Extraction(seed=request.jobs[result.job].seed, features=all_features(result, request))
+
+
+def image(picture: npt.NDArray[np.uint8], request: ValidRequest) -> run_pb2.Image:
+    """A picture in the format asked for."""
+    return encode_image(picture, request.image_format, request.image_quality)
+
+
+def tensor(values: npt.NDArray[np.float32]) -> run_pb2.Tensor:
+    """A dense float32 array."""
+    return run_pb2.Tensor(shape=values.shape, type=run_pb2.VALUE_TYPE_FLOAT32, data=values.astype("<f4").tobytes())
+
+
+def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
+    """Everything needed to make a result again."""
+    used = {feature.feature.sae for edit in request.edits for feature in edit.features}
+    used |= set(request.selection.saes) if request.selection else set()
+    return run_pb2.Provenance(
+        model=info.model,
+        model_hash=info.model_hash,
+        sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in used},
+        prompt=request.prompt,
+        sampling=request.sampling,
+        edits=request.edits,
+        versions=info.versions,
+        backend=info.backend,
+        device=info.device,
+        dtype=info.dtype,
+        forced_sae=any(info.saes[name].forced for name in used),
+    )
+
+
+def warnings(results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2.Warning]:
+    """What the caller should know."""
+    cut = max((result.tokens_cut for result in results if result is not None), default=0)
+    if not cut:
+        return []
+    text = f"the prompt's last {cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+    return [run_pb2.Warning(code="PROMPT_CUT", message=text)]
+
+
+def model(info: EngineInfo, limits: RequestLimits, labels: dict[str, int]) -> model_service_pb2.Model:
+    """What is served; `labels` counts the labelled features of each SAE."""
+    saes = []
+    for sae in info.saes.values():
+        stats = sae.bundle.stats
+        units = [steering_pb2.UNIT_RAW]
+        units += [steering_pb2.UNIT_MEAN] if stats is not None else []
+        units += [steering_pb2.UNIT_NORM] if stats is not None and len(stats.update_rms) else []
+        saes.append(
+            model_service_pb2.Sae(
+                name=sae.name,
+                hook_point=sae.hook_point,
+                architecture=sae.bundle.architecture,
+                d_sae=sae.bundle.d_sae,
+                k=sae.bundle.k or 0,
+                hash=sae.bundle.hash,
+                units=units,
+                labels=labels.get(sae.name, 0),
+                provenance_json=json.dumps(sae.bundle.provenance),
+                forced=sae.forced,
+            )
+        )
+    height, width = info.default_size
+    points = []
+    for point in info.hook_points:
+        rows, columns = point.grid(height, width)
+        points.append(
+            model_service_pb2.HookPoint(
+                name=point.name, module=point.module, d_model=point.d_model, height=rows, width=columns
+            )
+        )
+    return model_service_pb2.Model(
+        name=info.model,
+        hash=info.model_hash,
+        hook_points=points,
+        saes=saes,
+        limits=model_service_pb2.Limits(
+            max_prompt_chars=limits.max_prompt_chars,
+            max_prompt_tokens=info.max_prompt_tokens,
+            max_steps=info.max_steps,
+            max_seeds=limits.max_seeds,
+            max_edits=limits.max_edits,
+            max_features_per_edit=limits.max_features_per_edit,
+            max_strength=limits.max_strength,
+            sizes=[model_service_pb2.Size(width=w, height=h) for h, w in info.sizes],
+            max_mask_bytes=limits.max_mask_bytes,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        ),
+        defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
+        edit_kinds=["add", "scale", "set", "replace"],
+        sources=["prompt"],
+        backend=info.backend,
+        device=info.device,
+        dtype=info.dtype,
+        versions=info.versions,
+    )

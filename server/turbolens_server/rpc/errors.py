@@ -1,0 +1,97 @@
+"""Errors on the wire: a `google.rpc.Status` with details, beside gRPC's own code and message."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN: Final = "turbolens"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """One field of a request that cannot be served."""
+
+    field: str
+    """Its path: `edits[0].features[1].feature.index`."""
+    description: str
+    """What was received and what is allowed."""
+
+
+class RpcError(Exception):
+    """An error to answer with."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        reason: str,
+        *,
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+    def trailing_metadata(self, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+        """The details as trailing metadata; on overload also the key that gRPC's own retries honour."""
+        number, _ = self.code.value
+        status = status_pb2.Status(code=number, message=self.message)
+        info = error_details_pb2.ErrorInfo(
+            reason=self.reason, domain=DOMAIN, metadata={**self.metadata, "request_id": request_id}
+        )
+        details = [info]
+        if self.violations:
+            fields = [
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                for v in self.violations
+            ]
+            details.append(error_details_pb2.BadRequest(field_violations=fields))
+        if self.retry_after_s is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(int(self.retry_after_s * 1000))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        pairs: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString()), ("x-request-id", request_id)]
+        if self.retry_after_s is not None:
+            pairs.append(("grpc-retry-pushback-ms", str(int(self.retry_after_s * 1000))))
+        return tuple(pairs)
+
+
+def invalid(violations: Sequence[Violation]) -> RpcError:
+    """INVALID_ARGUMENT with every field that is wrong."""
+    first = violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    message = f"{first.field}: {first.description}{more}"
+    return RpcError(grpc.StatusCode.INVALID_ARGUMENT, message, "INVALID_REQUEST", violations=violations)
+
+
+def not_found(what: str) -> RpcError:
+    """NOT_FOUND for a resource name."""
+    return RpcError(grpc.StatusCode.NOT_FOUND, what, "NOT_FOUND")
+
+
+def overloaded(waiting: int, retry_after_s: float) -> RpcError:
+    """RESOURCE_EXHAUSTED: the queue is full."""
+    message = f"the queue is full ({waiting} requests wait); try again in {retry_after_s:.1f} s"
+    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, "QUEUE_FULL", retry_after_s=retry_after_s)
+
+
+def loading() -> RpcError:
+    """UNAVAILABLE: the model is not there yet."""
+    return RpcError(grpc.StatusCode.UNAVAILABLE, "the model is loading", "LOADING", retry_after_s=1.0)

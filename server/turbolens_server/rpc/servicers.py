@@ -1,0 +1,222 @@
+"""The three services: check, run, convert; nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+from turbolens_proto.v1 import (
+    feature_service_pb2 as features,
+)
+from turbolens_proto.v1 import (
+    feature_service_pb2_grpc,
+    generation_service_pb2_grpc,
+    model_service_pb2_grpc,
+)
+from turbolens_proto.v1 import (
+    generation_service_pb2 as generation,
+)
+from turbolens_proto.v1 import (
+    model_service_pb2 as models,
+)
+
+from turbolens_server.catalog.catalog import Catalog
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.types import FeaturesReady, Result, StepDone
+from turbolens_server.rpc import convert
+from turbolens_server.rpc.calls import current_request_id
+from turbolens_server.rpc.errors import RpcError, Violation, invalid, loading
+from turbolens_server.rpc.scheduler import Queued, Scheduler
+from turbolens_server.rpc.validation import (
+    RequestLimits,
+    Selection,
+    ValidRequest,
+    validate_extract,
+    validate_generate,
+)
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What serves requests once the model is loaded."""
+
+    engine: Engine
+    scheduler: Scheduler
+    catalog: Catalog
+
+
+class Room:
+    """Where the servicers find what serves; empty while the model loads."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self.limits = limits
+        self.ready: Ready | None = None
+
+    def get(self) -> Ready:
+        """What serves.
+
+        Raises:
+            RpcError: UNAVAILABLE while the model loads.
+        """
+        if self.ready is None:
+            raise loading()
+        return self.ready
+
+
+async def _off_loop(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Image coding and packing take milliseconds that the event loop does not have."""
+    return await asyncio.to_thread(function, *arguments, **options)
+
+
+def _selection(request: ValidRequest) -> Selection:
+    if request.selection is None:
+        raise AssertionError("features came that nobody asked for")
+    return request.selection
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """`turbolens.v1.ModelService`."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    async def GetModel(self, request: models.GetModelRequest, context: Context) -> models.GetModelResponse:  # noqa: N802
+        ready = self._room.get()
+        model = convert.model(ready.engine.info, self._room.limits, ready.catalog.label_counts())
+        return models.GetModelResponse(model=model)
+
+
+class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
+    """`turbolens.v1.GenerationService`."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
+        ready = self._room.get()
+        valid = await _off_loop(validate_generate, request, ready.engine.info, self._room.limits)
+        results = await ready.scheduler.run(valid.jobs)
+        made = [await _off_loop(convert.generation, result, valid, features=True) for result in results]
+        return generation.GenerateResponse(
+            request_id=current_request_id(),
+            generations=made,
+            provenance=convert.provenance(valid, ready.engine.info),
+            warnings=convert.warnings(results, ready.engine.info),
+        )
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: generation.StreamGenerateRequest, context: Context
+    ) -> AsyncIterator[generation.StreamGenerateResponse]:
+        ready = self._room.get()
+        with _inside("request."):
+            valid = await _off_loop(
+                validate_generate, request.request, ready.engine.info, self._room.limits, previews=request.previews
+            )
+        answer = generation.StreamGenerateResponse
+        results: list[Result] = []
+        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs)) as events:
+            async for event in events:
+                match event:
+                    case Queued(position):
+                        yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
+                    case StepDone(job, step, steps, preview):
+                        coded = None if preview is None else await _off_loop(convert.image, preview, valid)
+                        yield answer(step=generation.StepEvent(seed_index=job, step=step, steps=steps, preview=coded))
+                    case FeaturesReady():
+                        yield answer(features=_features_event(event, valid))
+                    case Result():
+                        results.append(event)
+                        made = await _off_loop(convert.generation, event, valid, features=False)
+                        yield answer(picture=generation.PictureEvent(seed_index=event.job, generation=made))
+        yield answer(done=_done(valid, results, ready))
+
+
+class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
+    """`turbolens.v1.FeatureService`."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    async def ExtractFeatures(  # noqa: N802
+        self, request: features.ExtractFeaturesRequest, context: Context
+    ) -> features.ExtractFeaturesResponse:
+        ready = self._room.get()
+        valid = await _off_loop(validate_extract, request, ready.engine.info, self._room.limits)
+        results = await ready.scheduler.run(valid.jobs)
+        return features.ExtractFeaturesResponse(
+            request_id=current_request_id(),
+            extractions=[await _off_loop(convert.extraction, result, valid) for result in results],
+            provenance=convert.provenance(valid, ready.engine.info),
+            warnings=convert.warnings(results, ready.engine.info),
+        )
+
+    async def StreamFeatures(  # noqa: N802
+        self, request: features.StreamFeaturesRequest, context: Context
+    ) -> AsyncIterator[features.StreamFeaturesResponse]:
+        ready = self._room.get()
+        with _inside("request."):
+            valid = await _off_loop(validate_extract, request.request, ready.engine.info, self._room.limits)
+        answer = features.StreamFeaturesResponse
+        results: list[Result] = []
+        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs)) as events:
+            async for event in events:
+                match event:
+                    case Queued(position):
+                        yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
+                    case FeaturesReady():
+                        yield answer(features=_features_event(event, valid))
+                    case Result():
+                        results.append(event)
+                    case StepDone():
+                        pass
+        yield answer(done=_done(valid, results, ready))
+
+    async def ListFeatures(  # noqa: N802
+        self, request: features.ListFeaturesRequest, context: Context
+    ) -> features.ListFeaturesResponse:
+        return await _off_loop(self._room.get().catalog.list_features, request)
+
+    async def GetFeature(  # noqa: N802
+        self, request: features.GetFeatureRequest, context: Context
+    ) -> features.GetFeatureResponse:
+        return features.GetFeatureResponse(feature=self._room.get().catalog.get_feature(request.name))
+
+    async def SearchFeatures(  # noqa: N802
+        self, request: features.SearchFeaturesRequest, context: Context
+    ) -> features.SearchFeaturesResponse:
+        ready = self._room.get()
+        ready.catalog.check_search(request)
+        query = request.query.strip()
+        embedded = await ready.scheduler.call(lambda engine: engine.embed_text([query])[0])
+        return await _off_loop(ready.catalog.search, request, embedded)
+
+
+def _features_event(event: FeaturesReady, valid: ValidRequest) -> features.FeaturesEvent:
+    return features.FeaturesEvent(
+        seed_index=event.job,
+        seed=valid.jobs[event.job].seed,
+        features=convert.sparse_features(event.codes, _selection(valid)),
+    )
+
+
+def _done(valid: ValidRequest, results: list[Result], ready: Ready) -> features.DoneEvent:
+    info = ready.engine.info
+    return features.DoneEvent(provenance=convert.provenance(valid, info), warnings=convert.warnings(results, info))
+
+
+@contextlib.contextmanager
+def _inside(prefix: str) -> Iterator[None]:
+    """Field paths of a request inside another."""
+    try:
+        yield
+    except RpcError as error:
+        if not error.violations:
+            raise
+        raise invalid([Violation(prefix + v.field, v.description) for v in error.violations]) from None

@@ -1,0 +1,236 @@
+"""SAE bundles: a folder per SAE that SAELens loads as it is, with what we know of its features beside it.
+
+cfg.json                     SAELens' configuration; ours in `metadata`
+sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in];
+                             JumpReLU adds threshold [d_sae]
+feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
+features.parquet             labels, see `turbolens_server.catalog`                      (optional)
+provenance.json              recipe, data, measured quality                              (optional)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT_VERSION: Final = 1
+ARCHITECTURES: Final = ("topk", "jumprelu")
+
+
+class BundleError(ValueError):
+    """A folder that is no SAE bundle; the text names the file and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeWeights:
+    """The tensors of one SAE in SAELens' layout, float32."""
+
+    W_enc: Tensor  # [d_in, d_sae]
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_in]
+    b_dec: Tensor  # [d_in]
+    threshold: Tensor | None = None  # [d_sae], JumpReLU only
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without those that are absent."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStats:
+    """What was measured of every feature on the data that the SAE was trained on."""
+
+    mean: npt.NDArray[np.float32]
+    """[d_sae] mean activation over the positions where it is active; 0 where it never is."""
+    max: npt.NDArray[np.float32]
+    """[d_sae] largest activation."""
+    frequency: npt.NDArray[np.float32]
+    """[d_sae] share of positions where it is active."""
+    timesteps: npt.NDArray[np.int64]
+    """[T] timesteps at which the update's norm was measured, falling."""
+    update_rms: npt.NDArray[np.float32]
+    """[T] root mean square over positions of the update's norm at each of them."""
+
+    def norm_at(self, timestep: float) -> float:
+        """RMS norm of the update at the measured timestep nearest to `timestep`."""
+        return float(self.update_rms[np.abs(self.timesteps - timestep).argmin()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """One SAE with everything in its folder."""
+
+    name: str
+    """What requests call it; the hook point's name for a default SAE."""
+    hook_point: str
+    architecture: Literal["topk", "jumprelu"]
+    k: int | None
+    """Features active at a position, at most; None for JumpReLU."""
+    weights: SaeWeights
+    stats: FeatureStats | None
+    hash: str
+    """SHA-256 of the weights file."""
+    model_hash: str | None
+    """Hash of the U-Net it was trained on; None where the folder does not say."""
+    provenance: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.weights.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.weights.W_enc.shape[1]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_weights(weights: SaeWeights, where: str) -> None:
+    """Raise BundleError where shapes disagree or a value is not finite."""
+    d_in, d_sae = weights.W_enc.shape
+    expected = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
+    for name, tensor in weights.tensors().items():
+        if tuple(tensor.shape) != expected[name]:
+            raise BundleError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
+        if not torch.isfinite(tensor).all():
+            raise BundleError(f"{where}: {name} holds values that are not finite")
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    hook_point: str,
+    hook_module: str,
+    model_name: str,
+    model_hash: str,
+    architecture: Literal["topk", "jumprelu"],
+    k: int | None,
+    weights: SaeWeights,
+    stats: FeatureStats | None,
+    provenance: dict[str, Any],
+    name: str | None = None,
+) -> None:
+    """Write a bundle; `features.parquet` is the catalog's to add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    check_weights(weights, str(folder))
+    d_in, d_sae = weights.W_enc.shape
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": model_name,
+            "hook_name": f"unet.{hook_module}",
+            "turbolens": {
+                "format": FORMAT_VERSION,
+                "name": name or hook_point,
+                "hook_point": hook_point,
+                "model_hash": model_hash,
+            },
+        },
+    }
+    if architecture == "topk":
+        config |= {"k": k, "rescale_acts_by_decoder_norm": False}
+    (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, folder / "sae_weights.safetensors")
+    if stats is not None:
+        tensors = {f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+        save_file(tensors, folder / "feature_stats.safetensors")
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle.
+
+    Raises:
+        BundleError: a file is missing, malformed or disagrees with another.
+    """
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: {name} is missing")
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+        tensors = load_file(folder / "sae_weights.safetensors")
+    except Exception as error:  # json and safetensors raise many kinds for broken files
+        raise BundleError(f"{folder}: unreadable ({error})") from error
+    architecture = config.get("architecture")
+    if architecture not in ARCHITECTURES:
+        raise BundleError(f"{folder}: architecture {architecture!r}; served are {', '.join(ARCHITECTURES)}")
+    names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
+    if set(tensors) != names:
+        raise BundleError(f"{folder}: sae_weights.safetensors holds {sorted(tensors)}, expected {sorted(names)}")
+    for key, value in (("normalize_activations", "none"), ("rescale_acts_by_decoder_norm", False)):
+        if config.get(key, value) != value:
+            raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}; fold it into the weights first")
+    weights = SaeWeights(**{name: tensor.float() for name, tensor in tensors.items()})
+    if not config.get("apply_b_dec_to_input", True):
+        # x W + b = (x - b_dec) W + (b + b_dec W): one meaning of b_enc everywhere.
+        b_enc = (weights.b_enc.double() + weights.b_dec.double() @ weights.W_enc.double()).float()
+        weights = dataclasses.replace(weights, b_enc=b_enc)
+    check_weights(weights, str(folder))
+    k = config.get("k") if architecture == "topk" else None
+    if architecture == "topk" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
+        raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
+    metadata = config.get("metadata") or {}
+    ours = metadata.get("turbolens") or {}
+    hook_point = ours.get("hook_point") or str(metadata.get("hook_name", "")).removeprefix("unet.")
+    if not hook_point:
+        raise BundleError(f"{folder}: cfg.json does not say which hook point it was trained on (metadata.hook_name)")
+    provenance_file = folder / "provenance.json"
+    return Bundle(
+        name=ours.get("name") or hook_point,
+        hook_point=hook_point,
+        architecture=architecture,
+        k=k,
+        weights=weights,
+        stats=_load_stats(folder, weights.W_enc.shape[1]),
+        hash=hash_file(folder / "sae_weights.safetensors"),
+        model_hash=ours.get("model_hash"),
+        provenance=json.loads(provenance_file.read_text()) if provenance_file.exists() else {},
+        folder=folder,
+    )
+
+
+def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:
+    path = folder / "feature_stats.safetensors"
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        stats = FeatureStats(**{f.name: tensors[f.name].numpy() for f in dataclasses.fields(FeatureStats)})
+    except Exception as error:
+        raise BundleError(f"{path}: unreadable ({error})") from error
+    for name in ("mean", "max", "frequency"):
+        if getattr(stats, name).shape != (d_sae,):
+            raise BundleError(f"{path}: {name} has shape {getattr(stats, name).shape}, expected ({d_sae},)")
+    return stats

@@ -1,0 +1,118 @@
+"""Masks: a weight in [0, 1] for every point of the picture, averaged over each cell of a block's grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+FloatGrid = npt.NDArray[np.float32]
+
+_CELL_SAMPLES = 16
+"""Samples per cell and direction when a polygon is rasterised."""
+
+
+class Mask(Protocol):
+    """Anything that covers part of a picture."""
+
+    def on_grid(self, height: int, width: int) -> FloatGrid:
+        """Mean weight of each cell, [height, width] in [0, 1]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Box:
+    """An upright box in fractions of the picture, origin at the top left."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BoxMask:
+    """The union of boxes, exact to the cell's area."""
+
+    boxes: tuple[Box, ...]
+
+    def on_grid(self, height: int, width: int) -> FloatGrid:
+        # Cut the picture at every box edge and cell edge: each piece is wholly inside or outside the union.
+        xs = np.unique(
+            np.concatenate([np.linspace(0, 1, width + 1), [e for b in self.boxes for e in (b.left, b.right)]])
+        )
+        ys = np.unique(
+            np.concatenate([np.linspace(0, 1, height + 1), [e for b in self.boxes for e in (b.top, b.bottom)]])
+        )
+        mid_x, mid_y = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
+        inside = np.zeros((len(mid_y), len(mid_x)), bool)
+        for box in self.boxes:
+            rows = (mid_y > box.top) & (mid_y < box.bottom)
+            columns = (mid_x > box.left) & (mid_x < box.right)
+            inside |= rows[:, None] & columns[None]
+        area = inside * np.diff(ys)[:, None] * np.diff(xs)[None]
+        grid = np.zeros((height, width))
+        row_of = np.minimum((mid_y * height).astype(int), height - 1)
+        column_of = np.minimum((mid_x * width).astype(int), width - 1)
+        np.add.at(grid, (row_of[:, None], column_of[None]), area)
+        return np.clip(grid * (height * width), 0, 1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolygonMask:
+    """The union of polygons; points are (x, y) fractions of the picture."""
+
+    polygons: tuple[tuple[tuple[float, float], ...], ...]
+
+    def on_grid(self, height: int, width: int) -> FloatGrid:
+        rows, columns = height * _CELL_SAMPLES, width * _CELL_SAMPLES
+        raster = Image.new("L", (columns, rows))
+        draw = ImageDraw.Draw(raster)
+        for polygon in self.polygons:
+            # PIL fills pixel centers at whole coordinates, hence the half pixel.
+            draw.polygon([(x * columns - 0.5, y * rows - 0.5) for x, y in polygon], fill=255)
+        return PictureMask(np.asarray(raster, np.float32) / np.float32(255)).on_grid(height, width)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PictureMask:
+    """A grey picture of any size, stretched over the picture to make; values in [0, 1]."""
+
+    weights: FloatGrid  # [any, any]
+
+    def on_grid(self, height: int, width: int) -> FloatGrid:
+        return (
+            _area_average(height, self.weights.shape[0]) @ self.weights @ _area_average(width, self.weights.shape[1]).T
+        ).astype(np.float32)
+
+
+def _area_average(cells: int, samples: int) -> npt.NDArray[np.float64]:
+    """The matrix [cells, samples] that averages `samples` equal intervals over `cells` equal intervals."""
+    cell = np.arange(cells)[:, None] / cells
+    sample = np.arange(samples)[None] / samples
+    overlap = np.minimum(cell + 1 / cells, sample + 1 / samples) - np.maximum(cell, sample)
+    weights: npt.NDArray[np.float64] = np.clip(overlap, 0, None) * cells
+    return weights
+
+
+def read_png(data: bytes) -> PictureMask:
+    """A mask from the bytes of a grey PNG.
+
+    Raises:
+        ValueError: the bytes are no PNG, are broken, or hold more than 4096 x 4096 pixels; the text says which.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width > 4096 or image.height > 4096:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most 4096 x 4096 are allowed")
+            sixteen = image.mode.startswith("I")
+            grey = np.asarray(image if sixteen else image.convert("L"), np.float32)
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise ValueError(f"not a readable PNG ({error})") from error
+    return PictureMask(grey / np.float32(65535 if sixteen else 255))

@@ -1,0 +1,119 @@
+"""The gRPC server: put together, started, made ready, drained."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from turbolens_proto.v1 import (
+    feature_service_pb2,
+    feature_service_pb2_grpc,
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+
+from turbolens_server.catalog.catalog import Catalog
+from turbolens_server.config import ServerConfig
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.load import load_engine
+from turbolens_server.rpc.calls import CallInterceptor
+from turbolens_server.rpc.scheduler import Scheduler
+from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
+from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
+
+SERVICES: Final = (
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
+    generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+)
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Callers may keep quiet connections open with pings; a long call must not die of them.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def load_from(config: ServerConfig) -> Engine:
+    """The engine that a configuration asks for; raises LoadError."""
+    return load_engine(
+        model=config.model,
+        device=config.device,
+        dtype=config.dtype,
+        variant=config.variant,
+        vae=config.vae,
+        saes=config.sae or None,
+        force_sae=config.force_sae,
+        max_steps=config.max_steps,
+    )
+
+
+class Serving:
+    """One server: `start` it (alive), `make_ready` with an engine (ready), `stop` it (drained)."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._room = Room(RequestLimits(max_seeds=config.max_seeds))
+        self._health = health.HealthServicer()
+        self._server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._room), self._server)
+        feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._room), self._server)
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationServicer(self._room), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if config.reflection:
+            names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, address: str) -> int:
+        """Listen on `host:port` or `unix:path`; returns the port. Health says alive, and no service serves yet.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        port = self._server.add_insecure_port(address)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        return int(port)
+
+    async def make_ready(self, engine: Engine) -> None:
+        """Serve an engine."""
+        scheduler = Scheduler(engine, self._config.max_queue)
+        catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+        self._room.ready = Ready(engine, scheduler, catalog)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Say that nothing serves, refuse what is new, let what runs finish within the grace, and end."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace_s)
+        if self._room.ready is not None:
+            await asyncio.to_thread(self._room.ready.scheduler.close)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        # The empty name is the process: alive from the first moment, so that a loading pod is not killed.
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name in SERVICES:
+            await self._health.set(name, status)
+
+
+async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
+    """Load the engine off the loop and make the server ready with it."""
+    log = structlog.get_logger("turbolens")
+    start = asyncio.get_running_loop().time()
+    engine = await asyncio.to_thread(load_from, config)
+    await serving.make_ready(engine)
+    seconds = round(asyncio.get_running_loop().time() - start, 2)
+    info = engine.info
+    log.info("ready", model=info.model, saes=list(info.saes), device=info.device, dtype=info.dtype, load_s=seconds)

@@ -1,0 +1,162 @@
+"""The U-Net with its hook points in the open: one explicit walk over the modules of a `diffusers` U-Net.
+
+The walk calls the same modules in the same order as `UNet2DConditionModel.forward`, and hands the *update* of each
+tapped transformer block (what it adds to its input) to a function, whose answer is added instead. Nothing is
+registered on the modules and nothing is kept between calls, so requests cannot see each other, the walk can stop
+early, and a compiler or exporter sees plain code. Tests hold it to diffusers' own forward, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+from turbolens_server.engine.types import HookPoint
+
+DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
+"""The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
+
+Tap = Callable[[str, Tensor, tuple[int, int]], Tensor]
+"""(hook point, update [B, height * width, d_model], (height, width)) -> the update to add instead."""
+
+
+class UnsupportedUNet(ValueError):
+    """The U-Net has a part that this walk does not know; the text names it."""
+
+
+def attention_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, Transformer2DModel]]:
+    """Every transformer block in order of execution: (hook point, module path, module)."""
+    for i, block in enumerate(unet.down_blocks):
+        for j, attention in enumerate(getattr(block, "attentions", ())):
+            yield f"down.{i}.{j}", f"down_blocks.{i}.attentions.{j}", attention
+    for j, attention in enumerate(unet.mid_block.attentions):
+        yield f"mid.{j}", f"mid_block.attentions.{j}", attention
+    for i, block in enumerate(unet.up_blocks):
+        for j, attention in enumerate(getattr(block, "attentions", ())):
+            yield f"up.{i}.{j}", f"up_blocks.{i}.attentions.{j}", attention
+
+
+def find_hook_points(unet: UNet2DConditionModel, vae_downscale: int) -> dict[str, HookPoint]:
+    """Every block that can be tapped, by name."""
+    levels = len(unet.down_blocks)
+    found = {}
+    for name, module, attention in attention_blocks(unet):
+        kind, *rest = name.split(".")
+        halvings = {"down": int(rest[0]), "mid": levels - 1, "up": levels - 1 - int(rest[0])}[kind]
+        width = attention.config.num_attention_heads * attention.config.attention_head_dim
+        found[name] = HookPoint(name, module, attention.config.in_channels or width, vae_downscale * 2**halvings)
+    return found
+
+
+def check_supported(unet: UNet2DConditionModel) -> None:
+    """Raise UnsupportedUNet where the walk would not be the model's own forward."""
+    config = unet.config
+    problems = {
+        "addition_embed_type": config.addition_embed_type != "text_time",
+        "class_embed_type": config.class_embed_type is not None or config.num_class_embeds is not None,
+        "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
+        "center_input_sample": config.center_input_sample,
+        "time_embedding_act_fn": unet.time_embed_act is not None,
+        "mid_block_type": config.mid_block_type != "UNetMidBlock2DCrossAttn",
+        "down_block_types": not set(config.down_block_types) <= {"DownBlock2D", "CrossAttnDownBlock2D"},
+        "up_block_types": not set(config.up_block_types) <= {"UpBlock2D", "CrossAttnUpBlock2D"},
+    }
+    if wrong := [f"{name}={config[name]!r}" for name, bad in problems.items() if bad]:
+        raise UnsupportedUNet(f"not an SDXL-type U-Net: {', '.join(wrong)}")
+
+
+def tapped_forward(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    time_ids: Tensor,
+    *,
+    tap: Tap | None = None,
+    at: frozenset[str] = frozenset(),
+    stop_after: str | None = None,
+) -> Tensor | None:
+    """One pass of the U-Net.
+
+    Args:
+        unet: an SDXL-type U-Net, see :func:`check_supported`.
+        sample: scaled latents [B, C, h, w]; h and w divisible by 2 ** (levels - 1).
+        timestep: [] or [B].
+        text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
+        pooled: pooled text, [B, D].
+        time_ids: SDXL's size conditioning, [B, 6].
+        tap: called at every hook point in `at`.
+        at: names of hook points.
+        stop_after: end the pass after this hook point, where only updates are wanted.
+
+    Returns:
+        The prediction [B, C, h, w]; None where the pass was stopped.
+    """
+    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
+
+    def attend(name: str, attention: Transformer2DModel, hidden: Tensor) -> Tensor:
+        if name not in at or tap is None:
+            attended: Tensor = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
+            return attended
+        return _tapped_attention(name, attention, hidden, text, tap)
+
+    hidden = unet.conv_in(sample)
+    skips = [hidden]
+    for i, block in enumerate(unet.down_blocks):
+        attentions = getattr(block, "attentions", None)
+        for j, resnet in enumerate(block.resnets):
+            hidden = resnet(hidden, embedding)
+            if attentions is not None:
+                hidden = attend(f"down.{i}.{j}", attentions[j], hidden)
+                if stop_after == f"down.{i}.{j}":
+                    return None
+            skips.append(hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = downsampler(hidden)
+            skips.append(hidden)
+
+    hidden = unet.mid_block.resnets[0](hidden, embedding)
+    for j, (attention, resnet) in enumerate(zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True)):
+        hidden = attend(f"mid.{j}", attention, hidden)
+        if stop_after == f"mid.{j}":
+            return None
+        hidden = resnet(hidden, embedding)
+
+    for i, block in enumerate(unet.up_blocks):
+        attentions = getattr(block, "attentions", None)
+        for j, resnet in enumerate(block.resnets):
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), embedding)
+            if attentions is not None:
+                hidden = attend(f"up.{i}.{j}", attentions[j], hidden)
+                if stop_after == f"up.{i}.{j}":
+                    return None
+        for upsampler in block.upsamplers or ():
+            hidden = upsampler(hidden, None)
+
+    if unet.conv_norm_out is not None:
+        hidden = unet.conv_act(unet.conv_norm_out(hidden))
+    prediction: Tensor = unet.conv_out(hidden)
+    return prediction
+
+
+def _tapped_attention(name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: Tap) -> Tensor:
+    """`Transformer2DModel.forward` with the update, which is `proj_out`'s output, passed through `tap`."""
+    batch, _, height, width = hidden.shape
+    tokens, inner = attention._operate_on_continuous_inputs(hidden)
+    for block in attention.transformer_blocks:
+        tokens = block(tokens, encoder_hidden_states=text)
+    if attention.use_linear_projection:
+        update = attention.proj_out(tokens)
+    else:
+        grid = tokens.reshape(batch, height, width, inner).permute(0, 3, 1, 2).contiguous()
+        update = attention.proj_out(grid).flatten(2).transpose(1, 2)
+    update = tap(name, update, (height, width))
+    return update.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous() + hidden

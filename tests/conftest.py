@@ -1,0 +1,67 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The embedded model with its own SAEs."""
+    from turbolens_server.engine.load import load_engine
+
+    return load_engine()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SDXL-type folder that is not `mini`: epsilon prediction, EulerDiscrete, convolutional projections."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from turbolens_training.mini import model as parts
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(
+        {
+            **parts.build_unet().config,
+            "block_out_channels": (32, 32, 64),
+            "transformer_layers_per_block": (1, 1, 2),
+            "use_linear_projection": False,
+            "sample_size": 16,
+        }
+    )
+    first, second = parts.build_text_encoders()
+    pipeline = StableDiffusionXLPipeline(
+        vae=parts.build_vae(),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=parts.build_tokenizer(),
+        tokenizer_2=parts.build_tokenizer(pad_token="!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+        ),
+        add_watermarker=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_folder: Path):
+    """The random folder as an engine, without SAEs."""
+    from turbolens_server.engine.load import load_engine
+
+    return load_engine(model=str(tiny_folder))

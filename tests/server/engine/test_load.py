@@ -1,0 +1,175 @@
+"""What loads, and the one line that is said of what does not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from turbolens_server.engine.load import LoadError, embedded_saes, hash_unet, load_engine
+from turbolens_server.engine.types import Job
+from turbolens_server.sae.bundle import SaeWeights, save_bundle
+from turbolens_server.sae.reference import encode_dense
+
+
+def random_weights(d_in: int, d_sae: int = 48) -> SaeWeights:
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=-1)
+    return SaeWeights(W_dec.T.contiguous(), torch.zeros(d_sae), W_dec, torch.randn(d_in))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny_folder: Path) -> Path:
+    folder = tmp_path / "mid"
+    save_bundle(
+        folder, hook_point="mid.0", hook_module="mid_block.attentions.0", model_name="tiny",
+        model_hash=hash_unet(tiny_folder), architecture="topk", k=4, weights=random_weights(64), stats=None,
+        provenance={"note": "random"},
+    )  # fmt: skip
+    return folder
+
+
+def refused(**arguments) -> str:
+    with pytest.raises(LoadError) as caught:
+        load_engine(**arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_bundle_loads_on_its_own_model(bundle, tiny_folder):
+    engine = load_engine(model=str(tiny_folder), saes=[str(bundle)])
+    assert list(engine.info.saes) == ["mid.0"]
+    assert not engine.info.saes["mid.0"].forced
+    assert engine.info.saes["mid.0"].bundle.provenance == {"note": "random"}
+
+
+def test_a_bundle_of_another_model_is_refused_unless_forced(bundle, tiny_folder):
+    config = json.loads((bundle / "cfg.json").read_text())
+    config["metadata"]["turbolens"]["model_hash"] = "0" * 64
+    (bundle / "cfg.json").write_text(json.dumps(config))
+    assert "--force-sae" in refused(model=str(tiny_folder), saes=[str(bundle)])
+    assert load_engine(model=str(tiny_folder), saes=[str(bundle)], force_sae=True).info.saes["mid.0"].forced
+
+
+def write_reference(folder: Path, weights: SaeWeights, k: int = 4) -> Path:
+    """A folder as the paper's authors publish them, made by hand."""
+    final = folder / "unet.mid_block.attentions.0_k4_hidden48_auxk256_bs4096_lr0.0001" / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text(json.dumps({"n_dirs_local": 48, "d_model": 64, "k": k, "auxk": 256}))
+    state = {
+        "encoder.weight": weights.W_enc.T.contiguous(),
+        "decoder.weight": weights.W_dec.T.contiguous(),
+        "pre_bias": weights.b_dec,
+        "latent_bias": weights.b_enc,
+        "stats_last_nonzero": torch.zeros(48, dtype=torch.long),
+    }
+    torch.save({"state_dict": state}, final / "state_dict.pth")
+    torch.save(torch.linspace(0, 2, 48), final / "mean.pt")
+    return final
+
+
+def test_the_authors_folders_load_and_encode_by_their_formula(tmp_path, tiny_folder):
+    weights = random_weights(64)
+    write_reference(tmp_path, weights)
+    engine = load_engine(model=str(tiny_folder), saes=[str(tmp_path)])
+    info = engine.info.saes["mid.0"]
+    assert info.bundle.k == 4
+    assert np.allclose(info.bundle.stats.mean, np.linspace(0, 2, 48))
+    x = torch.randn(20, 64)
+    theirs = torch.nn.functional.linear(x - weights.b_dec, weights.W_enc.T) + weights.b_enc
+    values, indices = theirs.topk(4)
+    expected = torch.zeros(20, 48).scatter(-1, indices, values).relu()
+    assert torch.allclose(encode_dense(info.bundle, x), expected, atol=1e-5)
+    assert engine.run([Job("x", 0, 1, *engine.info.default_size, saes=("mid.0",))])[0].features
+
+
+class _Payload:
+    """What a hostile pickle would hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path, tiny_folder):
+    final = write_reference(tmp_path, random_weights(64))
+    trace = tmp_path / "ran"
+    (final / "state_dict.pth").write_bytes(pickle.dumps(_Payload(trace)))
+    assert "refused" in refused(model=str(tiny_folder), saes=[str(final)])
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("cfg.json", lambda p: p.unlink(), "cfg.json"),
+        ("cfg.json", lambda p: p.write_text("{"), "unreadable"),
+        ("cfg.json", lambda p: p.write_text(p.read_text().replace('"topk"', '"gated"')), "gated"),
+        ("cfg.json", lambda p: p.write_text(p.read_text().replace('"k": 4', '"k": 0')), "k=0"),
+        ("cfg.json", lambda p: p.write_text(p.read_text().replace("mid.0", "mid.9")), "mid.9"),
+        ("sae_weights.safetensors", lambda p: p.unlink(), "sae_weights.safetensors"),
+        ("sae_weights.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100]), "unreadable"),
+        ("sae_weights.safetensors", lambda p: rewrite(p, b_enc=torch.zeros(3)), "b_enc has shape"),
+        ("sae_weights.safetensors", lambda p: rewrite(p, b_dec=torch.full((64,), torch.nan)), "not finite"),
+        ("sae_weights.safetensors", lambda p: rewrite(p, more=torch.zeros(1)), "more"),
+        ("feature_stats.safetensors", lambda p: p.write_bytes(b"x"), "feature_stats"),
+    ],
+)
+def test_every_malformed_bundle_is_refused_in_one_line(file, change, says, bundle, tiny_folder):
+    change(bundle / file)
+    assert says in refused(model=str(tiny_folder), saes=[str(bundle)])
+
+
+def rewrite(path: Path, **tensors: torch.Tensor) -> None:
+    save_file({**load_file(path), **tensors}, path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": "/no/such/folder"}, "no such folder"),
+        ({"model": "./relative"}, "no such folder"),
+        ({"device": "tpu9"}, "--device"),
+        ({"device": "cuda"}, "sees no GPU"),
+        ({"dtype": "int4"}, "--dtype"),
+        ({"vae": "/no/such/vae"}, "--vae"),
+        ({"saes": ["/no/such/sae"]}, "--sae"),
+    ],
+)
+def test_what_cannot_be_served_says_why(arguments, says):
+    if arguments.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert says in refused(**arguments)
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hf download nobody/nothing" in refused(model="nobody/nothing")
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    assert "model_index.json" in refused(model=str(tmp_path))
+
+
+def test_two_saes_of_one_name_are_refused(bundle, tmp_path, tiny_folder):
+    shutil.copytree(bundle, tmp_path / "again")
+    assert "mid.0" in refused(model=str(tiny_folder), saes=[str(bundle), str(tmp_path / "again")])
+
+
+def test_the_wrong_width_is_refused(bundle, tiny_folder):
+    rewritten = random_weights(32)
+    save_file(rewritten.tensors(), bundle / "sae_weights.safetensors")
+    assert "32 dimensions" in refused(model=str(tiny_folder), saes=[str(bundle)])
+
+
+def test_the_embedded_saes_were_trained_on_the_embedded_model(engine):
+    assert len(list(embedded_saes().glob("*/cfg.json"))) == 4
+    assert [sae.forced for sae in engine.info.saes.values()] == [False] * 4
+    assert list(engine.info.saes) == [point.name for point in engine.info.hook_points]

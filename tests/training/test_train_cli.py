@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.types import Job
+from turbolens_training import cli
+from turbolens_training.catalog.parquet import read_labels
+
+
+def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
+    """The whole chain at its smallest; what comes out is served."""
+    saes, work = tmp_path / "saes", tmp_path / "work"
+    common = ["--model", str(tiny_folder), "--work", str(work), "--device", "cpu"]
+    small = "--d-sae 64 --k 4 --steps 12 --batch 64 --images 4 --reservoir 128 --held-out-chunks 3 --warm-up 2"
+    cli.main(["sae", *common, "--out", str(saes), *small.split(), "--one-step-share", "0.5"])
+    cli.main(["labels", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
+    dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
+    fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
+    cli.main(["dose", *dose, *fast, "--concepts", "color=blue", "background=night"])
+
+    engine = load_engine(model=str(tiny_folder), saes=[str(saes)])
+    assert list(engine.info.saes) == [point.name for point in engine.info.hook_points]
+    for name, info in engine.info.saes.items():
+        assert info.bundle.k == 4
+        assert info.bundle.model_hash == engine.info.model_hash
+        assert info.bundle.provenance["recipe"]["d_sae"] == 64
+        assert info.bundle.provenance["metrics"][0]["block"] == name
+        assert info.bundle.provenance["synonyms"]["plain"] == ["solid"]
+        assert str(tmp_path) not in json.dumps(info.bundle.provenance)
+        assert info.bundle.stats is not None
+        assert len(read_labels(saes / name)) == 64
+    (result,) = engine.run([Job("a star", 0, 1, *engine.info.default_size, saes=tuple(engine.info.saes))])
+    assert result is not None
+    assert all(codes.counts.max() <= 4 for codes in result.features)
+    assert {path.name for path in work.iterdir()} >= {"state.pt", "quality.md", "labels.json", "dose"}
+    rows = json.loads((work / "dose" / "dose.json").read_text())
+    assert {row["strength"] for row in rows} <= {0.0, 8.0}
+    assert {path.name for path in saes.iterdir()} == set(engine.info.saes)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("mini", "sae", "labels", "dose", "rebuild"))
+
+
+def test_a_bad_model_is_one_line() -> None:
+    with pytest.raises(SystemExit, match="turbolens train: "):
+        cli.main(["labels", "--model", "/nowhere", "--device", "cpu"])

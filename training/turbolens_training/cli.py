@@ -1,0 +1,93 @@
+"""`turbolens train`: the embedded model and everything that is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from turbolens_training.catalog.config import LabelsConfig
+from turbolens_training.evaluation.config import DoseConfig
+from turbolens_training.mini.config import MiniConfig
+from turbolens_training.sae.config import SaeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RebuildConfig:
+    """Make everything that depends on the model anew, in order: SAEs, their labels, the dose table."""
+
+    model: str = "mini"
+    """Model to start from: `mini`, or a `diffusers` folder."""
+    saes: Path = Path("server/turbolens_server/models/mini-saes")
+    """Folder that the bundles are written to."""
+    work: Path = Path("runs")
+    """Folder of checkpoints and reports."""
+    seed: int = 0
+    """Seed of everything."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    steps: int = SaeConfig.steps
+    """Training steps of the SAEs."""
+    images: int = LabelsConfig.images
+    """Pictures to label from."""
+    scenes: int = DoseConfig.scenes
+    """Scenes for each curve of the dose table."""
+
+
+Command = (
+    Annotated[MiniConfig, tyro.conf.subcommand("mini")]
+    | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
+    | Annotated[LabelsConfig, tyro.conf.subcommand("labels")]
+    | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
+    | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
+)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `turbolens train`."""
+    command: Command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
+    # What runs is imported here: a command's help must not wait for torch.
+    from turbolens_server.engine.load import LoadError
+
+    try:
+        run(command)
+    except (LoadError, ValueError) as error:
+        sys.exit(f"turbolens train: {error}")
+
+
+def run(command: Command) -> None:
+    """Run one command."""
+    match command:
+        case MiniConfig():
+            from turbolens_training.mini import cli as mini
+
+            mini.run(command)
+        case SaeConfig():
+            from turbolens_training.sae.run import train_saes
+
+            train_saes(command)
+        case LabelsConfig():
+            from turbolens_training.catalog.labels import write_all_labels
+
+            write_all_labels(command)
+        case DoseConfig():
+            from turbolens_training.evaluation.dose import measure_dose
+
+            measure_dose(command)
+        case RebuildConfig():
+            rebuild(command)
+
+
+def rebuild(config: RebuildConfig) -> None:
+    """SAEs, labels, dose table; checkpoints go by the model's hash, so that a new model never takes up an old run."""
+    from turbolens_server.engine.load import load_engine
+
+    model_hash = load_engine(model=config.model, device=config.device, saes=[]).info.model_hash
+    work = config.work / f"rebuild-{model_hash[:12]}"
+    model, seed, device, saes = config.model, config.seed, config.device, config.saes
+    run(SaeConfig(model=model, out=saes, work=work, seed=seed, device=device, steps=config.steps))
+    run(LabelsConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
+    run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))

@@ -1,0 +1,281 @@
+"""Dose and response: does steering by a concept's features move that attribute, more with strength, and it alone?
+
+The judge is the counterfactual test: the scene rendered with the wanted value and with its own, same jitter; a
+picture has moved when it is nearer to the first. Everything is chosen by measurement: candidates by their labels,
+among them the best on scenes of their own, and then the curve on scenes that took no part in the choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from turbolens_server.engine.engine import Engine, SaeInfo
+from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.types import Edit, Job, WeightedFeature
+
+from turbolens_training.catalog.parquet import read_labels
+from turbolens_training.evaluation.config import DoseConfig
+from turbolens_training.evaluation.plots import contact_strip, plot_curves
+from turbolens_training.evaluation.report import write_table
+from turbolens_training.mini.captions import describe
+from turbolens_training.mini.evaluate import score_attributes
+from turbolens_training.mini.model import SCALING_FACTOR
+from turbolens_training.mini.render import render
+from turbolens_training.mini.scenes import (
+    BACKGROUND,
+    BACKGROUNDS,
+    COUNT,
+    LAYOUT,
+    PLACES,
+    STYLE,
+    STYLES,
+    THING_FIELDS,
+    decode_scenes,
+    jitter_from_noise,
+    sample_codes,
+    thing_column,
+)
+
+GROUP: Final = 5
+"""Features of a group."""
+_POOL: Final = 4096
+"""Random scenes among which those fit for a concept are found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """An attribute at one of its values."""
+
+    attribute: str
+    value: str
+    column: int
+    """Of the scene's codes; of the first thing."""
+    code: int
+
+    @classmethod
+    def all(cls) -> Iterator[Concept]:
+        """Every concept of the world, attribute by attribute."""
+        fields: list[tuple[str, int, tuple[str, ...]]] = [
+            (name, thing_column(0, name), values) for name, values in THING_FIELDS
+        ]
+        fields += [("background", BACKGROUND, BACKGROUNDS), ("style", STYLE, STYLES), ("position", LAYOUT, PLACES)]
+        for attribute, column, values in fields:
+            for code, value in enumerate(values):
+                yield cls(attribute, value, column, code)
+
+    def __str__(self) -> str:
+        return f"{self.attribute}={self.value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """Features to add together; the weights keep a group's push about as long as that of one feature."""
+
+    block: str
+    features: tuple[int, ...]
+
+    def edit(self, strength: float) -> Edit:
+        weight = len(self.features) ** -0.5  # decoder rows of different features are nearly orthogonal
+        features = tuple(WeightedFeature(self.block, index, weight) for index in self.features)
+        return Edit("add", features, strength)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What became of the scenes."""
+
+    moved: float
+    """Share of pictures nearer to the wanted value than to their own."""
+    margin: float
+    """Mean of (error to own - error to wanted) / distance between the two: -1 is the own picture, 1 the wanted."""
+    others: float
+    """Share of the other attributes that are still right, mean over attributes."""
+
+    @property
+    def score(self) -> float:
+        """Moved, and nothing broken."""
+        return self.moved * self.others
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """Held-out scenes of one thing whose value of a concept is another."""
+
+    codes: Tensor  # [N, CODE_DIM]
+    prompts: list[str]
+    seeds: list[int]
+    noise: Tensor  # [N, 4, h, w], what the seeds give
+
+
+def draw_scenes(engine: Engine, concept: Concept, n: int, key: str) -> Scenes:
+    """Scenes for a concept; `key` names the draw."""
+    rng = random.Random(f"{key}/{concept}")
+    pool = sample_codes(_POOL, torch.Generator().manual_seed(rng.getrandbits(62)))
+    fit = (pool[:, COUNT] == 1) & (pool[:, concept.column] != concept.code)
+    codes = pool[fit][:n]
+    prompts = [describe(scene, rng, complete=True) for scene in decode_scenes(codes)]
+    seeds = [rng.getrandbits(31) for _ in prompts]
+    height, width = (edge // engine.components.vae_downscale for edge in engine.info.default_size)
+    channels = engine.components.unet.config.in_channels
+    # As the engine draws it: one generator for each picture.
+    noise = [torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return Scenes(codes, prompts, seeds, torch.cat(noise))
+
+
+def generate(engine: Engine, scenes: Scenes, edit: Edit | None, batch: int) -> Tensor:
+    """One-step pictures [N, 3, h, w] in [-1, 1], at the latent's resolution: its channels are RGB by construction."""
+    height, width = engine.info.default_size
+    edits = (edit,) if edit else ()
+    jobs = [
+        Job(p, s, 1, height, width, edits, picture=False) for p, s in zip(scenes.prompts, scenes.seeds, strict=True)
+    ]
+    results = [r for i in range(0, len(jobs), batch) for r in engine.run(jobs[i : i + batch]) if r is not None]
+    latents = torch.stack([torch.from_numpy(result.latents) for result in results])
+    return (latents[:, :3] / SCALING_FACTOR).clamp(-1, 1)
+
+
+def judge(scenes: Scenes, concept: Concept, pictures: Tensor) -> Effect:
+    """The counterfactual test of steered pictures [N, 3, h, w]."""
+    jitter, size = jitter_from_noise(scenes.noise), pictures.shape[-1]
+    wanted_codes = scenes.codes.clone()
+    wanted_codes[:, concept.column] = concept.code
+    own, wanted = (render(codes, jitter, size)[0] for codes in (scenes.codes, wanted_codes))
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().mean((1, 2, 3))
+
+    gain = distance(pictures, own) - distance(pictures, wanted)
+    moved = gain > 0
+    margin = gain / distance(own, wanted).clamp(min=1e-6)
+    # The other attributes are judged beside whichever of the two values the picture shows.
+    shown = torch.where(moved[:, None], wanted_codes, scenes.codes)
+    scores = score_attributes(shown, scenes.noise, pictures)
+    others = [score.right for name, score in scores.items() if name != concept.attribute and score.count]
+    return Effect(moved.float().mean().item(), margin.mean().item(), sum(others) / len(others))
+
+
+def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
+    """The label rows of an SAE's features, each with its `sureness`, in [0, 1): one half at the median frequency.
+
+    A feature that is hardly ever active can be perfectly selective and still move little.
+    """
+    if info.bundle.stats is None:
+        raise ValueError(f"{info.name} has no statistics")
+    frequency = info.bundle.stats.frequency
+    usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
+    return [{**row, "sureness": float(f / (f + usual))} for row, f in zip(read_labels(folder), frequency, strict=True)]
+
+
+def labelled_features(rows: list[dict[str, Any]], concept: Concept, n: int) -> list[int]:
+    """The features labelled with this concept, by score times sureness, best first."""
+    best: dict[int, float] = {}
+    for row in rows:
+        for label in row["labels"]:
+            if (label["attribute"], label["value"]) == (concept.attribute, concept.value):
+                best[row["index"]] = max(label["score"] * row["sureness"], best.get(row["index"], 0.0))
+    return sorted(best, key=lambda index: -best[index])[:n]
+
+
+def candidates(labels: dict[str, list[dict[str, Any]]], concept: Concept, singles: int) -> list[Steering]:
+    """What is tried for a concept: in each block the best-labelled features alone, and the best few together."""
+    found = []
+    for block, rows in labels.items():
+        best = labelled_features(rows, concept, max(singles, GROUP))
+        found += [Steering(block, (index,)) for index in best[:singles]]
+        if len(best) > 1:
+            found.append(Steering(block, tuple(best[:GROUP])))
+    return found
+
+
+def _row(concept: Concept, steering: Steering, strength: float, effect: Effect) -> dict[str, object]:
+    return {
+        "attribute": concept.attribute,
+        "value": concept.value,
+        "block": steering.block,
+        "features": " ".join(map(str, steering.features)),
+        "strength": strength,
+        "moved": round(effect.moved, 3),
+        "margin": round(effect.margin, 3),
+        "others_right": round(effect.others, 3),
+    }
+
+
+def choose(
+    engine: Engine, labels: dict[str, list[dict[str, Any]]], concept: Concept, config: DoseConfig
+) -> list[tuple[Steering, Effect]]:
+    """Every candidate with its effect on the scenes of the choice, best first."""
+    scenes = draw_scenes(engine, concept, config.choice_scenes, f"{config.seed}/choice")
+    tried = []
+    for steering in candidates(labels, concept, config.singles):
+        drawn = generate(engine, scenes, steering.edit(config.choice_strength), config.batch)
+        tried.append((steering, judge(scenes, concept, drawn)))
+    return sorted(tried, key=lambda pair: -pair[1].score)
+
+
+def block_table(trials: list[tuple[Concept, Steering, Effect]]) -> list[dict[str, object]]:
+    """Which block carries which attribute: each block's best effect on a value, mean over the attribute's values."""
+    best: dict[str, dict[str, dict[str, float]]] = {}
+    for concept, steering, effect in trials:
+        values = best.setdefault(concept.attribute, {}).setdefault(steering.block, {})
+        values[concept.value] = max(effect.score, values.get(concept.value, 0.0))
+    rows: list[dict[str, object]] = []
+    for attribute, blocks in best.items():
+        tried = {value for values in blocks.values() for value in values}  # a block without a candidate moves nothing
+        means = {block: round(sum(values.values()) / len(tried), 3) for block, values in blocks.items()}
+        rows.append({"attribute": attribute, **means, "best": max(means, key=lambda block: means[block])})
+    return rows
+
+
+def measure_dose(config: DoseConfig) -> None:
+    """Choose features for every concept, draw the dose-response curves, write tables and pictures."""
+    sources = [str(config.saes)]
+    engine = load_engine(model=config.model, device=config.device, saes=sources)
+    labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
+    concepts = [c for c in Concept.all() if not config.concepts or str(c) in config.concepts]
+    if unknown := set(config.concepts) - {str(concept) for concept in concepts}:
+        raise ValueError(
+            f"no such concept: {', '.join(sorted(unknown))}; there are {', '.join(map(str, Concept.all()))}"
+        )
+    trials, curves, chosen = [], [], []
+    for concept in tqdm(concepts, desc="dose", unit="concept"):
+        tried = choose(engine, labels, concept, config)
+        trials += [(concept, steering, effect) for steering, effect in tried]
+        single = next((s for s, _ in tried if len(s.features) == 1), None)
+        group = next((s for s, _ in tried if len(s.features) > 1), None)
+        scenes = draw_scenes(engine, concept, config.scenes, f"{config.seed}/curve")
+        for steering in filter(None, (single, group)):
+            effects = {}
+            for strength in config.strengths:
+                drawn = generate(engine, scenes, steering.edit(strength), config.batch)
+                effects[strength] = judge(scenes, concept, drawn)
+                curves.append(_row(concept, steering, strength, effects[strength]))
+            chosen.append((max(effect.score for effect in effects.values()), concept, steering))
+    write_table(config.out / "dose", curves)
+    write_table(config.out / "blocks", block_table(trials))
+    plot_curves(config.out / "dose.png", curves)
+    if chosen:
+        best: dict[str, tuple[float, Concept, Steering]] = {}
+        for entry in chosen:
+            attribute = entry[1].attribute
+            if attribute not in best or entry[0] > best[attribute][0]:
+                best[attribute] = entry
+        strips = []
+        height, width = engine.info.default_size
+        for _, concept, steering in best.values():
+            scene = draw_scenes(engine, concept, 1, f"{config.seed}/curve")
+            jobs = [
+                Job(scene.prompts[0], scene.seeds[0], 1, height, width, (steering.edit(strength),))
+                for strength in config.strengths
+            ]
+            pictures = [result.picture for result in engine.run(jobs) if result and result.picture is not None]
+            name = "+".join(map(str, steering.features))
+            strips.append((f"{concept}\n{steering.block}/{name}", scene.prompts[0], pictures))
+        contact_strip(config.out / "strips.png", strips, config.strengths)

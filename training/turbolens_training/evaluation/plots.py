@@ -1,0 +1,65 @@
+"""The dose table as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+
+mpl.use("Agg")  # no display
+from matplotlib import pyplot as plt
+
+
+def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Share moved, and share of other attributes right (dashed), by strength: a panel for each attribute.
+
+    Where one feature and a group were measured, the group is drawn thin.
+    """
+    attributes = list(dict.fromkeys(row["attribute"] for row in rows))
+    figure, axes = plt.subplots(1, max(1, len(attributes)), figsize=(3.2 * max(1, len(attributes)), 3.2), squeeze=False)
+    for axis, attribute in zip(axes[0], attributes, strict=False):
+        curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["attribute"] == attribute:
+                curves.setdefault((row["value"], row["features"]), []).append(row)
+        values = list(dict.fromkeys(value for value, _ in curves))
+        for (value, features), points in curves.items():
+            strengths = [point["strength"] for point in points]
+            color, single = f"C{values.index(value)}", " " not in features
+            label = value if single else None
+            axis.plot(strengths, [p["moved"] for p in points], color=color, lw=1.8 if single else 0.7, label=label)
+            axis.plot(strengths, [p["others_right"] for p in points], color=color, lw=0.6, ls="--")
+        axis.set(title=attribute, xlabel="strength (mean activations)", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=6)
+    axes[0][0].set_ylabel("share")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def contact_strip(
+    path: Path, strips: Sequence[tuple[str, str, Sequence[npt.NDArray[np.uint8]]]], strengths: Sequence[float]
+) -> None:
+    """Rows of pictures, each (name, prompt, a picture [height, width, 3] for every strength)."""
+    figure, axes = plt.subplots(
+        len(strips), len(strengths), figsize=(1.5 * len(strengths), 1.75 * len(strips)), squeeze=False
+    )
+    for row, (name, prompt, pictures) in zip(axes, strips, strict=True):
+        for axis, picture, strength in zip(row, pictures, strengths, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"{strength:+g}", fontsize=7)
+        row[0].set_ylabel(name, fontsize=6)
+        row[0].text(0, 1.25, prompt, transform=row[0].transAxes, fontsize=6)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

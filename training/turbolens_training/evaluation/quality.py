@@ -1,0 +1,142 @@
+"""How well SAEs reconstruct what they never saw, and what their features do: sums in float64, one pass over the data.
+
+Explained variance has one definition here: 1 - SSE / SST over all tokens of a split, with SST about their mean.
+Not a mean of ratios of batches, and not about zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from turbolens_server.sae.bundle import FeatureStats
+from turbolens_server.sae.sae import Codes, Sae
+
+from turbolens_training.activations.stream import Chunk
+from turbolens_training.sae.topk import gather_decode
+
+
+@dataclasses.dataclass
+class VarianceSums:
+    """Sums over tokens, enough for explained variance and the norm of updates."""
+
+    count: int = 0
+    total: Tensor | None = None
+    """[d_model] float64, sum of tokens."""
+    squares: float = 0.0
+    error: float = 0.0
+    """Sum of squared errors."""
+
+    def add(self, x: Tensor, reconstruction: Tensor) -> None:
+        """Take in tokens [N, d_model] and what became of them."""
+        exact = x.double()
+        self.count += len(x)
+        self.total = exact.sum(0) + (0 if self.total is None else self.total)
+        self.squares += exact.square().sum().item()
+        self.error += (exact - reconstruction.double()).square().sum().item()
+
+    @property
+    def explained(self) -> float:
+        """Explained variance: 1 - SSE / SST."""
+        if self.total is None:
+            return float("nan")
+        spread = self.squares - self.total.square().sum().item() / self.count
+        return 1 - self.error / spread if spread > 0 else float("nan")
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the tokens' norms."""
+        return float((self.squares / self.count) ** 0.5)
+
+    def __add__(self, other: VarianceSums) -> VarianceSums:
+        totals = [sums.total for sums in (self, other) if sums.total is not None]
+        return VarianceSums(
+            self.count + other.count,
+            torch.stack(totals).sum(0) if totals else None,
+            self.squares + other.squares,
+            self.error + other.error,
+        )
+
+
+class SaeMeasurement:
+    """What one SAE does on a split, collected batch by batch."""
+
+    def __init__(self, d_sae: int, k: int) -> None:
+        self.variance: dict[int, VarianceSums] = {}
+        """By timestep."""
+        self.l0: dict[int, Tensor] = {}
+        """By timestep: positions with 0, 1, ... k active features, [k + 1] int64."""
+        self.active = torch.zeros(d_sae, dtype=torch.int64)
+        """Positions at which each feature is active."""
+        self._k = k
+        self._sum = torch.zeros(d_sae, dtype=torch.float64)
+        self._max = torch.zeros(d_sae)
+
+    def add(self, timestep: int, x: Tensor, codes: Codes, reconstruction: Tensor) -> None:
+        """Take in the updates x [N, d_model] of one timestep, their codes and their reconstruction."""
+        self.variance.setdefault(timestep, VarianceSums()).add(x, reconstruction)
+        values, indices = codes.values.cpu(), codes.indices.cpu()  # [N, K]
+        active = values > 0
+        counts = torch.bincount(active.sum(1), minlength=self._k + 1)
+        self.l0[timestep] = self.l0.get(timestep, torch.zeros_like(counts)) + counts
+        features, strengths = indices[active], values[active]
+        self.active += torch.bincount(features, minlength=len(self.active))
+        self._sum.index_add_(0, features, strengths.double())
+        self._max.scatter_reduce_(0, features, strengths, "amax")
+
+    @property
+    def positions(self) -> int:
+        return sum(sums.count for sums in self.variance.values())
+
+    def stats(self) -> FeatureStats:
+        """The statistics that a bundle carries."""
+        timesteps = sorted(self.variance, reverse=True)
+        return FeatureStats(
+            mean=(self._sum / self.active.clamp(min=1)).float().numpy(),
+            max=self._max.numpy(),
+            frequency=(self.active.double() / self.positions).float().numpy(),
+            timesteps=np.array(timesteps, np.int64),
+            update_rms=np.array([self.variance[t].rms for t in timesteps], np.float32),
+        )
+
+    def rows(self, block: str, dead: float) -> list[dict[str, str | float]]:
+        """The quality table's rows of this block: all timesteps together, then each."""
+        splits: list[tuple[str, list[int]]] = [("all", sorted(self.variance, reverse=True))]
+        splits += [(str(t), [t]) for t in splits[0][1]]
+        rows: list[dict[str, str | float]] = []
+        for name, timesteps in splits:
+            variance = sum((self.variance[t] for t in timesteps), VarianceSums())
+            counts = torch.stack([self.l0[t] for t in timesteps]).sum(0)
+            share = counts.cumsum(0) / counts.sum()
+            row: dict[str, str | float] = {"block": block, "timestep": name}
+            row["explained_variance"] = round(variance.explained, 4)
+            row["l0_mean"] = round((counts * torch.arange(len(counts))).sum().item() / counts.sum().item(), 3)
+            row["l0_p99"] = int((share >= 0.99).int().argmax())
+            if name == "all":
+                row["dead"] = round(dead, 4)
+            rows.append(row)
+        return rows
+
+
+@torch.inference_mode()
+def measure(saes: Mapping[str, Sae], chunks: Iterable[Chunk]) -> dict[str, SaeMeasurement]:
+    """Run served SAEs, by hook point, over chunks of held-out data.
+
+    Raises:
+        AssertionError: a TopK SAE has more than k features active, so it was not loaded as one.
+    """
+    found = {name: SaeMeasurement(sae.W_dec.shape[0], sae.bundle.k or sae.W_dec.shape[0]) for name, sae in saes.items()}
+    for chunk in chunks:
+        for name, sae in saes.items():
+            for timestep, updates in zip(chunk.updates.timesteps, chunk.updates.by_block[name], strict=True):
+                x = updates.flatten(0, 1)
+                codes = sae.encode(x)
+                if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
+                    raise AssertionError(f"{name}: more than k={sae.bundle.k} features are active")
+                reconstruction = gather_decode(codes.values, codes.indices, sae.W_dec)
+                reconstruction = reconstruction + sae.bundle.weights.b_dec.to(x.device)
+                found[name].add(timestep, x, codes, reconstruction)
+    return found

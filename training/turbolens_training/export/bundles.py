@@ -1,0 +1,61 @@
+"""Trained SAEs to bundles that the server loads, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from turbolens_server.engine.engine import Engine, EngineInfo
+from turbolens_server.engine.load import versions
+from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
+from turbolens_server.sae.sae import Sae
+
+from turbolens_training.mini.captions import SYNONYMS
+from turbolens_training.sae.trainer import SaeRun
+
+
+def synonyms() -> dict[str, list[str]]:
+    """The other words for each value of a scene, for search."""
+    return {value: sorted({*words} - {value, ""}) for value, words in SYNONYMS.items()}
+
+
+def write_bundles(
+    folder: Path,
+    info: EngineInfo,
+    run: SaeRun,
+    *,
+    stats: Mapping[str, FeatureStats] | None = None,
+    quality: Sequence[Mapping[str, object]] = (),
+) -> None:
+    """Write one bundle for each hook point of a run into `folder`, by the hook point's name."""
+    recipe = dataclasses.asdict(run.config)
+    for local in ("out", "work", "model", "device", "checkpoint_steps"):  # of the machine, not of the result
+        del recipe[local]
+    for point in info.hook_points:
+        provenance: dict[str, Any] = {
+            "recipe": recipe,
+            "data": {"kind": "captioned procedural scenes", "seed": run.config.seed, "steps": run.step},
+            "metrics": [row for row in quality if row["block"] == point.name],
+            "versions": versions(),
+            "synonyms": synonyms(),
+        }
+        save_bundle(
+            folder / point.name,
+            hook_point=point.name,
+            hook_module=point.module,
+            model_name=Path(info.model).name,
+            model_hash=info.model_hash,
+            architecture="topk",
+            k=run.config.k,
+            weights=run.trainers[point.name].folded(),
+            stats=None if stats is None else stats[point.name],
+            provenance=provenance,
+        )
+
+
+def read_saes(folder: Path, engine: Engine, device: torch.device) -> dict[str, Sae]:
+    """The bundles in `folder` of an engine's hook points, ready to run, by hook point."""
+    return {point.name: Sae(load_bundle(folder / point.name), device) for point in engine.info.hook_points}

@@ -1,0 +1,29 @@
+"""`turbolens train mini`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from turbolens_server.engine.load import embedded_model, load_engine
+
+from turbolens_training.mini.config import MiniConfig
+from turbolens_training.mini.report import to_markdown, write_report
+from turbolens_training.mini.train import train_mini
+
+REPORT = Path("docs/mini")
+"""Where the report on the shipped model lives in the repository."""
+
+
+def run(config: MiniConfig) -> None:
+    """Train, or measure what ships."""
+    if config.report:
+        report = write_report(load_engine(saes=[]), REPORT)
+        print(to_markdown(report))
+        return
+    folder = train_mini(config)
+    print(f"The model is in {folder}")
+    if config.ship:
+        shutil.rmtree(embedded_model(), ignore_errors=True)
+        shutil.copytree(folder, embedded_model())
+        print(f"and in {embedded_model()}; run `turbolens train rebuild` for what depends on it")
