@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop lint protos rebuild bench clean
+.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -61,6 +61,9 @@ lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(VENV)/bin/buf breaking --against proto/baseline.binpb
 	@$(PY) tools/protos.py --check
 	@$(PY) tools/unasync.py --check
+
+unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
+	@$(PY) tools/unasync.py
 
 protos: $(STAMP)dev      ## Regenerate the Python stubs
 	@$(PY) tools/protos.py

@@ -29,6 +29,7 @@ def engine():
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random SDXL-type folder that is not `mini`: epsilon prediction, EulerDiscrete, convolutional projections."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
     from turbolens_training.mini import model as parts
 
     torch.manual_seed(0)
@@ -65,3 +66,21 @@ def tiny_engine(tiny_folder: Path):
     from turbolens_server.engine.load import load_engine
 
     return load_engine(model=str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A real server on the embedded model, over a real socket."""
+    from turbolens_server.embedded import start
+
+    with start(max_queue=4) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def lens(server):
+    """A client of it."""
+    import turbolens as tl
+
+    with tl.connect(server.target) as connected:
+        yield connected

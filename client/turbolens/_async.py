@@ -5,9 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack, overload
 
 import grpc
+
+from turbolens._channel import TLS, async_channel
+from turbolens._edits import Edit, FeatureLike, to_ref
+from turbolens._embedded import EmbeddedServer, start_embedded
+from turbolens._errors import TurboLensError, from_rpc_error
+from turbolens._features import Feature, Match, Table
+from turbolens._requests import (
+    ExtractOptions,
+    GenerateOptions,
+    ImageFormat,
+    Selection,
+    extract_request,
+    generate_request,
+    one_or_many,
+)
+from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens_proto.v1 import (
     feature_service_pb2,
     feature_service_pb2_grpc,
@@ -16,14 +32,6 @@ from turbolens_proto.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-
-from turbolens._channel import TLS, async_channel
-from turbolens._edits import Edit, FeatureLike, to_ref
-from turbolens._embedded import EmbeddedServer, start_embedded
-from turbolens._errors import from_rpc_error
-from turbolens._features import Feature, Match, Table
-from turbolens._requests import ImageFormat, Selection, extract_request, generate_request, one_or_many
-from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 
 
 class AsyncLens:
@@ -48,6 +56,14 @@ class AsyncLens:
             answer = await self._call(self._models.GetModel, model_service_pb2.GetModelRequest(), None)
             self._model = answer.model
         return self._model
+
+    @overload
+    async def generate(
+        self, prompt: str, *, seed: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> Picture: ...
+
+    @overload
+    async def generate(self, prompt: str, *, seeds: Sequence[int], **options: Unpack[GenerateOptions]) -> Pictures: ...
 
     async def generate(
         self,
@@ -100,6 +116,16 @@ class AsyncLens:
         made = [Picture(g, prompt, answer.provenance, warnings, labels) for g in answer.generations]
         return Pictures(made) if seeds is not None else made[0]
 
+    @overload
+    async def extract(
+        self, prompt: str, *, seed: int | None = None, **options: Unpack[ExtractOptions]
+    ) -> Extraction: ...
+
+    @overload
+    async def extract(
+        self, prompt: str, *, seeds: Sequence[int], **options: Unpack[ExtractOptions]
+    ) -> list[Extraction]: ...
+
     async def extract(
         self,
         prompt: str,
@@ -115,6 +141,8 @@ class AsyncLens:
         request_id: str = "",
     ) -> Any:
         """The features of a run, without its picture; arguments as for :meth:`generate`, `saes` by name.
+
+        The first time that features of an SAE come back, its labels are fetched too, and kept for the connection.
 
         Returns:
             An :class:`Extraction`; a list of them, in order, where `seeds` was given.
@@ -205,9 +233,13 @@ class AsyncLens:
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
-    async def get_feature(self, feature: FeatureLike) -> Feature:
-        """What is known of one feature: `get_feature("up.0.1/412")`."""
-        ref = to_ref(feature)
+    async def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
+        """What is known of one feature: `get_feature("up.0.1", 412)`, or a feature in any of its forms.
+
+        Raises:
+            NotFound: there is no such SAE or feature.
+        """
+        ref = to_ref(feature if index is None else (str(feature), index))
         request = feature_service_pb2.GetFeatureRequest(name=f"saes/{ref.sae}/features/{ref.index}")
         answer = await self._call(self._features.GetFeature, request, None)
         return Feature.from_proto(answer.feature)
@@ -275,12 +307,19 @@ class AsyncLens:
         return [sae.name for sae in (await self.model()).saes] if features is True else features
 
     async def _labels_of(self, saes: Any) -> dict[str, dict[int, str]]:
-        """Labels of SAEs, fetched once for each and kept."""
+        """Labels of SAEs, fetched once for each and kept.
+
+        Features without their labels are worth more than none: where labels cannot be had, those are empty, and the
+        next call asks again.
+        """
         for sae in dict.fromkeys(saes):
             if sae not in self._labels:
                 found = {}
-                async for known in self.list_features(sae, filter='label != ""'):
-                    found[known.ref.index] = known.label
+                try:
+                    async for known in self.list_features(sae, filter='label != ""'):
+                        found[known.ref.index] = known.label
+                except TurboLensError:
+                    continue
                 self._labels[sae] = found
         return self._labels
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from turbolens_proto.v1 import steering_pb2
 
 Unit = Literal["mean", "raw", "norm"]
 _UNITS: Final = {"mean": steering_pb2.UNIT_MEAN, "raw": steering_pb2.UNIT_RAW, "norm": steering_pb2.UNIT_NORM}
+# An unspecified unit is the mean, says the contract.
+_UNIT_NAMES: Final[dict[int, Unit]] = {
+    steering_pb2.UNIT_UNSPECIFIED: "mean",
+    steering_pb2.UNIT_MEAN: "mean",
+    steering_pb2.UNIT_RAW: "raw",
+    steering_pb2.UNIT_NORM: "norm",
+}
+_AMOUNTS: Final = {"add": "strength", "scale": "factor", "set": "value", "replace": "strength"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,10 +78,12 @@ def to_ref(like: FeatureLike) -> FeatureRef:
 def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
     if isinstance(features, Mapping):
         return tuple((to_ref(like), float(weight)) for like, weight in features.items())
-    pair = isinstance(features, tuple) and len(features) == 2 and isinstance(features[1], int)
-    if isinstance(features, (str, FeatureRef, HasRef)) or pair:
-        return ((to_ref(features), None),)  # type: ignore[arg-type]
-    return tuple((to_ref(like), None) for like in features)  # type: ignore[union-attr]
+    if isinstance(features, (str, FeatureRef, HasRef)):
+        return ((to_ref(features), None),)
+    if isinstance(features, tuple) and len(features) == 2 and isinstance(features[1], int):
+        return ((FeatureRef(str(features[0]), features[1]), None),)
+    several = cast(Sequence[FeatureLike], features)
+    return tuple((to_ref(like), None) for like in several)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,9 +92,23 @@ class Mask:
 
     message: steering_pb2.Mask
 
+    def __hash__(self) -> int:
+        return hash(self.message.SerializeToString(deterministic=True))  # messages themselves have no hash
+
     def __repr__(self) -> str:
-        kind = self.message.WhichOneof("shape")
-        return f"Mask({kind}, {len(self.message.png)} bytes)" if kind == "png" else f"Mask({kind})"
+        def numbers(*values: float) -> str:
+            return f"({', '.join(f'{value:g}' for value in values)})"
+
+        match self.message.WhichOneof("shape"):
+            case "boxes":
+                corners = [numbers(b.left, b.top, b.right, b.bottom) for b in self.message.boxes.boxes]
+                return f"box{corners[0]}" if len(corners) == 1 else f"boxes({', '.join(corners)})"
+            case "polygons" if len(self.message.polygons.polygons) == 1:
+                return f"polygon({', '.join(numbers(p.x, p.y) for p in self.message.polygons.polygons[0].points)})"
+            case "png":
+                return f"mask(<{len(self.message.png)} bytes of PNG>)"
+            case shape:
+                return f"Mask(<{shape}>)"
 
 
 def box(left: float, top: float, right: float, bottom: float) -> Mask:
@@ -121,7 +146,7 @@ def mask(picture: Any) -> Mask:
     return Mask(steering_pb2.Mask(png=file.getvalue()))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Edit:
     """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to` and :func:`replace`."""
 
@@ -137,6 +162,44 @@ class Edit:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
+
+    def __repr__(self) -> str:
+        terms = [(str(ref), weight) for ref, weight in self.features]
+        if any(weight is not None for _, weight in terms):
+            features = repr({name: 1.0 if weight is None else weight for name, weight in terms})
+        else:
+            features = repr(terms[0][0] if len(terms) == 1 else [name for name, _ in terms])
+        said = [features, f"{self.amount:g}"]
+        said += [f"unit={self.unit!r}"] if self.unit != "mean" else []
+        said += [f"mask={self.mask!r}"] if self.mask is not None else []
+        said += [f"steps={self.steps}"] if self.steps is not None else []
+        return f"{'set_to' if self.kind == 'set' else self.kind}({', '.join(said)})"
+
+    @classmethod
+    def from_proto(cls, message: steering_pb2.Edit) -> Edit:
+        """From a message: `[Edit.from_proto(e) for e in picture.provenance.edits]` steers another run the same way.
+
+        Raises:
+            ValueError: the message says no kind or unit that this client knows.
+        """
+        kind = message.WhichOneof("kind")
+        if kind is None:
+            raise ValueError("an edit without a kind; update the client if the server is newer")
+        inner: Any = getattr(message, kind)
+        number = inner.unit if kind != "scale" else steering_pb2.UNIT_UNSPECIFIED
+        if number not in _UNIT_NAMES:
+            raise ValueError(f"unit {number} is none that this client knows")
+        return cls(
+            kind,
+            tuple(
+                (FeatureRef(t.feature.sae, t.feature.index), t.weight if t.HasField("weight") else None)
+                for t in message.features
+            ),
+            getattr(inner, _AMOUNTS[kind]),
+            _UNIT_NAMES[number],
+            Mask(message.mask) if message.HasField("mask") else None,
+            (message.steps.start, message.steps.end) if message.HasField("steps") else None,
+        )
 
     def to_proto(self) -> steering_pb2.Edit:
         """The edit as a message."""
@@ -200,3 +263,27 @@ def replace(
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
     return Edit("replace", _terms(features), strength, unit, mask, steps)
+
+
+def edits_to_json(edits: Sequence[Edit]) -> str:
+    """Edits as JSON, to keep or send: a list of the contract's `Edit` messages."""
+    from google.protobuf import json_format
+
+    return json.dumps([json_format.MessageToDict(edit.to_proto()) for edit in edits])
+
+
+def edits_from_json(text: str) -> list[Edit]:
+    """Edits from what :func:`edits_to_json` made. Numbers come back as float32, which is how they travel.
+
+    Raises:
+        ValueError: the text is not JSON, or is no list of edits.
+    """
+    from google.protobuf import json_format
+
+    items = json.loads(text)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError("edits are a JSON list of objects")
+    try:
+        return [Edit.from_proto(json_format.ParseDict(item, steering_pb2.Edit())) for item in items]
+    except json_format.ParseError as error:
+        raise ValueError(f"no edit: {error}") from None

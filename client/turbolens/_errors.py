@@ -113,9 +113,19 @@ EXCEPTIONS: Final[dict[grpc.StatusCode, type[TurboLensError]]] = {
 """Status codes and what they become; any other is a plain TurboLensError."""
 
 
+def _details(value: bytes) -> list[Any]:
+    from google.protobuf.message import DecodeError
+    from google.rpc import status_pb2
+
+    try:
+        return list(status_pb2.Status.FromString(value).details)
+    except DecodeError:
+        return []  # from a proxy on the way, not from our server: the status itself still counts
+
+
 def from_rpc_error(error: Any, target: str) -> TurboLensError:
     """gRPC's error as ours, with the details that the server sent."""
-    from google.rpc import error_details_pb2, status_pb2
+    from google.rpc import error_details_pb2
 
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
@@ -125,7 +135,7 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
         if key == "x-request-id":
             request_id = str(value)
         elif key == "grpc-status-details-bin":
-            for detail in status_pb2.Status.FromString(value).details:
+            for detail in _details(value):
                 info, bad, retry = (
                     error_details_pb2.ErrorInfo(),
                     error_details_pb2.BadRequest(),
@@ -139,6 +149,8 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
                     retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message = f"{target} did not answer in time; give the call a longer timeout ({message})"
     return EXCEPTIONS.get(code, TurboLensError)(
         message,
         code=code.name,

@@ -5,17 +5,27 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from turbolens_proto.v1 import feature_service_pb2, run_pb2
 
-from turbolens._edits import FeatureRef
+from turbolens._edits import FeatureLike, FeatureRef, to_ref
 from turbolens._heatmap import overlay
+from turbolens_proto.v1 import feature_service_pb2, run_pb2
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+@runtime_checkable
+class HasImage(Protocol):
+    """A result with a picture."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,10 +160,23 @@ class BlockFeatures:
         rows = [TopFeature(FeatureRef(self.sae, i), float(mean[i]), self._labels.get(i, "")) for i in best]
         return Table(rows, ("feature", "mean", "label"))
 
-    def heatmap(self, index: int) -> npt.NDArray[np.float32]:
-        """Activation of one feature at each position, mean over steps: [height, width]."""
-        if not 0 <= index < self.d_sae:
-            raise IndexError(f"{self.sae} has features 0 to {self.d_sae - 1}, not {index}")
+    def _index(self, feature: int | FeatureLike) -> int:
+        if not isinstance(feature, (int, np.integer)):
+            ref = to_ref(feature)
+            if ref.sae != self.sae:
+                raise KeyError(f"{ref} is no feature of {self.sae}")
+            feature = ref.index
+        if not 0 <= feature < self.d_sae:
+            raise IndexError(f"{self.sae} has features 0 to {self.d_sae - 1}, not {feature}")
+        return int(feature)
+
+    def heatmap(self, feature: int | FeatureLike) -> npt.NDArray[np.float32]:
+        """Activation of one feature at each position, mean over steps, zeros counted: [height, width].
+
+        Args:
+            feature: its index, or a row of :meth:`top`, a search result or a reference of this SAE.
+        """
+        index = self._index(feature)
         hit = self.indices == index
         cells = self.height * self.width
         total = np.bincount(self.rows[hit] % cells, weights=self.values[hit], minlength=cells)
@@ -178,9 +201,9 @@ class BlockFeatures:
         dense[self.rows, self.indices] = self.values
         return dense.reshape(self.shape)
 
-    def overlay(self, index: int, picture: Image.Image) -> Image.Image:
-        """The heat-map of a feature over a picture."""
-        return overlay(self.heatmap(index), picture)
+    def overlay(self, feature: int | FeatureLike, picture: Image.Image | HasImage) -> Image.Image:
+        """The heat-map of a feature over a picture, ours or PIL's."""
+        return overlay(self.heatmap(feature), picture.image if isinstance(picture, HasImage) else picture)
 
     def _repr_html_(self) -> str:
         return self.top()._repr_html_()

@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
+from typing import Literal, TypedDict
 
 from turbolens._edits import Edit
 from turbolens._results import FORMATS
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Selection = bool | Sequence[str] | None
 """Features to return: None or False for none, True for all, or SAEs by name."""
 
 
+class ExtractOptions(TypedDict, total=False):
+    """What `extract` takes beside the prompt and seeds; said once for its typed forms."""
+
+    steps: int | None
+    width: int | None
+    height: int | None
+    steer: Sequence[Edit]
+    saes: Sequence[str] | None
+    timeout: float | None
+    request_id: str
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What `generate` takes beside the prompt and seeds; said once for its typed forms."""
+
+    steps: int | None
+    width: int | None
+    height: int | None
+    steer: Sequence[Edit]
+    features: Selection
+    format: ImageFormat
+    quality: int | None
+    latents: bool
+    timeout: float | None
+    request_id: str
+
+
 def one_or_many(seed: int | None, seeds: Sequence[int] | None) -> list[int]:
     """The seeds of a request; none where the server is to draw one.
 
     Raises:
-        ValueError: both were given, or an empty list.
+        ValueError: both were given, or an empty list, or one that does not fit 63 bits.
     """
-    if seeds is None:
-        return [] if seed is None else [seed]
-    if seed is not None:
+    if seed is not None and seeds is not None:
         raise ValueError("give seed for one picture or seeds for several, not both")
-    if not len(seeds):
+    if seeds is not None and not len(seeds):
         raise ValueError("seeds is empty; give at least one")
-    return list(seeds)
+    several = ([] if seed is None else [seed]) if seeds is None else [int(one) for one in seeds]
+    for one in several:
+        if one >= 2**63:
+            raise ValueError(f"seed {one} is too large; a seed is at least 0 and below 2**63")
+    return several
 
 
 def sampling(steps: int | None, width: int | None, height: int | None) -> run_pb2.Sampling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import io
 from collections.abc import Mapping
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 from turbolens._features import BlockFeatures, RunFeatures
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,7 @@ class Coded:
         self._message = message
 
     @property
-    def bytes(self) -> bytes:
+    def bytes(self) -> builtins.bytes:
         """The bytes as the server coded them."""
         return self._message.data
 
@@ -69,7 +70,7 @@ class Coded:
         else:
             self.image.save(path)
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> builtins.bytes:
         if self._message.format == run_pb2.IMAGE_FORMAT_PNG:
             return self._message.data
         file = io.BytesIO()

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack, overload
 
 import grpc
+
+from turbolens._channel import TLS, sync_channel
+from turbolens._edits import Edit, FeatureLike, to_ref
+from turbolens._embedded import EmbeddedServer, start_embedded
+from turbolens._errors import TurboLensError, from_rpc_error
+from turbolens._features import Feature, Match, Table
+from turbolens._requests import (
+    ExtractOptions,
+    GenerateOptions,
+    ImageFormat,
+    Selection,
+    extract_request,
+    generate_request,
+    one_or_many,
+)
+from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens_proto.v1 import (
     feature_service_pb2,
     feature_service_pb2_grpc,
@@ -15,14 +31,6 @@ from turbolens_proto.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-
-from turbolens._channel import TLS, sync_channel
-from turbolens._edits import Edit, FeatureLike, to_ref
-from turbolens._embedded import EmbeddedServer, start_embedded
-from turbolens._errors import from_rpc_error
-from turbolens._features import Feature, Match, Table
-from turbolens._requests import ImageFormat, Selection, extract_request, generate_request, one_or_many
-from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 
 
 class Lens:
@@ -47,6 +55,12 @@ class Lens:
             answer = self._call(self._models.GetModel, model_service_pb2.GetModelRequest(), None)
             self._model = answer.model
         return self._model
+
+    @overload
+    def generate(self, prompt: str, *, seed: int | None = None, **options: Unpack[GenerateOptions]) -> Picture: ...
+
+    @overload
+    def generate(self, prompt: str, *, seeds: Sequence[int], **options: Unpack[GenerateOptions]) -> Pictures: ...
 
     def generate(
         self,
@@ -99,6 +113,12 @@ class Lens:
         made = [Picture(g, prompt, answer.provenance, warnings, labels) for g in answer.generations]
         return Pictures(made) if seeds is not None else made[0]
 
+    @overload
+    def extract(self, prompt: str, *, seed: int | None = None, **options: Unpack[ExtractOptions]) -> Extraction: ...
+
+    @overload
+    def extract(self, prompt: str, *, seeds: Sequence[int], **options: Unpack[ExtractOptions]) -> list[Extraction]: ...
+
     def extract(
         self,
         prompt: str,
@@ -114,6 +134,8 @@ class Lens:
         request_id: str = "",
     ) -> Any:
         """The features of a run, without its picture; arguments as for :meth:`generate`, `saes` by name.
+
+        The first time that features of an SAE come back, its labels are fetched too, and kept for the connection.
 
         Returns:
             An :class:`Extraction`; a list of them, in order, where `seeds` was given.
@@ -204,9 +226,13 @@ class Lens:
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
-    def get_feature(self, feature: FeatureLike) -> Feature:
-        """What is known of one feature: `get_feature("up.0.1/412")`."""
-        ref = to_ref(feature)
+    def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
+        """What is known of one feature: `get_feature("up.0.1", 412)`, or a feature in any of its forms.
+
+        Raises:
+            NotFound: there is no such SAE or feature.
+        """
+        ref = to_ref(feature if index is None else (str(feature), index))
         request = feature_service_pb2.GetFeatureRequest(name=f"saes/{ref.sae}/features/{ref.index}")
         answer = self._call(self._features.GetFeature, request, None)
         return Feature.from_proto(answer.feature)
@@ -274,12 +300,19 @@ class Lens:
         return [sae.name for sae in (self.model()).saes] if features is True else features
 
     def _labels_of(self, saes: Any) -> dict[str, dict[int, str]]:
-        """Labels of SAEs, fetched once for each and kept."""
+        """Labels of SAEs, fetched once for each and kept.
+
+        Features without their labels are worth more than none: where labels cannot be had, those are empty, and the
+        next call asks again.
+        """
         for sae in dict.fromkeys(saes):
             if sae not in self._labels:
                 found = {}
-                for known in self.list_features(sae, filter='label != ""'):
-                    found[known.ref.index] = known.label
+                try:
+                    for known in self.list_features(sae, filter='label != ""'):
+                        found[known.ref.index] = known.label
+                except TurboLensError:
+                    continue
                 self._labels[sae] = found
         return self._labels
 

@@ -19,6 +19,8 @@ import turbolens as tl
 
 COMMANDS: Final = "turbolens.commands"
 _EXTRAS: Final = {"serve": "server", "train": "training"}
+# One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,12 @@ class _Run:
     """Seed; left out: the server draws one and says which."""
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
-    add: tuple[str, ...] = ()
-    """Edits BLOCK/INDEX=STRENGTH, such as up.0.1/412=8, in means of the feature."""
-    scale: tuple[str, ...] = ()
-    """Edits BLOCK/INDEX=FACTOR; 0 removes the feature."""
-    set: tuple[str, ...] = ()
-    """Edits BLOCK/INDEX=VALUE, in means of the feature."""
+    add: Repeated = ()
+    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/412=8, in means of the feature; may be repeated."""
+    scale: Repeated = ()
+    """Edit BLOCK/INDEX=FACTOR; 0 removes the feature; may be repeated."""
+    set: Repeated = ()
+    """Edit BLOCK/INDEX=VALUE, in means of the feature; may be repeated."""
     mask: str | None = None
     """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where the edits act."""
 
@@ -86,8 +88,8 @@ class Extract(_Run):
 
     top: int = 10
     """Features of each SAE."""
-    sae: tuple[str, ...] = ()
-    """SAEs by name; left out: all."""
+    sae: Repeated = ()
+    """Only this SAE; may be repeated; left out: all."""
     json: bool = False
     """Print JSON."""
 
@@ -214,8 +216,10 @@ class Doctor:
 def _gpu() -> str:
     if importlib.util.find_spec("torch") is None:
         return "not importable"
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"cannot be imported ({error})"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, runs on the CPU"
 
 
@@ -270,8 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except tl.InvalidRequest as error:
         print(f"turbolens: {error}", file=sys.stderr)
         sys.exit(2)
-    except (tl.TurboLensError, ValueError, RuntimeError) as error:
+    except (tl.TurboLensError, ValueError, RuntimeError, OSError) as error:
         sys.exit(f"turbolens: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

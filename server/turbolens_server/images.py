@@ -7,6 +7,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
 from turbolens_proto.v1 import run_pb2
 
 

@@ -10,6 +10,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
+
 from turbolens_proto.v1 import (
     feature_service_pb2,
     feature_service_pb2_grpc,
@@ -18,7 +19,6 @@ from turbolens_proto.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from turbolens_server.engine.load import embedded_saes
 from turbolens_server.sae.bundle import load_bundle
 from turbolens_server.sae.reference import decode_dense, encode_dense

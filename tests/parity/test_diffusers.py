@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+
 from turbolens_server.engine.load import embedded_model
 from turbolens_server.engine.types import Job
 

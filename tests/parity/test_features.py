@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.reference import encode_dense
 from turbolens_server.unet.tapped import tapped_forward

@@ -17,7 +17,10 @@ from turbolens_training.sae.config import SaeConfig
 
 @dataclasses.dataclass(frozen=True)
 class RebuildConfig:
-    """Make everything that depends on the model anew, in order: SAEs, their labels, the dose table."""
+    """Make everything that depends on the model anew, in order: SAEs, their labels, the dose table, the reports.
+
+    Tests take their expectations from the reports.
+    """
 
     model: str = "mini"
     """Model to start from: `mini`, or a `diffusers` folder."""
@@ -25,6 +28,8 @@ class RebuildConfig:
     """Folder that the bundles are written to."""
     work: Path = Path("runs")
     """Folder of checkpoints and reports."""
+    docs: Path = Path("docs")
+    """Folder that the reports are written below."""
     seed: int = 0
     """Seed of everything."""
     device: str = "auto"
@@ -82,7 +87,7 @@ def run(command: Command) -> None:
 
 
 def rebuild(config: RebuildConfig) -> None:
-    """SAEs, labels, dose table; checkpoints go by the model's hash, so that a new model never takes up an old run."""
+    """SAEs, labels, dose table, reports; checkpoints go by the model's hash: a new model never takes up an old run."""
     from turbolens_server.engine.load import load_engine
 
     model_hash = load_engine(model=config.model, device=config.device, saes=[]).info.model_hash
@@ -91,3 +96,8 @@ def rebuild(config: RebuildConfig) -> None:
     run(SaeConfig(model=model, out=saes, work=work, seed=seed, device=device, steps=config.steps))
     run(LabelsConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
     run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
+    from turbolens_training.evaluation.summary import summarize
+    from turbolens_training.mini.report import write_report
+
+    summarize(work, config.docs / "saes")
+    write_report(load_engine(model=config.model, device=config.device, saes=[]), config.docs / "mini")

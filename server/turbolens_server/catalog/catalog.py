@@ -8,9 +8,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from turbolens_proto.v1 import feature_service_pb2 as pb
 from turbolens_proto.v1 import steering_pb2
-
 from turbolens_server.catalog.labels import FeatureLabels, read_labels
 from turbolens_server.catalog.query import QueryError, Row, make_token, parse_filter, parse_order, read_token, sort_rows
 from turbolens_server.catalog.search import cosines, nearness, sureness, words_of
@@ -23,6 +23,8 @@ _LIST_MOST: Final = 1000
 _SEARCH_DEFAULT: Final = 10
 _SEARCH_MOST: Final = 100
 _QUERY_CHARS: Final = 200
+_SECOND_MEANING: Final = 0.5
+"""What a label that is not the feature's best counts for: the feature stands for something else first."""
 _NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>\d+))?")
 
 
@@ -123,7 +125,10 @@ class Catalog:
             near = {value: nearness(query, value, self._synonyms[sae], cosine) for value, cosine in meaning.items()}
             for row in self._rows[sae]:
                 best = max(
-                    ((near[lb.value].score * sureness(lb.score), lb) for lb in row.labels),
+                    (
+                        (near[lb.value].score * sureness(lb.score) * (1.0 if rank == 0 else _SECOND_MEANING), lb)
+                        for rank, lb in enumerate(row.labels)
+                    ),
                     key=lambda pair: pair[0],
                     default=None,
                 )
@@ -150,13 +155,11 @@ def _rows(sae: SaeInfo, labels: Mapping[int, FeatureLabels]) -> list[Row]:
     stats, rows = sae.bundle.stats, []
     for index in range(sae.bundle.d_sae):
         known = labels.get(index)
-        numbers = (
-            (0.0, 0.0, 0.0)
-            if stats is None
-            else tuple(float(values[index]) for values in (stats.frequency, stats.mean, stats.max))
-        )
+        frequency = mean = largest = 0.0
+        if stats is not None:
+            frequency, mean, largest = (float(v[index]) for v in (stats.frequency, stats.mean, stats.max))
         label, score, every = (known.label, known.label_score, known.labels) if known else ("", 0.0, ())
-        rows.append(Row(index, label, score, *numbers, every))
+        rows.append(Row(index, label, score, frequency, mean, largest, every))
     return rows
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 _PREFIX: Final = 0.8
 _TYPO: Final = 0.7
-_TYPO_RATIO: Final = 0.8
+_TYPO_RATIO: Final = 0.75
 _MEANING: Final = 0.4  # what the text encoder alone can give: it knows words, not labels
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import grpc
 import numpy as np
 import numpy.typing as npt
-from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
 
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
 from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
@@ -28,7 +28,7 @@ def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseF
         wanted = np.fromiter(selection.only[codes.sae], np.int32)
         keep = np.isin(indices, wanted)
         position = np.repeat(np.arange(len(counts)), counts)
-        counts = np.bincount(position[keep], minlength=len(counts))
+        counts = np.bincount(position[keep], minlength=len(counts)).astype(np.uint16)
         indices, values = indices[keep], values[keep]
     half = selection.value_type == run_pb2.VALUE_TYPE_FLOAT16
     largest = float(values.max(initial=0.0))

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -55,7 +55,7 @@ class Scheduler:
         """Run something short on the engine's thread, outside the queue's count."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._engine)
 
-    async def stream(self, jobs: Sequence[Job]) -> AsyncIterator[Queued | Event]:
+    async def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[Queued | Event, None]:
         """Run jobs, yielding what happens as it happens; ends after the last job's result.
 
         Closing the iterator, or cancelling its task, takes the request out of the queue at once, and out of the

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-import grpc
 from turbolens_proto.v1 import (
     feature_service_pb2 as features,
 )
@@ -23,7 +22,6 @@ from turbolens_proto.v1 import (
 from turbolens_proto.v1 import (
     model_service_pb2 as models,
 )
-
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, Result, StepDone
@@ -40,7 +38,8 @@ from turbolens_server.rpc.validation import (
 )
 
 T = TypeVar("T")
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = Any
+"""grpc.aio.ServicerContext; grpcio ships no types."""
 
 
 @dataclasses.dataclass(frozen=True)

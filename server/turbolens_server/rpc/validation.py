@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.types import Edit, EditKind, Job, Unit, WeightedFeature
 from turbolens_server.rpc.errors import Violation, invalid
@@ -335,8 +335,9 @@ class _Checker:
 
 def _area(points: Sequence[tuple[float, float]]) -> float:
     """Signed area of a polygon (the shoelace formula)."""
-    pairs: Iterable[Any] = zip(points, [*points[1:], points[0]], strict=True)
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs) / 2
+    following = [*points[1:], points[0]]
+    doubled = [x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following, strict=True)]
+    return sum(doubled) / 2
 
 
 def _validate(

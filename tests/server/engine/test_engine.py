@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from turbolens_server.engine.types import Edit, FeaturesReady, Job, Result, StepDone, Unit, WeightedFeature
 from turbolens_server.sae.masks import Box, BoxMask
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from turbolens_server.engine.load import LoadError, embedded_saes, hash_unet, load_engine
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import SaeWeights, save_bundle

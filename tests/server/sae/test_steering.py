@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import encode_dense, steer_dense
 from turbolens_server.sae.sae import Codes, Sae

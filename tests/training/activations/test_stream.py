@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from turbolens_server.engine.engine import Engine, EngineInfo, SaeInfo
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights

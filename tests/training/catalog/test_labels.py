@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from turbolens_training.catalog.cells import BACKGROUND, EDGE, cell_owners
 from turbolens_training.catalog.config import LabelsConfig
 from turbolens_training.catalog.labels import GroundTruth, bits, label_features

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.dose import Concept, candidates, draw_scenes, judge, labelled_features
 from turbolens_training.mini.render import render

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import r2_score, roc_auc_score
+
 from turbolens_server.sae.sae import Codes
 from turbolens_training.evaluation.quality import SaeMeasurement, VarianceSums
 from turbolens_training.evaluation.ranking import Active, Ranking, pool

@@ -7,6 +7,7 @@ import random
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from turbolens_training.mini.captions import SYNONYMS, describe, grammar_words, plain_caption
 from turbolens_training.mini.scenes import Scene, Thing, decode_scenes, sample_codes
 from turbolens_training.mini.tokenizer import CONTEXT_LENGTH, build_tokenizer

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import (
     BACKGROUNDS,

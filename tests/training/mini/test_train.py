@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from turbolens_training.mini import model as parts
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.mini.evaluate import HeldOut, counterfactuals, psnr, score_attributes

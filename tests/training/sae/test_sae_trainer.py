@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.topk import gather_decode, top_k
 from turbolens_training.sae.trainer import SaeRun

@@ -14,9 +14,9 @@ from typing import Final
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
 from turbolens_server.engine.engine import Engine
 from turbolens_server.unet.tapped import tapped_forward
-
 from turbolens_training.activations.text import encode_captions
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.scenes import decode_scenes, sample_codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from turbolens_server.engine.text import TextEncoder
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
 from turbolens_server.sae.sae import Sae
-
 from turbolens_training.activations.stream import LABELLING, Chunk, SceneStream
 from turbolens_training.catalog.cells import BACKGROUND as BACKGROUND_CELL
 from turbolens_training.catalog.cells import cell_owners

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
 from turbolens_server.engine.engine import Engine, SaeInfo
 from turbolens_server.engine.load import load_engine
 from turbolens_server.engine.types import Edit, Job, WeightedFeature
-
 from turbolens_training.catalog.parquet import read_labels
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves

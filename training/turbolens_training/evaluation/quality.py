@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
+
 from turbolens_server.sae.bundle import FeatureStats
 from turbolens_server.sae.sae import Codes, Sae
-
 from turbolens_training.activations.stream import Chunk
 from turbolens_training.sae.topk import gather_decode
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from turbolens_server.engine.engine import Engine, EngineInfo
 from turbolens_server.engine.load import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
-
 from turbolens_training.mini.captions import SYNONYMS
 from turbolens_training.sae.trainer import SaeRun
 

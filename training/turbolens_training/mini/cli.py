@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from turbolens_server.engine.load import embedded_model, load_engine
-
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.mini.report import to_markdown, write_report
 from turbolens_training.mini.train import train_mini

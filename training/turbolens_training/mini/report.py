@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Job
-
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.evaluate import HELD_OUT_SEED, HeldOut, psnr, score_attributes, to_image
 from turbolens_training.mini.scenes import COUNT, decode_scenes, sample_codes

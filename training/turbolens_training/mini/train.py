@@ -268,8 +268,20 @@ def muon_groups(unet: UNet2DConditionModel, config: MiniConfig, factor: float) -
         outer = name.startswith(("conv_in", "conv_out", "time_embedding", "add_embedding"))
         (rest if p.ndim < 2 or outer else matrices).append(p)
     return [
-        {"params": matrices, "lr": factor * config.muon_rate, "use_muon": True, "weight_decay": 0.01, "use_adjusted_lr": False},
-        {"params": rest, "lr": factor * config.learning_rate, "use_muon": False, "betas": (0.9, 0.98), "weight_decay": 0.0},
+        {
+            "params": matrices,
+            "lr": factor * config.muon_rate,
+            "use_muon": True,
+            "weight_decay": 0.01,
+            "use_adjusted_lr": False,
+        },
+        {
+            "params": rest,
+            "lr": factor * config.learning_rate,
+            "use_muon": False,
+            "betas": (0.9, 0.98),
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -398,7 +410,8 @@ def train_vae(run: Run) -> Any:
         # A narrow posterior: its variance is held near 0.02 squared by the KL to that width.
         width = posterior.logvar.float() - 2 * math.log(0.02)
         spread = 0.5 * (width.exp() - 1 - width).mean()
-        return picture_loss(drawn, picture) + anchor + 1e-4 * spread
+        loss: Tensor = picture_loss(drawn, picture) + anchor + 1e-4 * spread
+        return loss
 
     run_stage(run, "vae", run.config.vae_steps, {"vae": vae}, optimizer, step_loss)
     return vae.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torch import Tensor
+
 from turbolens_server.sae.bundle import SaeWeights
 
 

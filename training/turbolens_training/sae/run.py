@@ -6,7 +6,6 @@ from pathlib import Path
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
-
 from turbolens_training.activations.stream import HELD_OUT, TRAINING, SceneStream
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table

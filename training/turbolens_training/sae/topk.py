@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import functional
+
 from turbolens_server.sae.bundle import SaeWeights
 
 DATA_SHARE: Final = 4 / 3

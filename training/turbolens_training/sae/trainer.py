@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from turbolens_server.sae.bundle import SaeWeights
 
+from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.reservoir import Reservoir
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.normalizer import Normalizer

@@ -1,0 +1,78 @@
+"""Edits and masks, before any server sees them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import turbolens as tl
+from turbolens_proto.v1 import steering_pb2
+
+
+@pytest.mark.parametrize(
+    "like", [tl.feature("up.0.1", 4), ("up.0.1", 4), "up.0.1/4", [("up.0.1", 4)], {("up.0.1", 4): 1.0}]
+)
+def test_a_feature_in_any_form(like):
+    (term,) = tl.add(like, 2).to_proto().features
+    assert (term.feature.sae, term.feature.index) == ("up.0.1", 4)
+
+
+def test_groups_and_weights():
+    message = tl.add({"mid.0/1": 1.0, "mid.0/2": -0.5}, 3).to_proto()
+    assert [(t.feature.index, t.weight) for t in message.features] == [(1, 1.0), (2, -0.5)]
+    assert not tl.add("mid.0/1", 3).to_proto().features[0].HasField("weight")
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "field", "value"),
+    [
+        (tl.add("mid.0/1", 3), "add", "strength", 3),
+        (tl.scale("mid.0/1", 2), "scale", "factor", 2),
+        (tl.ablate("mid.0/1"), "scale", "factor", 0),
+        (tl.set_to("mid.0/1", 5), "set", "value", 5),
+        (tl.replace("mid.0/1", 4), "replace", "strength", 4),
+    ],
+)
+def test_every_kind(edit, kind, field, value):
+    message = edit.to_proto()
+    assert message.WhichOneof("kind") == kind
+    assert getattr(getattr(message, kind), field) == value
+    if kind != "scale":
+        assert getattr(message, kind).unit == steering_pb2.UNIT_MEAN
+
+
+def test_where_and_when():
+    message = tl.add("mid.0/1", 1, mask=tl.box(0, 0.1, 0.5, 1), steps=(1, 3), unit="raw").to_proto()
+    assert message.mask.boxes.boxes[0].right == 0.5
+    assert (message.steps.start, message.steps.end) == (1, 3)
+    assert message.add.unit == steering_pb2.UNIT_RAW
+    assert len(tl.polygon((0, 0), (1, 0), (0, 1)).message.polygons.polygons[0].points) == 3
+
+
+def test_masks_from_pictures_agree():
+    values = np.linspace(0, 1, 16).reshape(4, 4)
+    image = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    assert tl.mask(values).message.png == tl.mask(image).message.png
+    assert tl.mask(b"as it is").message.png == b"as it is"
+
+
+@pytest.mark.parametrize("bad", [np.ones(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan)])
+def test_arrays_that_are_no_masks(bad):
+    with pytest.raises(ValueError, match="mask"):
+        tl.mask(bad)
+
+
+@pytest.mark.parametrize("bad", ["up.0.1", "up.0.1/x", "/"])
+def test_text_that_names_no_feature(bad):
+    with pytest.raises(ValueError, match="names no feature"):
+        tl.add(bad, 1)
+
+
+def test_wrong_types_are_told():
+    with pytest.raises(TypeError, match="no feature"):
+        tl.add([3], 1)
+    with pytest.raises(ValueError, match="unit"):
+        tl.add("mid.0/1", 1, unit="meters")
+    with pytest.raises(TypeError, match="mask"):
+        tl.add("mid.0/1", 1, mask=(0, 0, 1, 1))

@@ -1,0 +1,111 @@
+"""What is known of features: lists, filters, pages, search."""
+
+from __future__ import annotations
+
+import pytest
+
+import turbolens as tl
+from turbolens_proto.v1 import feature_service_pb2 as pb
+from turbolens_server.catalog.catalog import Catalog
+from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
+from turbolens_server.catalog.query import QueryError, parse_filter, parse_order
+from turbolens_server.rpc.errors import RpcError
+from turbolens_server.sae.bundle import BundleError
+
+
+@pytest.fixture(scope="module")
+def catalog(engine):
+    return Catalog(engine.info.saes, engine.embed_text)
+
+
+def test_pages_hold_every_feature_once(catalog):
+    token, seen = "", []
+    while True:
+        page = catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_size=300, page_token=token))
+        seen += [feature.ref.index for feature in page.features]
+        assert page.total_size == 1024
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == list(range(1024))
+
+
+def test_filters_and_orders(lens):
+    common = list(lens.list_features("up.0.1", filter="frequency > 0.01", order_by="frequency desc"))
+    assert all(feature.frequency > 0.01 for feature in common)
+    assert [f.frequency for f in common] == sorted((f.frequency for f in common), reverse=True)
+    colors = list(lens.list_features("up.0.1", filter='attribute = "color" AND value = "blue"'))
+    assert colors
+    assert all(any((lb.attribute, lb.value) == ("color", "blue") for lb in f.labels) for f in colors)
+    words = list(lens.list_features("up.0.1", filter='label : "blue"'))
+    assert all("blue" in feature.label for feature in words)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"page_size": -1},
+        {"page_token": "nonsense"},
+        {"filter": "frequency"},
+        {"filter": "colour = 1"},
+        {"filter": "label > 3"},
+        {"filter": "frequency = blue"},
+        {"filter": "frequency > 1 OR index = 2"},
+        {"filter": "frequency > 1 AND"},
+        {"order_by": "size"},
+        {"order_by": "index sideways"},
+    ],
+)
+def test_questions_that_cannot_be_read_are_refused_by_field(fields, catalog):
+    with pytest.raises(RpcError) as caught:
+        catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", **fields))
+    assert [v.field for v in caught.value.violations] == list(fields)
+
+
+def test_a_token_belongs_to_its_question(catalog):
+    token = catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_size=5)).next_page_token
+    with pytest.raises(RpcError, match="another"):
+        catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_token=token, filter="index > 3"))
+
+
+@pytest.mark.parametrize("name", ["", "saes/mid.0", "saes/mid.0/features/1024", "saes/x/features/1", "mid.0/1"])
+def test_unknown_names_are_not_found(name, lens, catalog):
+    with pytest.raises(RpcError) as caught:
+        catalog.get_feature(name)
+    assert caught.value.code.name == "NOT_FOUND"
+
+
+def test_search_finds_words_synonyms_and_typos(lens):
+    plain = lens.search_features("blue", block="up.0.1")
+    assert any((lb.attribute, lb.value) == ("color", "blue") for lb in plain[0].feature.labels)
+    assert [m.score for m in plain] == sorted((m.score for m in plain), reverse=True)
+    for words in ("azure", "blu", "bleu"):
+        assert lens.search_features(words, block="up.0.1")[0].reason.startswith("color=blue")
+    assert len(lens.search_features("night", limit=3)) == 3
+
+
+@pytest.mark.parametrize(("query", "block"), [("", None), ("  ", None), ("x" * 201, None), ("blue", "up.9")])
+def test_searches_that_cannot_be_served(query, block, lens):
+    with pytest.raises(tl.InvalidRequest):
+        lens.search_features(query, block=block)
+
+
+def test_labels_round_trip_and_broken_files_are_refused(tmp_path):
+    rows = [FeatureLabels(3, "blue", 0.9, (Label("color", "blue", "thing", 0.9),)), FeatureLabels(4, "", 0.0, ())]
+    write_labels(tmp_path, rows)
+    found = read_labels(tmp_path, 10)
+    assert found[3].labels[0].value == "blue"
+    assert found[3].label_score == pytest.approx(0.9)
+    with pytest.raises(BundleError, match="outside"):
+        read_labels(tmp_path, 4)
+    (tmp_path / "features.parquet").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match="unreadable"):
+        read_labels(tmp_path, 10)
+    assert read_labels(tmp_path / "nowhere", 10) == {}
+
+
+def test_the_languages_say_what_they_cannot_read():
+    with pytest.raises(QueryError, match="no field"):
+        parse_filter("size = 3")
+    with pytest.raises(QueryError, match="order"):
+        parse_order(",")

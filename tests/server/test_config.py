@@ -1,0 +1,36 @@
+"""Settings: flags over environment over file over defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from turbolens_server.config import ConfigError, ServerConfig, read_config
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nmax_steps = 2\nmodel = "from-file"\nsae = ["a", "b"]\n')
+    environment = {"TURBOLENS_PORT": "2", "TURBOLENS_MAX_STEPS": "3", "OTHER": "x"}
+    config = read_config(["--config", str(file), "--port", "4"], environment)
+    assert (config.port, config.max_steps, config.model, config.sae) == (4, 3, "from-file", ("a", "b"))
+    assert read_config([f"--config={file}"], {}).port == 1
+    assert read_config([], {}) == ServerConfig()
+    assert read_config([], {"TURBOLENS_SAE": "a, b", "TURBOLENS_REFLECTION": "false"}).sae == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "says"),
+    [
+        ("prt = 1", {}, "no setting prt"),
+        ("port = ", {}, "--config"),
+        ("", {"TURBOLENS_PORT": "many"}, "TURBOLENS_PORT"),
+        ("", {"TURBOLENS_REFLECTION": "perhaps"}, "true or false"),
+        ("port = 70000", {}, "65535"),
+        ("max_steps = 0", {}, "max_steps"),
+    ],
+)
+def test_what_cannot_be_used_is_named(text, environment, says, tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_config(["--config", str(file)], environment)
