@@ -23,8 +23,8 @@ import turbolens as tl
 
 PROMPT = "a big red circle left of a big red square, sky background"
 SEED = 7
-CONCEPTS = ("blue", "night", "striped", "neon")
-STRENGTHS = (-10.0, 10.0, 20.0, 40.0)
+CONCEPTS = ("left", "small", "blue", "night")
+STRENGTHS = (-16.0, 8.0, 16.0, 24.0)
 MASKED = "blue"
 GROUP = 4
 """Features of a concept that are moved together."""
