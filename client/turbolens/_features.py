@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,7 @@ from turbolens_proto.v1 import feature_service_pb2, run_pb2
 if TYPE_CHECKING:
     from PIL import Image
 
-
-@runtime_checkable
-class HasImage(Protocol):
-    """A result with a picture."""
-
-    @property
-    def image(self) -> Image.Image:
-        """The picture as a PIL image."""
-        ...
+    from turbolens._results import Coded
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,9 +193,9 @@ class BlockFeatures:
         dense[self.rows, self.indices] = self.values
         return dense.reshape(self.shape)
 
-    def overlay(self, feature: int | FeatureLike, picture: Image.Image | HasImage) -> Image.Image:
+    def overlay(self, feature: int | FeatureLike, picture: Image.Image | Coded) -> Image.Image:
         """The heat-map of a feature over a picture, ours or PIL's."""
-        return overlay(self.heatmap(feature), picture.image if isinstance(picture, HasImage) else picture)
+        return overlay(self.heatmap(feature), getattr(picture, "image", picture))
 
     def _repr_html_(self) -> str:
         return self.top()._repr_html_()

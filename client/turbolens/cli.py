@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import platform
 import sys
@@ -201,6 +200,9 @@ class Doctor:
             line("ok", f"torch {version('torch')}: {_gpu()}")
         except PackageNotFoundError:
             line("warn", "no torch: this machine can call a server but not be one (pip install 'turbolens[server]')")
+        except (ImportError, OSError) as error:
+            failed = True
+            line("fail", f"torch cannot be imported, so no server runs here; install it anew ({error})")
         try:
             with tl.connect(self.server, timeout=5) as lens:
                 model = lens.model()
@@ -214,12 +216,8 @@ class Doctor:
 
 
 def _gpu() -> str:
-    if importlib.util.find_spec("torch") is None:
-        return "not importable"
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return f"cannot be imported ({error})"
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, runs on the CPU"
 
 
