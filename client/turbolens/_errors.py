@@ -151,7 +151,12 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
         message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer in time; give the call a longer timeout ({message})"
-    return EXCEPTIONS.get(code, TurboLensError)(
+    kind = EXCEPTIONS.get(code, TurboLensError)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
+        # gRPC gives a message over the size limit the status of a full queue, but waiting does not shrink it.
+        kind = InvalidRequest
+        message = f"too large for one message: ask for fewer seeds or features at once, or stream ({message})"
+    return kind(
         message,
         code=code.name,
         reason=reason,

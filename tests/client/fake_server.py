@@ -233,7 +233,9 @@ class Running:
 
     def __init__(self) -> None:
         self.fake = Fake()
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", 16 * 2**20)]
+        )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self.fake, self._server)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(self.fake, self._server)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self.fake, self._server)

@@ -76,3 +76,43 @@ def test_wrong_types_are_told():
         tl.add("mid.0/1", 1, unit="meters")
     with pytest.raises(TypeError, match="mask"):
         tl.add("mid.0/1", 1, mask=(0, 0, 1, 1))
+
+
+EDITS = [
+    tl.add("up.0.1/412", 8, mask=tl.box(0, 0, 0.5, 1)),
+    tl.add({"up.0.1/1": 1, "up.0.1/2": -0.5}, -3.5, unit="norm", steps=(0, 2)),
+    tl.set_to(["up.0.1/1", "up.0.1/2"], 2, unit="raw", mask=tl.polygon((0, 0), (1, 0), (0, 1))),
+    tl.ablate("up.0.1/3", mask=tl.boxes((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))),
+    tl.replace("mid.0/3", 4, mask=tl.mask(np.ones((2, 2)))),
+]
+
+
+def test_edits_survive_json():
+    assert tl.edits_from_json(tl.edits_to_json(EDITS)) == EDITS
+    assert tl.edits_from_json("[]") == []
+
+
+@pytest.mark.parametrize("bad", ["", "{}", "[1]", '[{"features": []}]', '[{"paint": {}}]', '[{"add": {"unit": 9}}]'])
+def test_text_that_is_no_edits(bad):
+    with pytest.raises(ValueError, match=r"edit|JSON|Expecting|unit"):
+        tl.edits_from_json(bad)
+
+
+def test_edits_show_the_call_that_makes_them():
+    names = {name: getattr(tl, name) for name in tl.__all__}
+    for edit in EDITS[:4]:
+        assert eval(repr(edit), names) == edit
+    assert repr(EDITS[0]) == "add('up.0.1/412', 8, mask=box(0, 0, 0.5, 1))"
+    assert "bytes of PNG" in repr(EDITS[4])
+
+
+def test_edits_do_not_change_and_can_be_keys():
+    assert len({edit: 1 for edit in [*EDITS, *EDITS]}) == len(EDITS)
+    with pytest.raises(AttributeError):
+        EDITS[0].amount = 3
+
+
+def test_an_unspecified_unit_is_the_mean():
+    message = tl.add("mid.0/1", 2).to_proto()
+    message.add.unit = steering_pb2.UNIT_UNSPECIFIED
+    assert tl.Edit.from_proto(message) == tl.add("mid.0/1", 2)

@@ -8,6 +8,15 @@ import sys
 
 import turbolens as tl
 
+# What callers may rely on: a change here is a change of the product, and belongs in the changelog.
+NAMES = """
+TLS BlockFeatures Cancelled Coded DeadlineExceeded Done Edit Extraction Feature FeatureRef Features
+FieldViolation InternalError InvalidRequest Label Lens Mask Match NotFound Overloaded PermissionDenied Picture
+PictureReady Pictures Queued RunFeatures Step Table TopFeature TurboLensError Unauthenticated Unavailable
+Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_json feature mask polygon
+replace scale set_to
+"""
+METHODS = "close extract generate get_feature list_features model search_features stream_features stream_generate"
 HEAVY = ("torch", "diffusers", "transformers", "PIL", "turbolens_server", "turbolens_training")
 
 
@@ -32,3 +41,22 @@ def test_importing_is_quick():
 def test_everything_public_exists_and_has_a_docstring():
     for name in tl.__all__:
         assert getattr(tl, name).__doc__, name
+
+
+def test_the_public_surface_is_as_agreed():
+    assert sorted(tl.__all__) == sorted(NAMES.split())
+    assert sorted(name for name in vars(tl.Lens) if not name.startswith("_")) == METHODS.split()
+    assert tl.aio.__all__ == ["AsyncLens", "connect"]
+
+
+def test_the_two_forms_of_an_answer_are_typed(tmp_path):
+    code = """
+import turbolens as tl
+
+def run(lens: tl.Lens, other: tl.aio.AsyncLens) -> None:
+    reveal_type(lens.generate("x", seed=1))
+    reveal_type(lens.generate("x", seeds=[1], steps=2))
+    reveal_type(lens.extract("x"))
+    reveal_type(lens.extract("x", seeds=[1]))
+"""
+    pytest.importorskip("mypy")

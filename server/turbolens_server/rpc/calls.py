@@ -39,12 +39,14 @@ class _Call:
         self._start = time.perf_counter()
         self._id = _find_request_id(request, context)
         _REQUEST_ID.set(self._id)
+        # Read now: asking a context that the caller has left for its peer can bring the process down.
+        self._peer = context.peer()
         self._log = structlog.get_logger("turbolens").bind(request_id=self._id, method=method)
 
     def done(self, code: grpc.StatusCode, **more: Any) -> None:
         duration = round((time.perf_counter() - self._start) * 1000, 1)
         log = self._log.warning if code is grpc.StatusCode.INTERNAL else self._log.info
-        log("rpc", code=code.name, duration_ms=duration, peer=self._context.peer(), **more)
+        log("rpc", code=code.name, duration_ms=duration, peer=self._peer, **more)
 
     async def fail(self, error: Exception) -> None:
         """Answer with an error; what was not foreseen becomes INTERNAL, without its inside."""

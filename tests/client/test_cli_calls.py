@@ -1,0 +1,171 @@
+"""What the command sends and prints, against the fake server; `test_cli.py` runs it on the real one."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+import pytest
+from fake_server import refuse
+from google.rpc import error_details_pb2 as details
+
+import turbolens as tl
+from turbolens import cli
+from turbolens_proto.v1 import feature_service_pb2 as fs
+from turbolens_proto.v1 import generation_service_pb2 as gs
+
+
+@pytest.fixture
+def turbolens(running):
+    """Runs the command on the fake server."""
+    return lambda *argv: cli.main([*argv, "--server", running.target])
+
+
+def test_every_edit_given_is_sent(turbolens, fake, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    turbolens(
+        "generate", "--add", "up.0.1/1=8", "--add", "up.0.1/2=-3.5", "--scale", "down.2.1/4=0", "--set", "up.0.1/5=2",
+        "a star", "--mask", "0,0,.5,1", "--seed", "7", "--steps", "2", "--out", str(out),
+    )  # fmt: skip
+    sent = fake.last(gs.GenerateRequest)
+    where = tl.box(0, 0, 0.5, 1)
+    assert sent.prompt.text == "a star"
+    assert [tl.Edit.from_proto(edit) for edit in sent.edits] == [
+        tl.add("up.0.1/1", 8, mask=where),
+        tl.add("up.0.1/2", -3.5, mask=where),
+        tl.scale("down.2.1/4", 0, mask=where),
+        tl.set_to("up.0.1/5", 2, mask=where),
+    ]
+    assert (list(sent.seeds), sent.sampling.steps) == ([7], 2)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{out}  seed 7\n"
+
+
+def test_a_note_goes_to_stderr(turbolens, tmp_path, capsys):
+    turbolens("generate", "x" * 60, "--out", str(tmp_path / "a.png"))
+    told = capsys.readouterr()
+    assert told.err == "note: cut\n"
+    assert "seed 4242" in told.out
+
+
+def test_extract_for_people_and_programs(turbolens, fake, capsys):
+    turbolens("extract", "x", "--seed", "3", "--top", "2", "--sae", "up.0.1", "--sae", "down.2.1", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert list(fake.last(fs.ExtractFeaturesRequest).features.saes) == ["up.0.1", "down.2.1"]
+    assert {sae: len(rows) for sae, rows in told["features"].items()} == {"up.0.1": 2, "down.2.1": 2}
+    assert told["features"]["up.0.1"][0].keys() == {"feature", "mean", "label"}
+    turbolens("extract", "x", "--seed", "3")
+    shown = capsys.readouterr().out
+    assert "up.0.1  (seed 3)" in shown
+    assert "feature  mean" in shown
+
+
+def test_features(turbolens, fake, capsys):
+    turbolens("features", "search", "blue", "--block", "up.0.1")
+    assert "up.0.1/1" in capsys.readouterr().out
+    turbolens("features", "list", "up.0.1", "--filter", "mean > 1", "--order-by", "index", "--limit", "3")
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    sent = fake.last(fs.ListFeaturesRequest)
+    assert (sent.filter, sent.order_by) == ("mean > 1", "index")
+    turbolens("features", "show", "up.0.1/5")
+    assert "night" in capsys.readouterr().out
+
+
+def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys):
+    bad = details.BadRequest(
+        field_violations=[details.BadRequest.FieldViolation(field="seeds[0]", description="-1 must be at least 0")]
+    )
+    fake.on["Generate"] = lambda context: refuse(
+        context, grpc.StatusCode.INVALID_ARGUMENT, "seeds[0]: -1 must be at least 0", bad
+    )
+    with pytest.raises(SystemExit) as caught:
+        turbolens("generate", "x", "--seed", "-1")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "turbolens: seeds[0]: -1 must be at least 0\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["generate", "x", "--out", "/no/such/folder/a.png"], "/no/such/folder"),
+        (["generate", "x", "--out", "a.nonsense"], "nonsense"),
+        (["generate", "x", "--add", "up.0.1/3"], "BLOCK/INDEX=NUMBER"),
+        (["generate", "x", "--add", "up.0.1/3=much"], "much"),
+        (["generate", "x", "--mask", "0,0,1"], "LEFT,TOP,RIGHT,BOTTOM"),
+        (["features", "show", "up.0.1/99"], "0 to 15"),
+    ],
+)
+def test_other_mistakes_are_one_line(turbolens, argv, says):
+    with pytest.raises(SystemExit) as caught:
+        turbolens(*argv)
+    told = caught.value.code  # sys.exit prints a text on stderr and exits with 1
+    assert isinstance(told, str)
+    assert told.startswith("turbolens: ")
+    assert says in told
+    assert "\n" not in told
+
+
+def test_nobody_there_is_one_line():
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "x", "--server", "localhost:1"])
+    assert "turbolens serve" in caught.value.code
+    assert "\n" not in caught.value.code
+
+
+def test_doctor(turbolens, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_gpu", lambda: "a GPU")
+    turbolens("doctor")
+    told = capsys.readouterr().out
+    assert "serves fake on cpu" in told
+    assert all(line.split()[0] in ("ok", "warn") for line in told.splitlines())
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", "--server", "localhost:1"])
+    assert caught.value.code == 1
+    assert " fail  no TurboLens server answers at localhost:1" in capsys.readouterr().out
+
+
+def test_doctor_on_a_broken_torch(turbolens, capsys, monkeypatch):
+    def broken():
+        raise OSError("libcudart.so is missing")
+
+    monkeypatch.setattr(cli, "_gpu", broken)
+    monkeypatch.setattr(cli, "version", lambda package: "1.0")
+    with pytest.raises(SystemExit) as caught:
+        turbolens("doctor")
+    assert caught.value.code == 1
+    told = capsys.readouterr().out
+    assert " fail  torch cannot be imported" in told
+    assert "serves fake" in told  # and goes on to the rest
+
+
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_commands_of_other_packages_get_their_words_untouched(monkeypatch, command):
+    seen = []
+
+    class EntryPoint:
+        def load(self):
+            return seen.append
+
+    asked = []
+    monkeypatch.setattr(cli, "entry_points", lambda **query: asked.append(query) or [EntryPoint()])
+    cli.main([command, "--help", "--model", "x y", "--"])
+    assert asked == [{"group": "turbolens.commands", "name": command}]
+    assert seen == [["--help", "--model", "x y", "--"]]
+
+
+@pytest.mark.parametrize(("command", "extra"), [("serve", "server"), ("train", "training")])
+def test_commands_that_are_missing_say_what_to_install(monkeypatch, command, extra):
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    with pytest.raises(SystemExit, match=rf"pip install 'turbolens\[{extra}\]'"):
+        cli.main([command])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate"], ["extract"], ["features", "search"], ["features", "list"], ["features", "show"], ["doctor"]],
+)
+def test_help_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "Example: turbolens" in capsys.readouterr().out
