@@ -133,9 +133,7 @@ class Fake(
         if isinstance(request, gs.GenerateRequest) and not request.HasField("features"):
             return []
         saes = list(request.features.saes) or SAES
-        return [
-            pack(activations(seed, step), sae, step) for step in range(request.sampling.steps or 1) for sae in saes
-        ]
+        return [pack(activations(seed, step), sae, step) for step in range(request.sampling.steps or 1) for sae in saes]
 
     def GetModel(self, request, context):  # noqa: N802
         self._came("GetModel", request, context)
@@ -157,9 +155,7 @@ class Fake(
         )
         if request.return_latents:
             latents = np.arange(16, dtype="<f4")
-            made.latents.CopyFrom(
-                run.Tensor(shape=[4, 2, 2], type=run.VALUE_TYPE_FLOAT32, data=latents.tobytes())
-            )
+            made.latents.CopyFrom(run.Tensor(shape=[4, 2, 2], type=run.VALUE_TYPE_FLOAT32, data=latents.tobytes()))
         return made
 
     def StreamGenerate(self, message, context):  # noqa: N802

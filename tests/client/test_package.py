@@ -47,16 +47,3 @@ def test_the_public_surface_is_as_agreed():
     assert sorted(tl.__all__) == sorted(NAMES.split())
     assert sorted(name for name in vars(tl.Lens) if not name.startswith("_")) == METHODS.split()
     assert tl.aio.__all__ == ["AsyncLens", "connect"]
-
-
-def test_the_two_forms_of_an_answer_are_typed(tmp_path):
-    code = """
-import turbolens as tl
-
-def run(lens: tl.Lens, other: tl.aio.AsyncLens) -> None:
-    reveal_type(lens.generate("x", seed=1))
-    reveal_type(lens.generate("x", seeds=[1], steps=2))
-    reveal_type(lens.extract("x"))
-    reveal_type(lens.extract("x", seeds=[1]))
-"""
-    pytest.importorskip("mypy")
