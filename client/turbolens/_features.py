@@ -195,7 +195,8 @@ class BlockFeatures:
 
     def overlay(self, feature: int | FeatureLike, picture: Image.Image | Coded) -> Image.Image:
         """The heat-map of a feature over a picture, ours or PIL's."""
-        return overlay(self.heatmap(feature), getattr(picture, "image", picture))
+        image: Any = getattr(picture, "image", picture)
+        return overlay(self.heatmap(feature), image)
 
     def _repr_html_(self) -> str:
         return self.top()._repr_html_()

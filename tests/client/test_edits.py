@@ -107,7 +107,7 @@ def test_edits_show_the_call_that_makes_them():
 
 
 def test_edits_do_not_change_and_can_be_keys():
-    assert len({edit: 1 for edit in [*EDITS, *EDITS]}) == len(EDITS)
+    assert len({*EDITS, *EDITS}) == len(EDITS)
     with pytest.raises(AttributeError):
         EDITS[0].amount = 3
 

@@ -85,7 +85,7 @@ def test_a_heatmap_of_a_row_a_match_or_an_index():
     expected = block.heatmap(row.feature)
     for feature in (row, row.ref, f"{BLOCK}/1", (BLOCK, 1), np.int64(1)):
         assert np.array_equal(block.heatmap(feature), expected)
-    with pytest.raises(KeyError, match="mid.0/1"):
+    with pytest.raises(KeyError, match=r"mid\.0/1"):
         block.heatmap("mid.0/1")
     for beyond in (-1, 2):
         with pytest.raises(IndexError, match="0 to 1"):
