@@ -134,11 +134,9 @@ def explore(lens: tl.Lens, out: Path) -> None:
     print(feats["up.0.1"].top(5))
 
     tiles = [("the picture", base.image)]
-    for sae, block in feats.items():
-        strongest = next((row for row in block.top(20) if row.label), block.top(1)[0])
-        tiles.append(
-            (f"{strongest.ref}: {strongest.label or 'no label'}", block.overlay(strongest.feature, base.image))
-        )
+    for sae, own in feats.items():
+        strongest = next((row for row in own.top(20) if row.label), own.top(1)[0])
+        tiles.append((f"{strongest.ref}: {strongest.label or 'no label'}", own.overlay(strongest, base)))
         if sae == "up.0.1":
             tiles[-1][1].resize((512, 512), Image.Resampling.BICUBIC).save(out / "heatmap.png")
     sheet.row(f'"{PROMPT}", seed {SEED}, and where the strongest labelled feature of each block fires', tiles)
