@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -58,7 +58,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("port", 0), ("max_steps", 1), ("max_seeds", 1), ("max_queue", 1), ("grace_s", 0)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # not-a-number too
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be at most 65535")
@@ -76,7 +76,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(ServerConfig)}
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"--config {path}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _checked(name, value, f"--config {path}: {name} = {value!r}") for name, value in values.items()}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -86,10 +87,28 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if text is None:
             continue
         try:
-            values[field.name] = _parse(text, field.default)
+            value = _parse(text, field.default)
         except ValueError as error:
             raise ConfigError(f"TURBOLENS_{field.name.upper()}={text!r}: {error}") from error
+        values[field.name] = _checked(field.name, value, f"TURBOLENS_{field.name.upper()}={text!r}")
     return values
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """A value of the type that its field declares; flags are checked by tyro."""
+    hint = get_type_hints(ServerConfig)[name]
+    if get_origin(hint) is Literal:
+        fits, wanted = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
+    elif get_origin(hint) is tuple:
+        fits, wanted = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
+    elif hint in (int, float):
+        fits, wanted = isinstance(value, (int, hint)) and not isinstance(value, bool), "a number"
+        wanted = "a whole number" if hint is int else wanted
+    else:
+        fits, wanted = isinstance(value, hint), "true or false" if hint is bool else "a text"
+    if not fits:
+        raise ConfigError(f"{where}: must be {wanted}")
+    return value
 
 
 def _parse(text: str, default: Any) -> Any:

@@ -27,6 +27,14 @@ def test_precedence(tmp_path):
         ("", {"TURBOLENS_REFLECTION": "perhaps"}, "true or false"),
         ("port = 70000", {}, "65535"),
         ("max_steps = 0", {}, "max_steps"),
+        ("grace_s = nan", {}, "grace_s"),
+        ('port = "80"', {}, "port = '80': must be a whole number"),
+        ("max_queue = true", {}, "whole number"),
+        ('reflection = "no"', {}, "true or false"),
+        ("model = 3", {}, "must be a text"),
+        ("sae = [1]", {}, "list of texts"),
+        ('log_format = "xml"', {}, "one of auto, json, pretty"),
+        ("", {"TURBOLENS_LOG_LEVEL": "loud"}, "one of debug, info"),
     ],
 )
 def test_what_cannot_be_used_is_named(text, environment, says, tmp_path):

@@ -16,6 +16,7 @@ from turbolens_server.catalog.query import QueryError, Row, make_token, parse_fi
 from turbolens_server.catalog.search import cosines, nearness, sureness, words_of
 from turbolens_server.engine.engine import SaeInfo
 from turbolens_server.rpc.errors import Violation, invalid, not_found
+from turbolens_server.sae.bundle import BundleError
 
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 _LIST_DEFAULT: Final = 100
@@ -25,7 +26,7 @@ _SEARCH_MOST: Final = 100
 _QUERY_CHARS: Final = 200
 _SECOND_MEANING: Final = 0.5
 """What a label that is not the feature's best counts for: the feature stands for something else first."""
-_NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>\d+))?")
+_NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>[0-9]+))?")
 
 
 class Catalog:
@@ -35,12 +36,12 @@ class Catalog:
         """Read the labels of every bundle; `embed` is the model's text encoder, asked once for the labels' words.
 
         Raises:
-            BundleError: a labels file is malformed.
+            BundleError: a labels file or a bundle's synonyms are malformed.
         """
         self._saes = saes
         self._labels = {name: read_labels(s.bundle.folder, s.bundle.d_sae) for name, s in saes.items()}
         self._rows = {name: _rows(sae, self._labels[name]) for name, sae in saes.items()}
-        self._synonyms = {name: sae.bundle.provenance.get("synonyms", {}) for name, sae in saes.items()}
+        self._synonyms = {name: _synonyms(sae) for name, sae in saes.items()}
         labelled = (labels for sae in self._labels.values() for labels in sae.values())
         values = sorted({label.value for labels in labelled for label in labels.labels})
         vectors = embed(values) if values else np.zeros((0, 1), np.float32)
@@ -121,7 +122,7 @@ class Catalog:
         query = words_of(request.query)
         meaning = cosines(embedded, self._vectors, self._center) if self._vectors else {}
         found: list[tuple[float, float, str, str, Row]] = []
-        for sae in request.saes or self._saes:
+        for sae in dict.fromkeys(request.saes or self._saes):
             near = {value: nearness(query, value, self._synonyms[sae], cosine) for value, cosine in meaning.items()}
             for row in self._rows[sae]:
                 best = max(
@@ -149,6 +150,15 @@ class Catalog:
         if sae not in self._rows:
             raise not_found(f"no SAE {sae[:60]!r}; this server has {', '.join(self._rows) or 'none'}")
         return self._rows[sae]
+
+
+def _synonyms(sae: SaeInfo) -> dict[str, list[str]]:
+    """Other words for labels' values, which a bundle may bring."""
+    found = sae.bundle.provenance.get("synonyms", {})
+    lists = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise BundleError(f'{sae.name}: provenance.json has synonyms of another form than {{"blue": ["azure"]}}')
+    return dict(found)
 
 
 def _rows(sae: SaeInfo, labels: Mapping[int, FeatureLabels]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -63,15 +64,29 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
         rows = pq.read_table(path).cast(SCHEMA).to_pylist()
         labels = {
             row["index"]: FeatureLabels(
-                row["index"],
+                int(row["index"]),
                 row["label"] or "",
-                float(row["label_score"] or 0.0),
-                tuple(Label(**label) for label in row["labels"] or ()),
+                _score(row["label_score"] or 0.0),
+                tuple(_label(**label) for label in row["labels"] or ()),
             )
             for row in rows
         }
     except Exception as error:  # pyarrow raises many kinds
         raise BundleError(f"{path}: unreadable ({str(error).splitlines()[0]})") from error
+    if len(labels) < len(rows):
+        raise BundleError(f"{path}: a feature has more than one row")
     if outside := [index for index in labels if not 0 <= index < d_sae]:
         raise BundleError(f"{path}: feature {outside[0]} is outside 0 to {d_sae - 1}")
     return labels
+
+
+def _label(attribute: str | None, value: str | None, region: str | None, score: float | None) -> Label:
+    if attribute is None or value is None or score is None:
+        raise ValueError("a label lacks its attribute, value or score")
+    return Label(attribute, value, region or "", _score(score))
+
+
+def _score(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"a score is {value}")
+    return float(value)

@@ -13,6 +13,7 @@ from turbolens_server.catalog.labels import Label
 
 NUMBERS: Final = ("index", "label_score", "frequency", "mean", "max")
 TEXTS: Final = ("label", "attribute", "value")
+_MAX_CHARS: Final = 1000
 _TERM: Final = re.compile(
     r'\s*(?P<field>\w+)\s*(?P<op><=|>=|!=|=|<|>|:)\s*(?:"(?P<quoted>[^"]*)"|(?P<bare>[^\s"]+))\s*'
 )
@@ -62,6 +63,7 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
     Raises:
         QueryError: with the place and what is allowed.
     """
+    _check_length(text)
     terms: list[_Term] = []
     rest = text
     while rest.strip():
@@ -90,6 +92,11 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
     return holds
 
 
+def _check_length(text: str) -> None:
+    if len(text) > _MAX_CHARS:
+        raise QueryError(f"has {len(text)} characters; at most {_MAX_CHARS} are allowed")
+
+
 def _term(match: re.Match[str]) -> _Term:
     field, op = match["field"], match["op"]
     text = match["quoted"] if match["quoted"] is not None else match["bare"]
@@ -113,6 +120,7 @@ def parse_order(text: str) -> list[tuple[str, bool]]:
     Raises:
         QueryError: with what is allowed.
     """
+    _check_length(text)
     order = []
     for part in (text or "index").split(","):
         words = part.split()

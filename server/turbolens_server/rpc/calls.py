@@ -34,19 +34,27 @@ class _Call:
     """One call from its request to its line in the log."""
 
     def __init__(self, method: str, request: Any, context: Any) -> None:
-        self._method = method
         self._context = context
         self._start = time.perf_counter()
         self._id = _find_request_id(request, context)
         _REQUEST_ID.set(self._id)
         # Read now: asking a context that the caller has left for its peer can bring the process down.
         self._peer = context.peer()
+        self._allowed_s = context.time_remaining()
         self._log = structlog.get_logger("turbolens").bind(request_id=self._id, method=method)
 
     def done(self, code: grpc.StatusCode, **more: Any) -> None:
-        duration = round((time.perf_counter() - self._start) * 1000, 1)
+        duration = round(self._elapsed_s() * 1000, 1)
         log = self._log.warning if code is grpc.StatusCode.INTERNAL else self._log.info
         log("rpc", code=code.name, duration_ms=duration, peer=self._peer, **more)
+
+    def left(self, **more: Any) -> None:
+        """The caller is gone, or its deadline has passed."""
+        expired = self._allowed_s is not None and self._elapsed_s() >= self._allowed_s
+        self.done(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED, **more)
+
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
 
     async def fail(self, error: Exception) -> None:
         """Answer with an error; what was not foreseen becomes INTERNAL, without its inside."""
@@ -86,7 +94,7 @@ def _unary(name: str, handle: Callable[[Any, Any], Awaitable[Any]]) -> Callable[
         try:
             answer = await handle(request, context)
         except asyncio.CancelledError:
-            call.done(grpc.StatusCode.CANCELLED)
+            call.left()
             raise
         except Exception as error:
             await call.fail(error)
@@ -106,7 +114,7 @@ def _stream(name: str, handle: Callable[[Any, Any], AsyncIterator[Any]]) -> Call
                 messages += 1
                 yield answer
         except (asyncio.CancelledError, GeneratorExit):
-            call.done(grpc.StatusCode.CANCELLED, messages=messages)
+            call.left(messages=messages)
             raise
         except Exception as error:
             await call.fail(error)

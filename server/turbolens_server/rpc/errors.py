@@ -12,6 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "turbolens"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+# gRPC drops a call's whole status where its trailing metadata pass 8 KiB, and text that is not ASCII grows on the way.
+_MESSAGE_CHARS: Final = 400
+_VIOLATIONS_BYTES: Final = 3000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class RpcError(Exception):
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
+        if len(message) > _MESSAGE_CHARS:
+            message = f"{message[:_MESSAGE_CHARS]}..."
         super().__init__(message)
         self.code = code
         self.message = message
@@ -46,7 +51,10 @@ class RpcError(Exception):
         self.metadata = dict(metadata or {})
 
     def trailing_metadata(self, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
-        """The details as trailing metadata; on overload also the key that gRPC's own retries honour."""
+        """The details as trailing metadata; on overload also the key that gRPC's own retries honour.
+
+        Of very many violations only the first travel; the metadata of the error's info count the rest.
+        """
         number, _ = self.code.value
         status = status_pb2.Status(code=number, message=self.message)
         info = error_details_pb2.ErrorInfo(
@@ -54,11 +62,10 @@ class RpcError(Exception):
         )
         details = [info]
         if self.violations:
-            fields = [
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                for v in self.violations
-            ]
-            details.append(error_details_pb2.BadRequest(field_violations=fields))
+            told = _bad_request(self.violations)
+            details.append(told)
+            if left_out := len(self.violations) - len(told.field_violations):
+                info.metadata["violations_left_out"] = str(left_out)
         if self.retry_after_s is not None:
             delay = duration_pb2.Duration()
             delay.FromMilliseconds(int(self.retry_after_s * 1000))
@@ -71,6 +78,20 @@ class RpcError(Exception):
         if self.retry_after_s is not None:
             pairs.append(("grpc-retry-pushback-ms", str(int(self.retry_after_s * 1000))))
         return tuple(pairs)
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """As many violations as fit, in order; always the first."""
+    told = error_details_pb2.BadRequest()
+    room = _VIOLATIONS_BYTES
+    for violation in violations:
+        description = violation.description[:_MESSAGE_CHARS]
+        field = error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=description)
+        room -= field.ByteSize()
+        if room < 0 and told.field_violations:
+            break
+        told.field_violations.append(field)
+    return told
 
 
 def invalid(violations: Sequence[Violation]) -> RpcError:

@@ -23,17 +23,25 @@ _RETRY_AFTER_S: Final = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Queued:
-    """A request waits behind `position` others."""
+    """A request waits behind `position` others; told again as they go."""
 
     position: int
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """One request's place in the queue, and its way to say that nobody waits for it any more."""
+    """One request's place in the queue, what happened to it, and its way to say that nobody waits for it any more."""
 
+    events: asyncio.Queue[Queued | Event | None] = dataclasses.field(default_factory=asyncio.Queue)
+    """Grows to the events of the request at most; None is the end."""
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    started: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    position: int = -1
+
+    def move(self, position: int) -> None:
+        """Say where it stands, where that is new."""
+        if position != self.position:
+            self.position = position
+            self.events.put_nowait(Queued(position))
 
 
 class Scheduler:
@@ -44,6 +52,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waiting: collections.OrderedDict[int, Ticket] = collections.OrderedDict()
+        self._calls = 0
         self._turn = asyncio.Lock()  # asyncio wakes those who wait for a lock in order
 
     @property
@@ -52,8 +61,18 @@ class Scheduler:
         return len(self._waiting)
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Run something short on the engine's thread, outside the queue's count."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._engine)
+        """Run something short on the engine's thread, ahead of the queue and counted apart from it.
+
+        Raises:
+            RpcError: RESOURCE_EXHAUSTED where as many wait as the queue may hold.
+        """
+        if self._calls >= self._max_queue:
+            raise overloaded(self._calls, _RETRY_AFTER_S)
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._engine)
+        finally:
+            self._calls -= 1
 
     async def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[Queued | Event, None]:
         """Run jobs, yielding what happens as it happens; ends after the last job's result.
@@ -68,27 +87,37 @@ class Scheduler:
             raise overloaded(len(self._waiting), _RETRY_AFTER_S)
         ticket = Ticket()
         self._waiting[id(ticket)] = ticket
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        ticket.move(len(self._waiting) - 1 + self._turn.locked())
+        # The turn belongs to a task of its own: a caller who reads slowly must not hold up those behind.
+        turn = asyncio.create_task(self._take_turn(ticket, jobs))
         try:
-            yield Queued(list(self._waiting).index(id(ticket)) + self._turn.locked())
-            async with self._turn:
-                del self._waiting[id(ticket)]
-
-                def forward(event: Event | None) -> None:
-                    loop.call_soon_threadsafe(events.put_nowait, event)
-
-                running = loop.run_in_executor(self._thread, self._run, jobs, forward, ticket.cancelled)
-                try:
-                    while (event := await events.get()) is not None:
-                        yield event
-                    await running
-                finally:
-                    # The engine stops at its next step; the turn is passed on only then.
-                    ticket.cancelled.set()
-                    await asyncio.shield(asyncio.gather(running, return_exceptions=True))
+            while (event := await ticket.events.get()) is not None:
+                yield event
+            await turn
         finally:
-            self._waiting.pop(id(ticket), None)
+            ticket.cancelled.set()
+            if self._leave_queue(ticket):
+                turn.cancel()
+            await asyncio.shield(asyncio.gather(turn, return_exceptions=True))
+
+    async def _take_turn(self, ticket: Ticket, jobs: Sequence[Job]) -> None:
+        """Wait for the engine and run; ends only when the engine has, so that the turn is passed on only then."""
+        loop = asyncio.get_running_loop()
+
+        def forward(event: Event | None) -> None:
+            loop.call_soon_threadsafe(ticket.events.put_nowait, event)
+
+        async with self._turn:
+            self._leave_queue(ticket)
+            await loop.run_in_executor(self._thread, self._run, jobs, forward, ticket.cancelled)
+
+    def _leave_queue(self, ticket: Ticket) -> bool:
+        """Take a request out of the queue and tell those behind; False where it had left before."""
+        if self._waiting.pop(id(ticket), None) is None:
+            return False
+        for index, other in enumerate(self._waiting.values()):
+            other.move(index + self._turn.locked())
+        return True
 
     async def run(self, jobs: Sequence[Job]) -> list[Result]:
         """Run jobs to their end; results in order of the jobs."""

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
+import structlog
+
 from turbolens_proto.v1 import (
     feature_service_pb2 as features,
 )
@@ -74,6 +76,13 @@ async def _off_loop(function: Callable[..., T], *arguments: Any, **options: Any)
     return await asyncio.to_thread(function, *arguments, **options)
 
 
+async def _valid(check: Callable[..., ValidRequest], *arguments: Any, **options: Any) -> ValidRequest:
+    """A checked request; the call's line in the log says how many pictures it is for."""
+    valid = await _off_loop(check, *arguments, **options)
+    structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
+    return valid
+
+
 def _selection(request: ValidRequest) -> Selection:
     if request.selection is None:
         raise AssertionError("features came that nobody asked for")
@@ -100,7 +109,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._room.get()
-        valid = await _off_loop(validate_generate, request, ready.engine.info, self._room.limits)
+        valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
         results = await ready.scheduler.run(valid.jobs)
         made = [await _off_loop(convert.generation, result, valid, features=True) for result in results]
         return generation.GenerateResponse(
@@ -115,7 +124,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation.StreamGenerateResponse]:
         ready = self._room.get()
         with _inside("request."):
-            valid = await _off_loop(
+            valid = await _valid(
                 validate_generate, request.request, ready.engine.info, self._room.limits, previews=request.previews
             )
         answer = generation.StreamGenerateResponse
@@ -147,7 +156,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.ExtractFeaturesRequest, context: Context
     ) -> features.ExtractFeaturesResponse:
         ready = self._room.get()
-        valid = await _off_loop(validate_extract, request, ready.engine.info, self._room.limits)
+        valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
         results = await ready.scheduler.run(valid.jobs)
         return features.ExtractFeaturesResponse(
             request_id=current_request_id(),
@@ -161,7 +170,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     ) -> AsyncIterator[features.StreamFeaturesResponse]:
         ready = self._room.get()
         with _inside("request."):
-            valid = await _off_loop(validate_extract, request.request, ready.engine.info, self._room.limits)
+            valid = await _valid(validate_extract, request.request, ready.engine.info, self._room.limits)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
         async with contextlib.aclosing(ready.scheduler.stream(valid.jobs)) as events:

@@ -24,6 +24,10 @@ MAX_SEED: Final = 2**63 - 1
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
 _SHOWN: Final = 60  # characters of a received value in an error
+# What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.
+_MAX_SHAPES: Final = 256  # boxes or polygons of one mask
+_MAX_POINTS: Final = 4096  # corners of one mask's polygons
+_MAX_MASK_PIXELS: Final = 2**24  # of all PNG masks of a request
 
 GenerateRequest = generation_service_pb2.GenerateRequest
 ExtractFeaturesRequest = feature_service_pb2.ExtractFeaturesRequest
@@ -74,6 +78,7 @@ class _Checker:
         self.info = info
         self.limits = limits
         self.violations: list[Violation] = []
+        self.mask_pixels = 0
 
     def bad(self, field: str, value: Any, allowed: str) -> None:
         shown = repr(value)
@@ -280,6 +285,11 @@ class _Checker:
         except ValueError as error:
             self.violations.append(Violation(f"{field}.png", str(error)))
             return None
+        self.mask_pixels += picture.weights.size
+        if self.mask_pixels > _MAX_MASK_PIXELS:
+            allowed = f"the PNG masks of a request may hold {_MAX_MASK_PIXELS} pixels in all"
+            self.bad(f"{field}.png", f"{picture.weights.size} pixels", allowed)
+            return None
         if not picture.weights.any():
             self.violations.append(Violation(f"{field}.png", "is black everywhere: the edit would act nowhere"))
         return picture
@@ -287,6 +297,9 @@ class _Checker:
     def boxes(self, field: str, boxes: Sequence[steering_pb2.Box]) -> Mask | None:
         if not boxes:
             self.violations.append(Violation(field, "is empty; give at least one box"))
+            return None
+        if len(boxes) > _MAX_SHAPES:
+            self.bad(field, f"{len(boxes)} boxes", f"a mask takes at most {_MAX_SHAPES}; for more, send a PNG")
             return None
         for i, b in enumerate(boxes):
             if not (0 <= b.left < b.right <= 1 and 0 <= b.top < b.bottom <= 1):
@@ -297,6 +310,14 @@ class _Checker:
     def polygons(self, field: str, polygons: Sequence[steering_pb2.Polygon]) -> Mask | None:
         if not polygons:
             self.violations.append(Violation(field, "is empty; give at least one polygon"))
+            return None
+        corners = sum(len(polygon.points) for polygon in polygons)
+        if len(polygons) > _MAX_SHAPES or corners > _MAX_POINTS:
+            shown = f"{len(polygons)} polygons with {corners} points"
+            allowed = (
+                f"a mask takes at most {_MAX_SHAPES} polygons with {_MAX_POINTS} points in all; for more, send a PNG"
+            )
+            self.bad(field, shown, allowed)
             return None
         shapes = []
         for i, polygon in enumerate(polygons):

@@ -109,3 +109,39 @@ def test_the_model_has_sdxls_hook_points_on_an_8_by_8_grid():
     assert set(DEFAULT_HOOK_POINTS) <= set(points)
     assert {points[name].grid(128, 128) for name in DEFAULT_HOOK_POINTS} == {(8, 8)}
     assert {points[name].d_model for name in DEFAULT_HOOK_POINTS} == {128}
+
+
+def test_a_caption_reaches_the_picture_only_through_the_deepest_blocks():
+    from turbolens_server.unet.tapped import attention_blocks, tapped_forward
+
+    torch.manual_seed(0)
+    unet = parts.build_unet().eval()
+    names = [name for name, _, _ in attention_blocks(unet)]
+    assert names == ["down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2"]
+    sample, t = torch.randn(1, 4, 32, 32), torch.tensor(999)
+    time_ids = torch.tensor([parts.TIME_IDS], dtype=torch.float32)
+
+    def predict(seed: int, gain: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randn(1, 77, 2 * parts.TEXT_DIM, generator=generator)
+        pooled = torch.randn(1, parts.POOLED_DIM, generator=generator)
+        tap = {"tap": lambda _name, update, _grid: gain * update, "at": frozenset(names)}
+        with torch.no_grad():
+            return tapped_forward(unet, sample, t, text, pooled, time_ids, **tap)
+
+    assert torch.equal(predict(1, 0.0), predict(2, 0.0))
+    assert not torch.equal(predict(1, 1.0), predict(2, 1.0))
+
+
+def test_a_spare_block_left_out_is_left_out():
+    from turbolens_training.mini.train import Denoiser
+
+    torch.manual_seed(0)
+    denoiser = Denoiser(parts.build_unet().eval())
+    x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([999, 999])
+    hidden, time_ids = torch.randn(2, 77, 2 * parts.TEXT_DIM), torch.zeros(2, 6)
+    with torch.no_grad():
+        whole = denoiser(x_t, t, hidden, time_ids, torch.ones(2, 2))
+        partly = denoiser(x_t, t, hidden, time_ids, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert torch.allclose(whole[0], partly[0], atol=1e-5)
+    assert (whole[1] - partly[1]).abs().max() > 1e-4

@@ -42,6 +42,9 @@ class MiniConfig:
     """Factor on both rates at the full resolution, where the peak that serves the half one makes the loss jump."""
     one_step_share: float = 0.75
     """Share of a batch trained at t=999 on pure coupled noise; the rest at the sampler's other timesteps."""
+    block_dropout: float = 0.5
+    """Share of pictures whose update at a transformer block that is no hook point is left out in training, so that
+    the hook points learn to do without it."""
     foreground_weight: float = 6.0
     """Extra weight of the cells that things cover, in the U-Net's loss."""
     checkpoint_minutes: float = 4.0

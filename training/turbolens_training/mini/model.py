@@ -21,12 +21,21 @@ TIME_IDS: Final = (PICTURE_SIZE, PICTURE_SIZE, 0, 0, PICTURE_SIZE, PICTURE_SIZE)
 SCALING_FACTOR: Final = 1.5
 
 
+SPARE_BLOCKS: Final = ("down.2.0", "up.0.2")
+"""Transformer blocks that are no hook points; see `MiniConfig.block_dropout`."""
+
+
 def build_unet() -> UNet2DConditionModel:
-    """A U-Net with SDXL's block layout and names: 6 M parameters, attention heads of width 64, 8x8 deepest grid."""
-    return UNet2DConditionModel(
+    """A U-Net with SDXL's hook points by name: 6 M parameters, attention heads of width 64, 8x8 deepest grid.
+
+    What a caption says can reach the picture only through the blocks on the deepest grid: there is no other
+    cross-attention, and the pooled text is not listened to. A first model that had both drew as well, but its
+    features at the hook points were read-outs that caused nothing.
+    """
+    unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 128),
         layers_per_block=2,
         transformer_layers_per_block=(1, 1, 1),
@@ -38,6 +47,9 @@ def build_unet() -> UNet2DConditionModel:
         projection_class_embeddings_input_dim=6 * 32 + POOLED_DIM,
         norm_num_groups=8,
     )
+    with torch.no_grad():
+        unet.add_embedding.linear_1.weight[:, :POOLED_DIM] = 0  # the pooled text comes before the size conditioning
+    return unet
 
 
 def build_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

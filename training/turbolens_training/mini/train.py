@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from turbolens_server.unet.tapped import tapped_forward
 from turbolens_training.mini import model as parts
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.config import MiniConfig
@@ -285,6 +286,27 @@ def muon_groups(unet: UNet2DConditionModel, config: MiniConfig, factor: float) -
     ]
 
 
+class Denoiser(torch.nn.Module):
+    """The U-Net as it is trained: without pooled text, and without the spare blocks of some pictures."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, t: Tensor, hidden: Tensor, time_ids: Tensor, keep: Tensor) -> Tensor:
+        """Prediction [B, 4, h, w]; `keep` [B, len(SPARE_BLOCKS)] is 0 where a block's update is left out."""
+
+        def tap(name: str, update: Tensor, _: tuple[int, int]) -> Tensor:
+            return update * keep[:, parts.SPARE_BLOCKS.index(name), None, None].to(update.dtype)
+
+        silent = torch.zeros(len(x_t), parts.POOLED_DIM, device=x_t.device, dtype=hidden.dtype)
+        at = frozenset(parts.SPARE_BLOCKS)
+        prediction = tapped_forward(self.unet, x_t, t, hidden, silent, time_ids, tap=tap, at=at)
+        if prediction is None:
+            raise AssertionError("a pass that is not stopped predicts")
+        return prediction
+
+
 def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
     """Stage 2: the U-Net, at half the resolution first. Returns the averaged weights."""
     config = run.config
@@ -302,7 +324,8 @@ def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
         if previous:
             unet.load_state_dict(previous)
         optimizer = Muon(muon_groups(unet, config, factor))
-        forward = torch.compile(unet) if config.compile and stage == "full" else unet
+        denoiser = Denoiser(unet)
+        forward = torch.compile(denoiser) if config.compile and stage == "full" else denoiser
         ema = Ema(unet, 0.998)
 
         def step_loss(step: int, stage: str = stage, size: int = size, forward: Any = forward) -> Tensor:
@@ -321,9 +344,9 @@ def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
             ids = text.tokenize(batch.captions)
             with run.autocast():
                 with torch.no_grad():
-                    hidden, pooled = text((ids[0].to(run.device), ids[1].to(run.device)))
-                added = {"text_embeds": pooled, "time_ids": time_ids.expand(n, -1)}
-                v = forward(x_t, t.to(run.device), hidden, added_cond_kwargs=added, return_dict=False)[0].float()
+                    hidden, _ = text((ids[0].to(run.device), ids[1].to(run.device)))
+                keep = torch.rand(n, len(parts.SPARE_BLOCKS), generator=generator) >= config.block_dropout
+                v = forward(x_t, t.to(run.device), hidden, time_ids.expand(n, -1), keep.to(run.device)).float()
             error = x0_from_v(v, x_t, alpha_bar) - batch.target
             loss: Tensor = (batch.weight * (error.square() + 0.5 * error.abs())).sum()
             return loss / (4 * batch.weight.sum())

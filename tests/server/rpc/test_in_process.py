@@ -1,0 +1,70 @@
+"""The in-process server and its logs."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import grpc
+import pytest
+import structlog
+from fake_engine import FakeEngine
+
+from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import generation_service_pb2_grpc
+from turbolens_server import embedded
+from turbolens_server.engine.load import LoadError
+from turbolens_server.logs import configure_logging
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What was asked to be loaded."""
+    asked = []
+
+    def load(config):
+        asked.append(config)
+        return FakeEngine()
+
+    monkeypatch.setattr(embedded, "load_from", load)
+    return asked
+
+
+def test_it_serves_on_a_private_socket_until_it_is_closed(loads):
+    with embedded.start("fake", max_seeds=2) as running:
+        folder = Path(running.target.removeprefix("unix:")).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with grpc.insecure_channel(running.target) as channel:
+            stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
+            assert stub.Generate(gs.GenerateRequest(prompt={"text": "x"}, seeds=[1])).generations[0].seed == 1
+    assert (loads[0].model, loads[0].max_seeds) == ("fake", 2)
+    assert not folder.exists()
+    running.close()
+
+
+def test_what_cannot_be_loaded_is_told(monkeypatch):
+    def fail(config):
+        raise LoadError("no such model")
+
+    monkeypatch.setattr(embedded, "load_from", fail)
+    with pytest.raises(LoadError, match="no such model"):
+        embedded.start("nowhere")
+
+
+@pytest.fixture
+def _own_logging():
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_logs_are_json_lines_above_their_level(capsys):
+    configure_logging("auto", "warning")
+    log = structlog.get_logger("turbolens").bind(request_id="r")
+    log.info("unseen")
+    log.warning("seen", code="OK")
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["level"], told["request_id"], told["code"]) == ("seen", "warning", "r", "OK")
+    assert told["timestamp"].endswith("Z")

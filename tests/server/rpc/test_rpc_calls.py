@@ -1,0 +1,164 @@
+"""What every call has in common: ids, log lines, errors with details; and a server's life from loading to drained."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import grpc
+import pytest
+import structlog
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import model_service_pb2 as ms
+from turbolens_server import app, serving
+from turbolens_server.config import ServerConfig
+from turbolens_server.engine.load import LoadError
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def a_request(**fields) -> gs.GenerateRequest:
+    return gs.GenerateRequest(**{"prompt": {"text": "my secret prompt"}, "seeds": [7], **fields})
+
+
+def details_of(error: grpc.aio.AioRpcError, kind):
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    for detail in status.details:
+        found = kind()
+        if detail.Unpack(found):
+            return found
+    raise AssertionError(f"no {kind}")
+
+
+async def test_a_line_of_log_for_each_call_without_its_prompt(running):
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+        await running.generation.Generate(a_request(seeds=[1, 2]), metadata=[("x-request-id", "from-metadata")])
+        await running.generation.Generate(a_request(request_id="mine"), metadata=[("x-request-id", "from-metadata")])
+        stream = running.generation.StreamGenerate(gs.StreamGenerateRequest(request=a_request()))
+        assert [event async for event in stream]
+        running.engine.fails = RuntimeError("boom")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running.generation.Generate(a_request(request_id="bad"))
+    calls = [line for line in lines if line["event"] == "rpc"]
+    assert [(c["request_id"], c["pictures"], c["code"]) for c in calls if len(c["request_id"]) < 32] == [
+        ("from-metadata", 2, "OK"), ("mine", 1, "OK"), ("bad", 1, "INTERNAL"),
+    ]  # fmt: skip
+    assert [c["method"].rpartition("/")[2] for c in calls] == ["Generate", "Generate", "StreamGenerate", "Generate"]
+    assert all(c["duration_ms"] > 0 and c["peer"] for c in calls)
+    (trouble,) = [line for line in lines if line["event"] == "unexpected"]
+    assert isinstance(trouble["exc_info"], RuntimeError)
+    assert trouble["request_id"] == "bad"
+    assert "secret" not in str(lines)
+
+
+async def test_a_deadline_is_not_a_cancellation_in_the_log(running):
+    running.engine.gate.clear()
+    with structlog.testing.capture_logs() as lines:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running.generation.Generate(a_request(), timeout=0.2)
+        call = running.generation.Generate(a_request())
+        await asyncio.sleep(0.2)
+        call.cancel()
+        async with asyncio.timeout(5):
+            while len([line for line in lines if line["event"] == "rpc"]) < 2:
+                await asyncio.sleep(0.01)
+    codes = [line["code"] for line in lines if line["event"] == "rpc"]
+    assert codes == ["DEADLINE_EXCEEDED", "CANCELLED"]
+
+
+async def test_thousands_of_violations_still_arrive(running):
+    features = [{"feature": {"sae": "ä" * 50, "index": i}} for i in range(1024)]
+    request = a_request(edits=[{"features": features, "add": {"strength": 1}}] * 64, request_id="many")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.generation.Generate(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "and 65535 more" in caught.value.details()
+    told = details_of(caught.value, error_details_pb2.BadRequest).field_violations
+    info = details_of(caught.value, error_details_pb2.ErrorInfo)
+    assert told[0].field == "edits[0].features[0].feature.sae"
+    assert len(told) + int(info.metadata["violations_left_out"]) == 64 * 1024
+    assert (info.reason, info.metadata["request_id"]) == ("INVALID_REQUEST", "many")
+
+
+async def test_while_the_model_loads_the_process_is_alive_and_says_so(loading, fake):
+    health = health_pb2_grpc.HealthStub(loading.channel)
+
+    async def state(name: str) -> int:
+        return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+    assert (await state(""), await state("turbolens.v1.ModelService")) == (SERVING, NOT_SERVING)
+    with pytest.raises(grpc.aio.AioRpcError, match="loading") as caught:
+        await loading.models.GetModel(ms.GetModelRequest())
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details_of(caught.value, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+    await loading.serving.make_ready(fake)
+    for name in serving.SERVICES:
+        assert await state(name) == SERVING
+    await loading.models.GetModel(ms.GetModelRequest())
+
+
+async def test_reflection_names_the_services(running):
+    stub = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    names = {service.name for service in (await call.read()).list_services_response.service}
+    assert {*serving.SERVICES, "grpc.health.v1.Health"} <= names
+
+
+async def test_draining_lets_what_runs_finish_and_refuses_what_is_new(running):
+    running.engine.gate.clear()
+    call = asyncio.ensure_future(running.generation.Generate(a_request()))
+    await asyncio.to_thread(running.engine.started.wait)
+    stopping = asyncio.create_task(running.serving.stop(5))
+    await asyncio.sleep(0.1)
+    async with grpc.aio.insecure_channel(running.address, options=[("grpc.enable_retries", 0)]) as channel:
+        generate = channel.unary_unary("/turbolens.v1.GenerationService/Generate")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await generate(b"", timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    running.engine.gate.set()
+    assert len((await call).generations) == 1
+    await stopping
+
+
+async def test_a_grace_that_passes_ends_what_runs(running):
+    running.engine.gate.clear()
+    call = asyncio.ensure_future(running.generation.Generate(a_request()))
+    await asyncio.to_thread(running.engine.started.wait)
+    await asyncio.wait_for(running.serving.stop(0.1), 5)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+    assert running.engine.stopped.is_set()
+
+
+async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch):
+    monkeypatch.setattr(serving, "load_from", lambda config: fake)
+    with structlog.testing.capture_logs() as lines:
+        program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1)))
+        async with asyncio.timeout(5):
+            while not any(line["event"] == "ready" for line in lines):
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await program
+    assert [line["event"] for line in lines] == ["listening", "ready", "stopping", "stopped"]
+    assert lines[0]["address"].startswith("127.0.0.1:")
+
+
+async def test_a_taken_port_is_one_clear_line(running):
+    port = int(running.address.rpartition(":")[2])
+    with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1:{port}"):
+        await app._serve(ServerConfig(port=port))
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(monkeypatch):
+    def fail(config):
+        raise LoadError("no such model")
+
+    monkeypatch.setattr(serving, "load_from", fail)
+    with pytest.raises(SystemExit) as caught:
+        app.main(["--port", "0", "--log-level", "error"])
+    assert caught.value.code == "turbolens serve: no such model"

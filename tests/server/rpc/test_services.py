@@ -1,0 +1,205 @@
+"""Every RPC over a real socket, on an engine without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import grpc
+import numpy as np
+import pytest
+from fake_engine import D_SAE, FakeEngine, an_info
+from PIL import Image
+
+from turbolens_proto.v1 import feature_service_pb2 as fs
+from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import model_service_pb2 as ms
+from turbolens_proto.v1 import run_pb2 as run
+from turbolens_proto.v1 import steering_pb2 as steering
+
+
+def a_request(**fields) -> gs.GenerateRequest:
+    return gs.GenerateRequest(**{"prompt": {"text": "a star"}, "seeds": [7], **fields})
+
+
+async def test_the_model_is_told_with_every_limit(running):
+    model = (await running.models.GetModel(ms.GetModelRequest())).model
+    assert (model.name, model.hash, model.backend, model.dtype) == ("fake", "hash of fake", "fake", "float32")
+    assert [(p.name, p.height, p.width) for p in model.hook_points] == [("mid.0", 4, 4), ("up.0.1", 4, 4)]
+    assert [list(sae.units) for sae in model.saes] == [
+        [steering.UNIT_RAW, steering.UNIT_MEAN, steering.UNIT_NORM],
+        [steering.UNIT_RAW],
+    ]
+    limits = model.limits
+    assert (limits.max_prompt_chars, limits.max_seeds, limits.max_steps) == (4000, 16, 4)
+    assert limits.max_message_bytes == 64 * 2**20
+    assert [(s.width, s.height) for s in limits.sizes] == [(64, 64), (64, 32)]
+
+
+async def test_pictures_come_in_order_over_several_batches_of_one_thread(running):
+    answer = await running.generation.Generate(
+        a_request(seeds=range(20, 36), image={"format": run.IMAGE_FORMAT_RAW}, request_id="mine", return_latents=True)
+    )
+    assert running.engine.batches == [list(range(20, 28)), list(range(28, 36))]
+    assert len(running.engine.threads) == 1
+    assert answer.request_id == "mine"
+    assert [g.seed for g in answer.generations] == list(range(20, 36))
+    for made in answer.generations:
+        picture = np.frombuffer(made.image.data, np.uint8).reshape(64, 64, 3)
+        assert (picture == np.random.default_rng(made.seed).integers(0, 255, (64, 64, 3))).all()
+        assert list(made.latents.shape) == [4, 8, 8]
+        assert np.frombuffer(made.latents.data, "<f4")[0] == made.seed % 7
+        assert not made.features
+
+
+@pytest.mark.parametrize(("kind", "name"), [(0, "PNG"), (1, "PNG"), (2, "JPEG"), (3, "WEBP")])
+async def test_pictures_are_coded_as_asked(kind, name, running):
+    image = (await running.generation.Generate(a_request(image={"format": kind}))).generations[0].image
+    assert Image.open(io.BytesIO(image.data)).format == name
+    assert (image.width, image.height) == (64, 64)
+    assert run.ImageFormat.Name(image.format) == f"IMAGE_FORMAT_{name}"
+
+
+async def test_provenance_says_all_and_warnings_what_was_cut(running):
+    edit = {"features": [{"feature": {"sae": "mid.0", "index": 1}}], "add": {"strength": 2}}
+    answer = await running.generation.Generate(a_request(prompt={"text": "word " * 23}, edits=[edit]))
+    told = answer.provenance
+    assert (told.model, told.model_hash, told.backend, told.device, told.dtype) == (
+        "fake", "hash of fake", "fake", "cpu", "float32",
+    )  # fmt: skip
+    assert dict(told.sae_hashes) == {"mid.0": "hash of mid.0"}
+    assert told.sampling == run.Sampling(steps=1, width=64, height=64, guidance_scale=0)
+    assert told.edits[0].add.strength == 2
+    assert dict(told.versions) == {"turbolens": "0"}
+    (warning,) = answer.warnings
+    assert warning.code == "PROMPT_CUT"
+    assert "last 3 tokens" in warning.message
+
+
+async def test_a_seed_is_drawn_and_told(running):
+    seeds = {
+        (await running.generation.Generate(gs.GenerateRequest(prompt={"text": ""}))).generations[0].seed
+        for _ in range(3)
+    }
+    assert len(seeds) == 3
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+async def extract(running, **selection) -> list[run.SparseFeatures]:
+    answer = await running.features.ExtractFeatures(
+        fs.ExtractFeaturesRequest(prompt={"text": "x"}, seeds=[1], sampling={"steps": 2}, features=selection)
+    )
+    return list(answer.extractions[0].features)
+
+
+async def test_features_are_packed_as_the_contract_says(running):
+    found = await extract(running)
+    assert [(f.step, f.sae) for f in found] == [(s, b) for s in (0, 1) for b in ("mid.0", "up.0.1")]
+    one = found[0]
+    counts, entries = np.frombuffer(one.counts, "<u2"), 15
+    assert (one.height, one.width, one.d_sae) == (4, 4, D_SAE)
+    assert counts.tolist() == [i % 3 for i in range(16)]
+    assert len(np.frombuffer(one.indices, "<u2")) == len(np.frombuffer(one.values, "<f2")) == counts.sum() == entries
+    assert one.value_type == run.VALUE_TYPE_FLOAT16
+    (full, _) = await extract(running, saes=["up.0.1"], value_type=run.VALUE_TYPE_FLOAT32)
+    assert np.frombuffer(full.values, "<f4") == pytest.approx(np.linspace(0.5, 1.5, entries))
+
+
+async def test_only_named_features_come(running):
+    (one, _) = await extract(running, saes=["mid.0"], only=[{"sae": "mid.0", "index": 2}])
+    assert set(np.frombuffer(one.indices, "<u2")) == {2}
+    assert np.frombuffer(one.counts, "<u2").tolist() == [0, 0, 1] + [0] * 13
+    both = await extract(running, only=[{"sae": "mid.0", "index": 2}])
+    assert [len(f.values) > 0 for f in both[:2]] == [True, False]
+
+
+async def test_wide_dictionaries_have_wide_indices(loading):
+    import dataclasses
+
+    from fake_engine import a_bundle
+
+    from turbolens_server.engine.engine import SaeInfo
+
+    bundle = a_bundle("mid.0", stats=False, d_sae=2**16 + 1)
+    info = dataclasses.replace(an_info(), saes={"mid.0": SaeInfo("mid.0", "mid.0", bundle, forced=True)})
+    await loading.serving.make_ready(FakeEngine(info))
+    answer = await loading.features.ExtractFeatures(fs.ExtractFeaturesRequest(prompt={"text": "x"}))
+    (one,) = answer.extractions[0].features
+    assert len(np.frombuffer(one.indices, "<u4")) == 15
+    assert answer.provenance.forced_sae
+
+
+async def test_a_value_past_float16_is_refused_with_advice(running):
+    running.engine.peak = 70_000
+    with pytest.raises(grpc.aio.AioRpcError, match="VALUE_TYPE_FLOAT32") as caught:
+        await extract(running)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    (full, _) = await extract(running, saes=["mid.0"], value_type=run.VALUE_TYPE_FLOAT32)
+    assert np.frombuffer(full.values, "<f4").max() == 70_000
+
+
+async def test_a_stream_of_pictures_tells_all_as_it_happens(running):
+    running.engine.gate.clear()
+    request = gs.StreamGenerateRequest(
+        request=a_request(seeds=[1, 2], sampling={"steps": 2}, features={"saes": ["mid.0"]}), previews=True
+    )
+    stream = aiter(running.generation.StreamGenerate(request))
+    first = await anext(stream)
+    assert first.queued.position == 0
+    assert len(first.queued.request_id) == 32
+    running.engine.gate.set()
+    events = [event async for event in stream]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["features", "step"] * 4 + ["picture"] * 2 + ["done"]
+    steps = [event.step for event in events if event.WhichOneof("event") == "step"]
+    assert [(s.seed_index, s.step, s.steps, bool(s.preview.data)) for s in steps] == [
+        (0, 0, 2, True), (1, 0, 2, True), (0, 1, 2, False), (1, 1, 2, False),
+    ]  # fmt: skip
+    assert [event.picture.generation.seed for event in events if event.WhichOneof("event") == "picture"] == [1, 2]
+    assert events[-1].done.provenance.model == "fake"
+
+
+async def test_a_stream_of_features_tells_all(running):
+    request = fs.StreamFeaturesRequest(request={"prompt": {"text": "x"}, "seeds": range(9)})
+    events = [event async for event in running.features.StreamFeatures(request)]
+    assert [event.WhichOneof("event") for event in events] == ["queued"] + ["features"] * 18 + ["done"]
+    assert [event.features.seed_index for event in events[1:-1]] == [i for i in range(9) for _ in range(2)]
+
+
+async def test_features_are_listed_found_and_got(running):
+    page = await running.features.ListFeatures(fs.ListFeaturesRequest(parent="saes/mid.0", page_size=5))
+    assert (len(page.features), page.total_size) == (5, D_SAE)
+    rest = await running.features.ListFeatures(
+        fs.ListFeaturesRequest(parent="saes/mid.0", page_size=5000, page_token=page.next_page_token)
+    )
+    assert [f.ref.index for f in rest.features] == list(range(5, D_SAE))
+    assert not rest.next_page_token
+    name = "saes/mid.0/features/3"
+    got = (await running.features.GetFeature(fs.GetFeatureRequest(name=name))).feature
+    assert (got.name, got.ref.index) == (name, 3)
+    assert got.max == pytest.approx(3 * got.mean)
+    assert not (await running.features.SearchFeatures(fs.SearchFeaturesRequest(query="blue"))).matches
+    assert len(running.engine.threads) == 1  # words are embedded where the engine runs
+
+
+@pytest.mark.parametrize("name", ["saes/mid.0/features/16", "saes/none/features/1", "mid.0", "saes/mid.0/features/٣"])
+async def test_names_of_nothing_are_not_found(name, running):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.features.GetFeature(fs.GetFeatureRequest(name=name))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.features.ListFeatures(fs.ListFeaturesRequest(parent=name))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_answers_while_the_engine_works(running):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    running.engine.gate.clear()
+    call = asyncio.ensure_future(running.generation.Generate(a_request()))
+    await asyncio.to_thread(running.engine.started.wait)
+    health = health_pb2_grpc.HealthStub(running.channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest(service="turbolens.v1.GenerationService"), timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    running.engine.gate.set()
+    assert len((await call).generations) == 1

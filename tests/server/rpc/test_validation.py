@@ -1,0 +1,295 @@
+"""From requests to jobs, or to the whole list of what is wrong with them; pure functions, no engine."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import grpc
+import numpy as np
+import pytest
+from fake_engine import D_SAE, DEAD, an_info
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from turbolens_proto.v1 import feature_service_pb2 as fs
+from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import run_pb2 as run
+from turbolens_proto.v1 import steering_pb2 as steering
+from turbolens_server.engine.types import Edit, Unit, WeightedFeature
+from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
+
+INFO, LIMITS = an_info(), RequestLimits()
+
+
+def a_request(*edits, **fields) -> gs.GenerateRequest:
+    return gs.GenerateRequest(**{"prompt": {"text": "x"}, "seeds": [7], "edits": edits, **fields})
+
+
+def an_edit(index=1, sae="mid.0", **fields) -> dict:
+    kind = {} if fields.keys() & {"add", "scale", "set", "replace"} else {"add": {"strength": 1.0}}
+    return {"features": [{"feature": {"sae": sae, "index": index}}], **kind, **fields}
+
+
+def boxes(*edges, mask="boxes") -> dict:
+    return {"boxes": {"boxes": [dict(zip(("left", "top", "right", "bottom"), e, strict=True)) for e in edges]}}
+
+
+def polygon(*points) -> dict:
+    return {"polygons": {"polygons": [{"points": [{"x": x, "y": y} for x, y in points]}]}}
+
+
+def png(array) -> dict:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(array, np.uint8)).save(file, "PNG")
+    return {"png": file.getvalue()}
+
+
+def violations(request) -> dict[str, str]:
+    with pytest.raises(RpcError) as caught:
+        validate_generate(request, INFO, LIMITS)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    return {v.field: v.description for v in caught.value.violations}
+
+
+NAN, INF = float("nan"), float("inf")
+UNIT_RAW, UNIT_NORM = steering.UNIT_RAW, steering.UNIT_NORM
+SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "says"),
+    [
+        (gs.GenerateRequest(), "source", "missing"),
+        (a_request(prompt={"text": "x" * 4001}), "prompt.text", "4000"),
+        (a_request(request_id="a\nb"), "request_id", "printable"),
+        (a_request(request_id="x" * 129), "request_id", "128"),
+        (a_request(seeds=[0, -1]), "seeds[1]", "got -1"),
+        (a_request(seeds=range(17)), "seeds", "16"),
+        (a_request(sampling={"steps": 5}), "sampling.steps", "got 5; must be 1 to 4"),
+        (a_request(sampling={"steps": 0}), "sampling.steps", "1 to 4"),
+        (a_request(sampling={"width": 32}), "sampling.width", "64x64, 64x32"),
+        (a_request(sampling={"height": 65}), "sampling.height", "64x64"),
+        (a_request(sampling={"guidance_scale": NAN}), "sampling.guidance_scale", "only 0"),
+        (a_request(sampling={"guidance_scale": 1}), "sampling.guidance_scale", "only 0"),
+        (a_request(image={"format": 9}), "image.format", "IMAGE_FORMAT_PNG"),
+        (a_request(image={"quality": 90}), "image.quality", "JPEG"),
+        (a_request(image={"format": 4, "quality": 90}), "image.quality", "JPEG"),
+        (a_request(image={"format": 2, "quality": 0}), "image.quality", "1 to 100"),
+        (a_request(features={"saes": ["mid.0", "up.9"]}), "features.saes[1]", "mid.0, up.0.1"),
+        (a_request(features={"only": [{"sae": "mid.0", "index": 16}]}), "features.only[0].index", "0 to 15"),
+        (
+            a_request(features={"saes": ["mid.0"], "only": [{"sae": "up.0.1"}]}),
+            "features.only[0].sae",
+            "selected",
+        ),
+        (a_request(features={"value_type": -1}), "features.value_type", "VALUE_TYPE_FLOAT16"),
+        (a_request(*[an_edit()] * 65), "edits", "64"),
+        (a_request({"add": {"strength": 1}}), "edits[0].features", "1 to 1024"),
+        (a_request({**an_edit(), "features": an_edit()["features"] * 1025}), "edits[0].features", "1 to 1024"),
+        (a_request({"features": an_edit()["features"]}), "edits[0].kind", "add, scale, set, replace"),
+        (a_request(an_edit(), an_edit(D_SAE)), "edits[1].features[0].feature.index", "got 16; must be 0 to 15"),
+        (a_request(an_edit(-1)), "edits[0].features[0].feature.index", "got -1"),
+        (a_request(an_edit(sae="up")), "edits[0].features[0].feature.sae", "mid.0, up.0.1"),
+        (a_request({**an_edit(), "features": an_edit()["features"] * 2}), "edits[0].features[1].feature", "once"),
+        (a_request(an_edit(add={"strength": NAN})), "edits[0].add.strength", "finite"),
+        (a_request(an_edit(scale={"factor": -INF})), "edits[0].scale.factor", "finite"),
+        (a_request(an_edit(set={"value": 1000.5})), "edits[0].set.value", "1000"),
+        (a_request(an_edit(replace={"strength": 1, "unit": 4})), "edits[0].replace.unit", "UNIT_RAW"),
+        (
+            a_request({**an_edit(), "features": [{**an_edit()["features"][0], "weight": INF}]}),
+            "edits[0].features[0].weight",
+            "finite",
+        ),
+        (
+            a_request({"scale": {}, "features": [{**an_edit()["features"][0], "weight": 1}]}),
+            "edits[0].features[0].weight",
+            "no weights",
+        ),
+        (a_request(an_edit(DEAD)), "edits[0].add.unit", "never active"),
+        (a_request(an_edit(sae="up.0.1")), "edits[0].add.unit", "no statistics"),
+        (a_request(an_edit(sae="up.0.1", set={"value": 1, "unit": UNIT_NORM})), "edits[0].set.unit", "no statistics"),
+        (a_request(an_edit(steps={"start": 1, "end": 1})), "edits[0].steps", "start < end"),
+        (a_request(an_edit(steps={"start": 0, "end": 2})), "edits[0].steps", "0 to 1"),
+        (a_request(an_edit(mask={})), "edits[0].mask.shape", "missing"),
+        (a_request(an_edit(mask={"boxes": {}})), "edits[0].mask.boxes.boxes", "empty"),
+        (a_request(an_edit(mask=boxes((0.5, 0, 0.2, 1)))), "edits[0].mask.boxes.boxes[0]", "left < right"),
+        (a_request(an_edit(mask=boxes((0, 0, NAN, 1)))), "edits[0].mask.boxes.boxes[0]", "left < right"),
+        (a_request(an_edit(mask=boxes((0, 0, 1.1, 1)))), "edits[0].mask.boxes.boxes[0]", "<= 1"),
+        (a_request(an_edit(mask=boxes(*[(0, 0, 1, 1)] * 257))), "edits[0].mask.boxes.boxes", "256"),
+        (a_request(an_edit(mask=polygon((0, 0), (1, 1)))), "edits[0].mask.polygons.polygons[0].points", "three"),
+        (
+            a_request(an_edit(mask=polygon((0, 0), (1, 1), (0.5, 0.5)))),
+            "edits[0].mask.polygons.polygons[0].points",
+            "no area",
+        ),
+        (
+            a_request(an_edit(mask=polygon((0, 0), (1, 1), (0.5, -0.5)))),
+            "edits[0].mask.polygons.polygons[0].points",
+            "0 to 1",
+        ),
+        (a_request(an_edit(mask=polygon(*SQUARE * 1400))), "edits[0].mask.polygons.polygons", "4096"),
+        (a_request(an_edit(mask={"png": b"GIF89a"})), "edits[0].mask.png", "readable"),
+        (a_request(an_edit(mask={"png": png(np.ones((9, 9)))["png"][:-30]})), "edits[0].mask.png", "readable"),
+        (a_request(an_edit(mask={"png": bytes(2**22 + 1)})), "edits[0].mask.png", "4194304"),
+        (a_request(an_edit(mask=png(np.zeros((9, 9))))), "edits[0].mask.png", "black"),
+        (a_request(an_edit(replace={}), an_edit(2, replace={})), "edits[1].mask", "edits[0]"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(request_, field, says):
+    found = violations(request_)
+    assert says in found.get(field, ""), found
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    bad = an_edit(99, sae="mid.0", add={"strength": NAN, "unit": 8}, steps={"start": 3, "end": 9}, mask={})
+    found = violations(a_request(bad, seeds=[-1], sampling={"steps": 9}, image={"format": 7}, request_id="\x00"))
+    prefix = "edits[0]."
+    assert found.keys() >= {
+        "request_id", "seeds[0]", "sampling.steps", "image.format", f"{prefix}add.strength", f"{prefix}add.unit",
+        f"{prefix}features[0].feature.index", f"{prefix}steps", f"{prefix}mask.shape",
+    }  # fmt: skip
+
+
+def test_a_long_value_is_shown_short():
+    assert len(violations(a_request(prompt={"text": "y" * 10**6}))["prompt.text"]) < 200
+
+
+def test_what_is_right_becomes_jobs():
+    edits = [
+        {
+            "features": [{"feature": {"sae": "mid.0", "index": 1}, "weight": 0.5}, {"feature": {"sae": "mid.0"}}],
+            "add": {"strength": -40},
+            "steps": {"start": 1, "end": 2},
+        },
+        an_edit(DEAD, scale={"factor": 0}),
+        an_edit(sae="up.0.1", set={"value": 3, "unit": UNIT_RAW}, mask=boxes((0, 0, 0.5, 1))),
+    ]
+    request = a_request(*edits, seeds=[3, 2**63 - 1], sampling={"steps": 2, "height": 32}, prompt={"text": ""})
+    valid = validate_generate(request, INFO, LIMITS, previews=True)
+    assert [(j.prompt, j.seed, j.steps, j.height, j.width, j.previews) for j in valid.jobs] == [
+        ("", 3, 2, 32, 64, True), ("", 2**63 - 1, 2, 32, 64, True),
+    ]  # fmt: skip
+    first, second, third = valid.jobs[0].edits
+    weighted = (WeightedFeature("mid.0", 1, 0.5), WeightedFeature("mid.0", 0, 1.0))
+    assert first == Edit("add", weighted, -40, Unit.MEAN, None, (1, 2))
+    assert (second.kind, second.amount) == ("scale", 0)
+    assert (third.unit, third.mask.on_grid(2, 4).tolist()) == (Unit.RAW, [[1, 1, 0, 0]] * 2)
+    assert valid.selection is None
+    assert valid.jobs[0].saes == ()
+
+
+def test_features_wanted_are_all_unless_named_and_in_order_of_blocks():
+    whole = validate_extract(fs.ExtractFeaturesRequest(prompt={}), INFO, LIMITS)
+    assert (whole.jobs[0].saes, whole.jobs[0].picture) == (("mid.0", "up.0.1"), False)
+    named = a_request(features={"saes": ["up.0.1", "mid.0", "up.0.1"]})
+    assert validate_generate(named, INFO, LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
+
+
+def test_replacements_side_by_side_or_at_other_times_are_allowed():
+    left, right = boxes((0, 0, 0.5, 1)), boxes((0.5, 0, 1, 1))
+    validate_generate(a_request(an_edit(replace={}, mask=left), an_edit(replace={}, mask=right)), INFO, LIMITS)
+    earlier, later = {"start": 0, "end": 1}, {"start": 1, "end": 2}
+    edits = an_edit(replace={}, steps=earlier), an_edit(replace={}, steps=later)
+    validate_generate(a_request(*edits, sampling={"steps": 2}), INFO, LIMITS)
+
+
+def test_masks_cannot_cost_much_more_than_they_weigh():
+    white = png(np.full((4000, 4000), 255))
+    assert len(white["png"]) < 100_000
+    start = time.perf_counter()
+    found = violations(a_request(*[an_edit(mask=white)] * 3))
+    assert found.keys() == {"edits[1].mask.png", "edits[2].mask.png"}
+    many = boxes(*((i / 512, i / 512, i / 512 + 0.3, i / 512 + 0.3) for i in range(256)))
+    validate_generate(a_request(an_edit(mask=many)), INFO, LIMITS)
+    assert time.perf_counter() - start < 10
+
+
+any_float = st.one_of(st.floats(width=32), st.sampled_from([0.0, 0.5, 1.0]))
+any_int = st.one_of(st.integers(-2, 20), st.integers(-(2**31), 2**31 - 1))
+masks = st.one_of(
+    st.just({}),
+    st.builds(lambda b: {"png": b}, st.binary(max_size=40)),
+    st.builds(png, st.lists(st.lists(st.integers(0, 255), min_size=2, max_size=2), min_size=1)),
+    st.builds(lambda e: boxes(*e), st.lists(st.tuples(*[any_float] * 4), max_size=3)),
+    st.builds(lambda p: polygon(*p), st.lists(st.tuples(any_float, any_float), max_size=5)),
+)
+refs = st.builds(
+    lambda sae, index: {"sae": sae, "index": index}, st.sampled_from(["mid.0", "up.0.1", "", "é" * 99]), any_int
+)
+terms = st.fixed_dictionaries({"feature": refs}, optional={"weight": any_float})
+kinds = st.one_of(
+    st.just({}),
+    st.builds(lambda n, s, u: {n: {"strength": s, "unit": u}}, st.sampled_from(["add", "replace"]), any_float, any_int),
+    st.builds(lambda v, u: {"set": {"value": v, "unit": u}}, any_float, any_int),
+    st.builds(lambda f: {"scale": {"factor": f}}, any_float),
+)
+windows = st.builds(lambda a, b: {"start": a, "end": b}, any_int, any_int)
+edits = st.builds(
+    lambda kind, more: {**kind, **more},
+    kinds,
+    st.fixed_dictionaries({"features": st.lists(terms, max_size=3)}, optional={"mask": masks, "steps": windows}),
+)
+sampling = st.fixed_dictionaries(
+    {}, optional={"steps": any_int, "width": any_int, "height": any_int, "guidance_scale": any_float}
+)
+shared = {
+    "prompt": st.builds(lambda t: {"text": t}, st.text(max_size=30)),
+    "request_id": st.text(max_size=140),
+    "sampling": sampling,
+    "seeds": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=18),
+    "edits": st.lists(edits, max_size=3),
+    "features": st.fixed_dictionaries(
+        {},
+        optional={
+            "saes": st.lists(st.sampled_from(["mid.0", "up.0.1", "?"]), max_size=3),
+            "only": st.lists(refs, max_size=3),
+            "value_type": any_int,
+        },
+    ),
+}
+image = st.fixed_dictionaries({}, optional={"format": any_int, "quality": any_int})
+
+
+def check(message, validate) -> None:
+    """Valid, or refused with fields that name something; never another exception."""
+    try:
+        valid = validate(message, INFO, LIMITS)
+    except RpcError as error:
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.violations
+        assert all(v.field and v.description for v in error.violations)
+        pairs = error.trailing_metadata("id")
+        assert sum(len(key) + len(value) * 4 / 3 for key, value in pairs) < 8000
+        return
+    for job in valid.jobs:
+        assert (job.height, job.width) in INFO.sizes
+        assert all(np.isfinite(edit.amount) and edit.features for edit in job.edits)
+
+
+@given(st.fixed_dictionaries({}, optional={**shared, "image": image}))
+def test_any_request_for_pictures_is_valid_or_refused_by_field(fields):
+    check(gs.GenerateRequest(**fields), validate_generate)
+
+
+@given(st.fixed_dictionaries({}, optional=shared))
+def test_any_request_for_features_is_valid_or_refused_by_field(fields):
+    check(fs.ExtractFeaturesRequest(**fields), validate_extract)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_that_parse_are_valid_or_refused_by_field(data):
+    from google.protobuf.message import DecodeError
+
+    try:
+        message = gs.GenerateRequest.FromString(data)
+    except DecodeError:
+        return
+    check(message, validate_generate)
+
+
+def test_raw_pictures_and_lossy_quality_are_kept():
+    valid = validate_generate(a_request(image={"format": run.IMAGE_FORMAT_WEBP, "quality": 1}), INFO, LIMITS)
+    assert (valid.image_format, valid.image_quality) == (run.IMAGE_FORMAT_WEBP, 1)
