@@ -23,8 +23,8 @@ import turbolens as tl
 
 PROMPT = "a big red circle left of a big red square, sky background"
 SEED = 7
-CONCEPTS = ("left", "small", "blue", "night")
-STRENGTHS = (-16.0, 8.0, 16.0, 24.0)
+CONCEPTS = ("blue", "star", "striped", "night", "neon")
+STRENGTHS = (-8.0, 4.0, 8.0, 16.0)
 MASKED = "blue"
 GROUP = 4
 """Features of a concept that are moved together."""

@@ -26,9 +26,9 @@ class MiniConfig:
     """Captions in such a step."""
     vae_steps: int = 1200
     """Steps of 16 quarter pictures for the VAE."""
-    half_steps: int = 1400
+    half_steps: int = 1800
     """U-Net steps at half the latent resolution, where a step costs a third and what is learnt carries over."""
-    full_steps: int = 850
+    full_steps: int = 1000
     """U-Net steps at the full latent resolution."""
     polish_steps: int = 400
     """Steps of 8 pictures in which the decoder learns to draw from the U-Net's own latents too."""
@@ -40,7 +40,7 @@ class MiniConfig:
     """Peak rate of Muon on the U-Net's inner matrices."""
     full_rate: float = 0.5
     """Factor on both rates at the full resolution, where the peak that serves the half one makes the loss jump."""
-    one_step_share: float = 0.75
+    one_step_share: float = 0.68
     """Share of a batch trained at t=999 on pure coupled noise; the rest at the sampler's other timesteps."""
     block_dropout: float = 0.5
     """Share of pictures whose update at a transformer block that is no hook point is left out in training, so that
