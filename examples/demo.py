@@ -23,8 +23,8 @@ import turbolens as tl
 
 PROMPT = "a big red circle left of a big red square, sky background"
 SEED = 7
-CONCEPTS = ("blue", "star", "striped", "night", "neon")
-STRENGTHS = (-8.0, 4.0, 8.0, 16.0)
+CONCEPTS = ("blue", "star", "striped", "night", "small")
+STRENGTHS = (-4.0, 4.0, 8.0, 16.0)
 MASKED = "blue"
 GROUP = 4
 """Features of a concept that are moved together."""
@@ -152,7 +152,7 @@ def explore(lens: tl.Lens, out: Path) -> None:
         block = features[0].ref.sae
         show(f"""
             {words} = lens.search_features("{words}", block="{block}", limit={GROUP})
-            lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 20)])
+            lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 8)])
         """)
         tiles = [("0 (the picture itself)", base.image)]
         for strength in STRENGTHS:
@@ -164,8 +164,8 @@ def explore(lens: tl.Lens, out: Path) -> None:
     print("\n3. One edit, masked to the left half")
     features = found.get(MASKED) or next(iter(found.values()))
     words = next(name for name, matches in found.items() if matches is features)
-    show(f"lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 20, mask=tl.box(0, 0, 0.5, 1))])")
-    masked = lens.generate(PROMPT, seed=SEED, steer=[tl.add(features, 20, mask=tl.box(0, 0, 0.5, 1))])
+    show(f"lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 5, mask=tl.box(0, 0, 0.5, 1))])")
+    masked = lens.generate(PROMPT, seed=SEED, steer=[tl.add(features, 5, mask=tl.box(0, 0, 0.5, 1))])
     difference = change(base, masked)
     width = difference.shape[1]
     inside, far = difference[:, : width // 2].mean(), difference[:, 3 * width // 4 :].mean()
@@ -173,7 +173,7 @@ def explore(lens: tl.Lens, out: Path) -> None:
     shown = np.repeat(np.clip(difference * 4, 0, 255).astype(np.uint8)[..., None], 3, -1)
     tiles = [
         ("the picture", base.image),
-        (f"{words} +20, left half only", masked.image),
+        (f"{words} +5, left half only", masked.image),
         (f"change x4: {inside:.1f} inside, {far:.1f} in the far quarter", Image.fromarray(shown)),
     ]
     sheet.row(f'"{words}" on the left half only', tiles)
