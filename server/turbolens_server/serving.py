@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -55,6 +56,8 @@ def load_from(config: ServerConfig) -> Engine:
         saes=config.sae or None,
         force_sae=config.force_sae,
         max_steps=config.max_steps,
+        backend=config.backend,
+        cache=Path(config.cache).expanduser() if config.cache else None,
     )
 
 
@@ -116,4 +119,5 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
     await serving.make_ready(engine)
     seconds = round(asyncio.get_running_loop().time() - start, 2)
     info = engine.info
+    log.info("backend", name=info.backend, why=info.backend_reason)
     log.info("ready", model=info.model, saes=list(info.saes), device=info.device, dtype=info.dtype, load_s=seconds)

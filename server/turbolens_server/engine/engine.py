@@ -26,7 +26,7 @@ from turbolens_server.engine.types import (
 )
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.sae import Sae
-from turbolens_server.unet.tapped import tapped_forward
+from turbolens_server.unet.backend import UNetBackend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,9 @@ class EngineInfo:
     sizes: tuple[tuple[int, int], ...]
     max_prompt_tokens: int
     backend: str
+    """What runs the U-Net."""
+    backend_reason: str
+    """Why it is this one."""
     device: str
     dtype: str
     versions: dict[str, str]
@@ -84,9 +87,12 @@ def _never(_: int) -> bool:
 class Engine:
     """Runs batches of jobs. Every call must come from one thread; nothing is kept between calls but a text cache."""
 
-    def __init__(self, components: Components, info: EngineInfo, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, components: Components, unet: UNetBackend, info: EngineInfo, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.info = info
         self._parts = components
+        self._unet = unet
         self._device = device
         self._dtype = dtype
         self._saes = {name: Sae(sae.bundle, device) for name, sae in info.saes.items()}
@@ -158,9 +164,8 @@ class Engine:
             if not any(live):
                 return [None] * len(jobs)
             tap = StepTap(plan, step)
-            prediction = tapped_forward(
-                parts.unet, scheduler.scale_model_input(latents, t), t, hidden, pooled, time_ids, tap=tap, at=tap.at
-            )
+            scaled = scheduler.scale_model_input(latents, t)
+            prediction = self._unet.predict(scaled, t, hidden, pooled, time_ids, tap)
             stepped = scheduler.step(prediction, t, latents, **extra)
             latents = stepped.prev_sample
             for row, codes in tap.collect():

@@ -22,6 +22,10 @@ from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeIn
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.sae.bundle import Bundle, BundleError, hash_file, load_bundle
 from turbolens_server.sae.reference_format import is_reference_folder, load_reference_folder, module_to_hook_point
+from turbolens_server.unet.artifacts import ArtifactCache, default_cache
+from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.choose import open_backend
+from turbolens_server.unet.graph import GraphSpec
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
 
 EMBEDDED: Final = "mini"
@@ -54,6 +58,8 @@ def load_engine(
     saes: Sequence[str] | None = None,
     force_sae: bool = False,
     max_steps: int = 4,
+    backend: str = "auto",
+    cache: Path | None = None,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -67,6 +73,8 @@ def load_engine(
             where one sits whose folder does not. None: the embedded model's own, or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
+        backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
+        cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
 
     Raises:
         LoadError: with one clear line.
@@ -83,7 +91,7 @@ def load_engine(
             )
     except Exception as error:  # diffusers, transformers and safetensors raise many kinds
         raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({_first_line(error)})") from error
-    unet = pipeline.unet.to(torch_device).eval()
+    unet = pipeline.unet.eval()
     try:
         check_supported(unet)
     except UnsupportedUNet as error:
@@ -113,22 +121,31 @@ def load_engine(
     order = [name for name in points if name in used]
     default = (unet.config.sample_size * downscale,) * 2
     size = (512, 512) if default == (1024, 1024) and "turbo" in model.lower() else default
+    hook_points = tuple(points[name] for name in order)
+    spec = GraphSpec.of(unet, hook_points, downscale, text.max_tokens)
+    artifacts = ArtifactCache(cache or default_cache())
+    try:
+        runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
+    except BackendError as error:
+        raise LoadError(f"--backend {backend}: {error}") from error
     info = EngineInfo(
         model=model,
         model_hash=model_hash,
-        hook_points=tuple(points[name] for name in order),
+        hook_points=hook_points,
         saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
         default_steps=1,
         max_steps=max_steps,
         default_size=size,
         sizes=(size,),
         max_prompt_tokens=text.max_tokens,
-        backend="torch",
+        backend=runner.name,
+        backend_reason=reason,
         device=_describe(torch_device),
         dtype=str(torch_dtype).removeprefix("torch."),
-        versions=versions(),
+        versions=versions() | more,
     )
-    return Engine(Components(text, unet, decoder, pipeline.scheduler, downscale), info, torch_device, torch_dtype)
+    parts = Components(text, unet, decoder, pipeline.scheduler, downscale)
+    return Engine(parts, runner, info, torch_device, torch_dtype)
 
 
 def hash_unet(folder: Path, variant: str | None = None) -> str:

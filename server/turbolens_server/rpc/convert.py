@@ -162,6 +162,7 @@ def model(info: EngineInfo, limits: RequestLimits, labels: dict[str, int]) -> mo
         edit_kinds=["add", "scale", "set", "replace"],
         sources=["prompt"],
         backend=info.backend,
+        backend_reason=info.backend_reason,
         device=info.device,
         dtype=info.dtype,
         versions=info.versions,
