@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -180,6 +179,8 @@ class ArtifactCache:
     @contextlib.contextmanager
     def _lock(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Hold the folder's lock; the kernel drops it with the process, however that ends."""
+        import fcntl  # not on every platform, and only those who write need it
+
         for kind in KINDS:
             (self.root / kind).mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("a") as file:

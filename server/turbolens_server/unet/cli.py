@@ -50,19 +50,17 @@ class Build(_Cached):
     size: tuple[int, int] | None = None
     """Height and width of the pictures in pixels; left out: the model's own."""
 
-    def __post_init__(self) -> None:
-        if not self.batches or not all(1 <= batch <= 63 for batch in self.batches):
-            raise ValueError(f"--batches {' '.join(map(str, self.batches))}: name one or more, from 1 to 63")
-
     def run(self) -> None:
         from turbolens_server.engine.load import load_engine
         from turbolens_server.unet.artifacts import ArtifactCache
         from turbolens_server.unet.backend import BackendError
-        from turbolens_server.unet.export import ensure_graph
+        from turbolens_server.unet.export import MAX_BATCH, ensure_graph
         from turbolens_server.unet.graph import GraphSpec
         from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
         from turbolens_server.unet.tensorrt_build import Bucket, ensure_engine
 
+        if not self.batches or not all(1 <= batch <= MAX_BATCH for batch in self.batches):
+            raise ValueError(f"--batches {' '.join(map(str, self.batches))}: name one or more, from 1 to {MAX_BATCH}")
         tensorrt = find_tensorrt()
         if not (target := self.target or current_target()):
             raise BackendError("this machine has no GPU to build for; name a compute capability by --target")
@@ -173,13 +171,11 @@ def _size(count: int) -> str:
 
 def main(argv: list[str]) -> None:
     """Entry point; what cannot be done is one line and exit code 1."""
-    try:
-        command: Build | List | Verify | Prune = tyro.cli(Command, args=argv, prog=_PROG)
-        # Imported late: a command's help and a mistyped setting must not wait for torch.
-        from turbolens_server.engine.load import LoadError
-        from turbolens_server.unet.backend import BackendError
-    except ValueError as error:
-        sys.exit(f"{_PROG}: {error}")
+    command: Build | List | Verify | Prune = tyro.cli(Command, args=argv, prog=_PROG)
+    # Imported late: a command's help and a mistyped setting must not wait for torch.
+    from turbolens_server.engine.load import LoadError
+    from turbolens_server.unet.backend import BackendError
+
     try:
         command.run()
     except (BackendError, LoadError, ValueError) as error:

@@ -22,9 +22,10 @@ GRAPH_FILE: Final = "unet.onnx"
 """Within an entry; the weights are beside it in a file of its own."""
 TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 2e-2}
 """Most that an output may differ from PyTorch's, as a share of the largest magnitude in it."""
+MAX_BATCH: Final = 63
+"""From 64 rows on, diffusers' upsampler takes another path."""
 _VERSION: Final = 1
 """Of the graph's inputs, outputs and meaning: raise it when one of them changes."""
-_MAX_BATCH: Final = 63  # from 64 on, diffusers' upsampler takes another path
 _MAX_ROWS: Final = 64  # of the coarsest grid: pictures of 2,048 pixels
 
 
@@ -80,7 +81,7 @@ def write_graph(unet: UNet2DConditionModel, spec: GraphSpec, path: Path, opset: 
     """Export a U-Net; inputs and outputs as in :class:`SteerableUNet`, by the names that the spec tells."""
     for module in ("onnx", "onnxscript"):
         need(module, "onnx")
-    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     rows = torch.export.Dim("rows", min=2, max=_MAX_ROWS)
     columns = torch.export.Dim("columns", min=2, max=_MAX_ROWS)
 
@@ -121,7 +122,7 @@ def check_graph(path: Path, unet: UNet2DConditionModel, spec: GraphSpec) -> dict
     dtype = next(unet.parameters()).dtype
     inputs = random_inputs(spec, dtype, batch=3, rows=2, columns=4)
     expected = dict(zip(spec.output_names(), SteerableUNet(unet, spec)(*_as_arguments(inputs, spec)), strict=True))
-    given = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    given = {name: tensor.new_empty(tensor.shape) for name, tensor in expected.items()}
     # As written, without ONNX Runtime's own rewriting: less memory, and it is the graph that is on trial.
     OnnxRunner(path, torch.device("cpu"), optimize=False)(inputs, given)
     found = {name: _difference(given[name], tensor) for name, tensor in expected.items()}

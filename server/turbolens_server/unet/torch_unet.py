@@ -58,7 +58,8 @@ class CompiledTorchUNet:
         points = len(self._spec.points)
 
         def run(steering: Mapping[str, Affine], _: Sequence[str]) -> dict[str, Tensor]:
-            inputs = tuple(self._spec.steering_inputs(steering, sample).values())
+            # Contiguous like the ones and zeros of points that are not steered: other strides would compile anew.
+            inputs = tuple(tensor.contiguous() for tensor in self._spec.steering_inputs(steering, sample).values())
             torch.compiler.cudagraph_mark_step_begin()
             outputs = self._graph(sample, timesteps, text, pooled, time_ids, inputs[:points], inputs[points:])
             return dict(zip(self._spec.output_names(), outputs, strict=True))
