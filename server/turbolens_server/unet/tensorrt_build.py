@@ -85,7 +85,8 @@ def build_plan(tensorrt: TensorRT, graph: Path, spec: GraphSpec, target: str, bu
     network = builder.create_network(tensorrt.network_flags())
     parser = api.OnnxParser(network, messages.logger)
     if not parser.parse_from_file(str(graph)):
-        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
         raise BackendError(f"{tensorrt} cannot read {graph} ({' '.join('; '.join(reasons).split())[:300]})")
     for bucket in buckets:
         profile = builder.create_optimization_profile()

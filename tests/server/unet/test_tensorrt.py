@@ -82,7 +82,7 @@ def test_unknown_targets_are_refused(tensorrt, half_graph):
         build_plan(tensorrt, graph.folder / GRAPH_FILE, spec, "sm10", BUCKETS)
 
 
-def test_a_graph_of_an_unknown_opset_is_refused(tensorrt, half_graph, tmp_path):
+def test_an_operator_that_tensorrt_does_not_know_is_named(tensorrt, half_graph, tmp_path):
     onnx = pytest.importorskip("onnx")
     spec, graph = half_graph
     model = onnx.load(graph.folder / GRAPH_FILE)
