@@ -121,7 +121,7 @@ def _decode_some(sae: Sae, codes: Codes, chosen: Tensor, mask: Tensor) -> Tensor
     steps, pictures, positions, width = codes.indices.shape
     flat = codes.indices.transpose(0, 1).reshape(pictures, -1)  # [N, T * P * K]
     keep = chosen.gather(1, flat).reshape(pictures, steps, positions, width).transpose(0, 1)
-    return decode_codes(sae, Codes(codes.values * keep * mask[:, :, None], codes.indices))
+    return decode_codes(sae, Codes(codes.values * keep, codes.indices))
 
 
 def dense_deltas(reference: EncodedRun, base: EncodedRun, multiplier: float) -> dict[str, Tensor]:
