@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 import yaml
 
+from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
 from turbolens_training.catalog.config import LabelsConfig
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.mini.config import MiniConfig
@@ -44,9 +45,21 @@ class RebuildConfig:
     """Scenes for each curve of the dose table."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Updates kept on disk."""
+
+    action: (
+        Annotated[FillCacheConfig, tyro.conf.subcommand("fill")]
+        | Annotated[VerifyCacheConfig, tyro.conf.subcommand("verify")]
+        | Annotated[ImportTarsConfig, tyro.conf.subcommand("import-tars")]
+    )
+
+
 Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
+    | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[LabelsConfig, tyro.conf.subcommand("labels")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
@@ -58,7 +71,8 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["sae"] and "--config" in argv:
         command: Command = _with_file(argv[1:])
     else:
-        command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
+        plain = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+        command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__, config=plain)
     # What runs is imported here: a command's help must not wait for torch.
     from turbolens_server.engine.load import LoadError
 
@@ -98,6 +112,18 @@ def run(command: Command) -> None:
             from turbolens_training.sae.run import train_saes
 
             train_saes(command)
+        case CacheConfig(FillCacheConfig() as action):
+            from turbolens_training.activations.cache_cli import fill
+
+            fill(action)
+        case CacheConfig(VerifyCacheConfig() as action):
+            from turbolens_training.activations.cache_cli import verify
+
+            verify(action)
+        case CacheConfig(ImportTarsConfig() as action):
+            from turbolens_training.activations.cache_cli import import_reference
+
+            import_reference(action)
         case LabelsConfig():
             from turbolens_training.catalog.labels import write_all_labels
 

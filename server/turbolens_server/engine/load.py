@@ -22,6 +22,7 @@ from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeIn
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.sae.bundle import Bundle, BundleError, hash_file, load_bundle
 from turbolens_server.sae.reference_format import is_reference_folder, load_reference_folder, module_to_hook_point
+from turbolens_server.unet.attention_taps import list_points, with_attention_points
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
 
 EMBEDDED: Final = "mini"
@@ -54,6 +55,7 @@ def load_engine(
     saes: Sequence[str] | None = None,
     force_sae: bool = False,
     max_steps: int = 4,
+    hook_points: Sequence[str] = (),
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -67,6 +69,7 @@ def load_engine(
             where one sits whose folder does not. None: the embedded model's own, or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
+        hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
 
     Raises:
         LoadError: with one clear line.
@@ -96,7 +99,7 @@ def load_engine(
         torch_device,
     )
     model_hash = hash_unet(folder, variant)
-    points = find_hook_points(unet, downscale)
+    points = with_attention_points(unet, find_hook_points(unet, downscale))
     sources = [str(embedded_saes())] if saes is None and model == EMBEDDED else list(saes or ())
     loaded = [sae for source in sources for sae in _load_saes(source, points.keys(), model_hash, force_sae)]
     for sae in loaded:
@@ -106,8 +109,10 @@ def load_engine(
     names = [sae.name for sae in loaded]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; give one another name in its cfg.json")
+    if unknown := [name for name in hook_points if name not in points]:
+        raise LoadError(f"{model}: no hook point {', '.join(unknown)}; it has {list_points(points)}")
     used = {
-        *(DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ()),
+        *(hook_points or (DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ())),
         *(sae.hook_point for sae in loaded),
     }
     order = [name for name in points if name in used]
@@ -244,7 +249,7 @@ def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[S
     for bundle in bundles:
         if bundle.hook_point not in points:
             raise LoadError(
-                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {', '.join(points)}"
+                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {list_points(points)}"
             )
         foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
         if foreign and not force:

@@ -16,7 +16,10 @@ import torch
 
 from turbolens_server.sae.bundle import Bundle, BundleError, FeatureStats, SaeWeights, check_weights, hash_file
 
-_MODULE = re.compile(r"(?:unet\.)?((?:down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+)")
+_MODULE = re.compile(
+    r"(?:unet\.)?((?:down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+)"
+    r"(?:\.transformer_blocks\.(\d+)\.(attn[12]))?"
+)
 
 
 def is_reference_folder(folder: Path) -> bool:
@@ -25,11 +28,15 @@ def is_reference_folder(folder: Path) -> bool:
 
 
 def module_to_hook_point(module: str) -> str:
-    """ "down_blocks.2.attentions.1" -> "down.2.1"; other text is returned as it is."""
+    """ "down_blocks.2.attentions.1" -> "down.2.1", and with ".transformer_blocks.0.attn1" -> "down.2.1.attn1.0".
+
+    Other text is returned as it is.
+    """
     found = _MODULE.search(module)
     if found is None:
         return module
-    return found[1].replace("_blocks", "").replace("_block", "").replace(".attentions", "")
+    block = found[1].replace("_blocks", "").replace("_block", "").replace(".attentions", "")
+    return f"{block}.{found[3]}.{found[2]}" if found[3] else block
 
 
 def load_reference_folder(folder: Path, hook_point: str | None = None) -> Bundle:

@@ -14,6 +14,7 @@ from turbolens_server.engine.load import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS
+from turbolens_training.sae.config import OF_THE_MACHINE
 from turbolens_training.sae.trainer import SaeRun
 
 
@@ -30,15 +31,22 @@ def write_bundles(
     stats: Mapping[str, FeatureStats] | None = None,
     quality: Sequence[Mapping[str, object]] = (),
 ) -> None:
-    """Write one bundle for each hook point of a run into `folder`, by the hook point's name."""
+    """Write one bundle for each SAE of a run into `folder`, by the hook point's name."""
     recipe = dataclasses.asdict(run.config)
-    for local in ("out", "work", "model", "device", "checkpoint_steps"):  # of the machine, not of the result
-        del recipe[local]
+    for name in OF_THE_MACHINE:
+        del recipe[name]
     for point in info.hook_points:
+        if point.name not in run.trainers:  # of another rank
+            continue
         export = run.trainers[point.name].export()
         provenance: dict[str, Any] = {
             "recipe": recipe,
-            "data": {"kind": "captioned procedural scenes", "seed": run.config.seed, "steps": run.step},
+            "data": {
+                "kind": run.source.kind,
+                "identity": run.source.identity,
+                "seed": run.config.seed,
+                "steps": run.step,
+            },
             "metrics": [row for row in quality if row["block"] == point.name],
             "versions": versions(),
             "synonyms": synonyms(),
