@@ -138,6 +138,7 @@ def test_a_cancelled_row_gives_none_and_leaves_its_mates_bit_equal(engine):
     partial = engine.run(jobs, on_event=done.append, cancelled=lambda row: row == 1 and len(done) >= 2)
     assert partial[1] is None
     assert np.array_equal(partial[0].latents, whole[0].latents)
+    assert np.array_equal(partial[0].picture, whole[0].picture)
 
 
 def test_a_batch_with_every_row_cancelled_stops_at_the_next_step(engine):
