@@ -202,6 +202,8 @@ class Engine:
             prediction = tapped_forward(
                 parts.unet, run.scaled(t), t, text.hidden, text.pooled, time_ids, tap=tap, at=tap.at
             )
+            if prediction is None:
+                raise AssertionError("only a walk that stops early predicts nothing")
             estimate = run.advance(prediction, t)
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(run.latents).flatten(1).all(1).tolist()

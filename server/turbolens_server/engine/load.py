@@ -249,7 +249,18 @@ def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
         raise LoadError(
             f"--vae {name}: not an AutoencoderKL or AutoencoderTiny folder ({_first_line(error)})"
         ) from error
+    for what, mine, theirs in (
+        ("latent channels", vae.config.latent_channels, own.config.latent_channels),
+        ("times the latent's size", _upscale(vae), _upscale(own)),
+    ):
+        if mine != theirs:
+            raise LoadError(f"--vae {name}: {mine} {what}; this model needs {theirs}")
     return vae.float() if getattr(vae.config, "force_upcast", False) and dtype == torch.float16 else vae
+
+
+def _upscale(vae: Any) -> int:
+    """Picture pixels for each pixel of a latent, each way."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:

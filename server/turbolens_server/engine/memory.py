@@ -62,12 +62,13 @@ class MemoryNeed:
         )
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # untyped in torch
+class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations have made and that are still referred to."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +92,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[misc]  # untyped in torch
         self.live -= size
 
 
-class _FusedAttention(TorchFunctionMode):  # type: ignore[misc]  # untyped in torch
+class _FusedAttention(TorchFunctionMode):
     """On `meta`, attention would be spelt out with its scores; every device that is served fuses it without them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

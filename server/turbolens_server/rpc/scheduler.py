@@ -148,6 +148,7 @@ class Scheduler:
         finally:
             ticket.cancelled.set()
             self._remove(ticket)
+            self._tell_positions()
             started = ticket.started or asyncio.get_running_loop().time()
             structlog.contextvars.bind_contextvars(
                 queue_ms=round((started - ticket.arrived) * 1000, 1), batch_size=ticket.largest_batch
@@ -234,16 +235,16 @@ class Scheduler:
         def cancelled(row: int) -> bool:
             return batch[row].request.cancelled.is_set()
 
-        options = {"on_event": forward, "cancelled": cancelled}
+        denoise = functools.partial(self._engine.denoise, on_event=forward, cancelled=cancelled)
+        decode = functools.partial(self._engine.decode, on_event=forward, cancelled=cancelled)
         freed = False
         try:
-            denoise = functools.partial(self._engine.denoise, [slot.job for slot in batch], **options)
-            denoised = await loop.run_in_executor(self._denoise, denoise)
+            denoised = await loop.run_in_executor(self._denoise, denoise, [slot.job for slot in batch])
             async with self._decoding:
                 if self._pipelined:
                     freed = True
                     self._free()
-                await loop.run_in_executor(self._decode, functools.partial(self._engine.decode, denoised, **options))
+                await loop.run_in_executor(self._decode, decode, denoised)
         except Exception as error:
             for ticket in {slot.request for slot in batch}:
                 self._end(ticket, error)
@@ -256,6 +257,7 @@ class Scheduler:
         finally:
             if not freed:
                 self._free()
+            self._tell_positions()  # after the next batch has started: those in it stand nowhere any more
 
     def _free(self) -> None:
         self._denoising = False
@@ -268,12 +270,10 @@ class Scheduler:
         self._remove(ticket)
 
     def _remove(self, ticket: Ticket) -> None:
-        """Take a request out of the queue and tell those behind; a second time does nothing."""
-        if ticket not in self._tickets:
-            return
-        del self._tickets[ticket]
-        self._batcher.drop(ticket)
-        self._tell_positions()
+        """Take a request out of the queue; a second time does nothing."""
+        if ticket in self._tickets:
+            del self._tickets[ticket]
+            self._batcher.drop(ticket)
 
     def _tell_positions(self) -> None:
         for position, ticket in enumerate(self._tickets):
