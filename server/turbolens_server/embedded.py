@@ -37,7 +37,11 @@ class Embedded:
         async def begin() -> Serving:
             serving = Serving(config)
             await serving.start(self.target)
-            await serving.make_ready(engine)
+            try:
+                await serving.make_ready(engine)
+            except BaseException:
+                await serving.stop(0)
+                raise
             return serving
 
         try:

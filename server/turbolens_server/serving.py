@@ -100,12 +100,15 @@ class Serving:
         config = self._config
         limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
         scheduler = Scheduler(engine, limits)
-        if config.warm_up:
-            try:
+        try:
+            if config.warm_up:
                 await scheduler.call(lambda engine: engine.warm_up(config.max_batch))
-            except FloatingPointError as error:
+            catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+        except Exception as error:
+            await scheduler.close()
+            if isinstance(error, FloatingPointError):
                 raise LoadError(f"{engine.info.model}: {error}") from error
-        catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+            raise
         self._room.ready = Ready(engine, scheduler, catalog)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 

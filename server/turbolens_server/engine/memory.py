@@ -104,7 +104,8 @@ class _FusedAttention(TorchFunctionMode):
 
 def peak_bytes(run: Callable[[], object], weights: Iterable[Tensor]) -> int:
     """Most bytes alive at once of the tensors that `run` makes, `weights` not counted."""
-    with torch.no_grad(), _LiveBytes(weights) as counter, _FusedAttention():
+    counter = _LiveBytes(weights)
+    with torch.no_grad(), counter, _FusedAttention():
         run()
     return counter.peak
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -161,11 +162,12 @@ class Scheduler:
             RpcError: INTERNAL where a job came to values that are not finite; the request's other jobs are left.
         """
         results = []
-        async for event in self.stream(jobs, deadline):
-            if isinstance(event, NotFinite):
-                raise not_finite(event, jobs[event.job].seed)
-            if isinstance(event, Result):
-                results.append(event)
+        async with contextlib.aclosing(self.stream(jobs, deadline)) as events:
+            async for event in events:
+                if isinstance(event, NotFinite):
+                    raise not_finite(event, jobs[event.job].seed)
+                if isinstance(event, Result):
+                    results.append(event)
         return sorted(results, key=lambda result: result.job)
 
     async def close(self) -> None:
