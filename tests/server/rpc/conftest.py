@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import grpc
 import pytest
@@ -26,6 +27,26 @@ class Running:
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
         self.features = feature_service_pb2_grpc.FeatureServiceStub(self.channel)
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+
+
+@pytest.fixture
+def log_lines(caplog):
+    """What the server logs, as it logs it: a dict for each event."""
+
+    class Lines(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[dict] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.seen.append(record.msg)
+
+    lines = Lines()
+    logger = logging.getLogger("turbolens")
+    logger.addHandler(lines)
+    with caplog.at_level(logging.INFO, "turbolens"):
+        yield lines.seen
+    logger.removeHandler(lines)
 
 
 @pytest.fixture
