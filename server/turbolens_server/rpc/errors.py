@@ -117,7 +117,7 @@ def overloaded(waiting: str, retry_after_s: float) -> RpcError:
 
 def expired() -> RpcError:
     """DEADLINE_EXCEEDED: the caller's deadline passed before its turn came."""
-    message = "the deadline passed in the queue; nothing was run"
+    message = "the deadline passed in the queue"
     return RpcError(grpc.StatusCode.DEADLINE_EXCEEDED, message, "EXPIRED_IN_QUEUE")
 
 
