@@ -213,14 +213,29 @@ def test_a_picture_that_is_not_finite_ends_alone(engine):
 
 
 def test_what_is_decoded_together_does_not_depend_on_who_is_left(engine):
+    class Watched:
+        """The VAE, keeping what it was given."""
+
+        config, dtype = engine.components.vae.config, engine.components.vae.dtype
+
+        def __init__(self) -> None:
+            self.given: list[torch.Tensor] = []
+
+        def decode(self, latents, return_dict):
+            self.given.append(latents)
+            return engine.components.vae.decode(latents, return_dict=return_dict)
+
     latents, rows = torch.randn(9, 4, 8, 8), [0, 1, 2, 3, 4, 5, 6, 8]
+    all_stay, some_stay = Watched(), Watched()
     with torch.no_grad():
-        whole = dict(decode_rows(engine.components.vae, latents, rows, [True] * 9))
-        live = [True, False, True, True, *[False] * 5]
-        some = dict(decode_rows(engine.components.vae, latents, rows, live))
+        whole = dict(decode_rows(all_stay, latents, rows, [True] * 9))
+        some = dict(decode_rows(some_stay, latents, rows, [True, False, True, True, *[False] * 5]))
     assert list(whole) == rows
     assert list(some) == [0, 2, 3]
     assert all(np.array_equal(some[row], whole[row]) for row in some)
+    assert [len(given) for given in all_stay.given] == [4, 4]
+    assert len(some_stay.given) == 1  # the second group has nobody left
+    assert torch.equal(some_stay.given[0], all_stay.given[0])
 
 
 def test_samplers_prepared_once_do_not_remember_a_run(engine):
