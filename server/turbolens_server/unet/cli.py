@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ class Build(_Cached):
         graph = ensure_graph(cache, parts.unet, spec, info.model_hash)
         print(f"graph   {graph.folder}  {_size(graph.size)}  {time.monotonic() - start:.0f} s")
         del engine, parts  # the build takes several times the weights
+        gc.collect()
         start = time.monotonic()
         buckets = [Bucket(batch, *shape) for batch in self.batches]
         built = ensure_engine(cache, graph, spec, tensorrt, target, buckets, lambda: print("waiting for the cache"))
