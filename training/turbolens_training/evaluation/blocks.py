@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.config import EvalConfig
+from turbolens_training.evaluation.dose import pick_concepts
 from turbolens_training.evaluation.edits import NOTHING, PROMPT, Method, edit_pictures
 from turbolens_training.evaluation.interventions import patch, zero
 from turbolens_training.evaluation.pairs import caption_pairs, draw_pairs, score_edits, split
@@ -32,7 +33,7 @@ def measure_blocks(engine: Engine, config: EvalConfig) -> list[dict[str, object]
         `prompt` that of the edited caption.
     """
     saes = saes_by_block(engine)
-    groups = draw_pairs(engine, config.pairs, f"{config.seed}/blocks")
+    groups = draw_pairs(engine, pick_concepts(config.concepts), config.pairs, f"{config.seed}/blocks")
     sites = {**{block: [block] for block in saes}, ALL: list(saes)}
     methods = {f"patch {name}": _patch(blocks) for name, blocks in sites.items()}
     methods |= {f"zero {name}": _zero(blocks) for name, blocks in sites.items()}

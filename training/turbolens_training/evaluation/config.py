@@ -57,8 +57,10 @@ class EvalConfig:
     """Seed of every scene and every random choice."""
     parts: tuple[str, ...] = ("quality", "stability", "splice", "probes", "blocks", "edits", "locality")
     """What to measure; see docs/evaluation.md."""
+    concepts: tuple[str, ...] = ()
+    """What `blocks` and `edits` edit towards, each `attribute=value`; empty: every value of every attribute."""
     steps: int = 1
-    """Denoising steps of every part but `quality`, which covers all."""
+    """Denoising steps of `splice`, `blocks` and `edits`; `probes` and `locality` take one, `quality` one to four."""
     batch: int = 32
     """Pictures of a batch."""
     quality_pictures: int = 256

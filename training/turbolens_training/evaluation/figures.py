@@ -104,13 +104,14 @@ def curves(path: Path, rows: Rows, *, x: str, y: str, by: str) -> None:
 def picture_sheet(path: Path, pictures: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Pictures [rows, columns, 3, H, W] in [-1, 1] with their names."""
     pixels = ((pictures.permute(0, 1, 3, 4, 2) + 1) / 2).clamp(0, 1).numpy()
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.45 * len(columns), 1.6 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.45 * len(columns), 1.65 * len(rows)), squeeze=False)
     for line, name, shown in zip(axes, rows, pixels, strict=True):
         for axis, picture in zip(line, shown, strict=True):
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-        line[0].text(0, 1.04, name, transform=line[0].transAxes, fontsize=6.5)
+        caption = line[0].text(0, 1.04, name, transform=line[0].transAxes, fontsize=6.5)
+        caption.set_in_layout(False)  # it runs over the whole row
     for axis, name in zip(axes[-1], columns, strict=True):
         axis.set_xlabel(name, fontsize=6.5)
     figure.tight_layout()

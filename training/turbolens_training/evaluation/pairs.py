@@ -61,9 +61,9 @@ class EditScore:
         return cls(*rows.mean(0).tolist())
 
 
-def draw_pairs(engine: Engine, per_concept: int, key: str) -> list[Group]:
-    """Pairs for every concept of the world; `key` names the draw."""
-    return [Group(concept, draw_scenes(engine, concept, per_concept, key)) for concept in Concept.all()]
+def draw_pairs(engine: Engine, concepts: Sequence[Concept], per_concept: int, key: str) -> list[Group]:
+    """Pairs for each concept; `key` names the draw."""
+    return [Group(concept, draw_scenes(engine, concept, per_concept, key)) for concept in concepts]
 
 
 def caption_pairs(groups: Sequence[Group]) -> CaptionPairs:

@@ -12,7 +12,7 @@ from torch import Tensor
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.dose import Concept, read_labelled
+from turbolens_training.evaluation.dose import Concept, pick_concepts, read_labelled
 from turbolens_training.evaluation.edits import (
     NOTHING,
     PROMPT,
@@ -58,7 +58,7 @@ def best_labelled(labels: Mapping[str, Sequence[Mapping[str, Any]]], concept: Co
 def labelled_directions(
     saes: Mapping[str, Sae], groups: Sequence[Group], labels: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """For every pair its concept's best-labelled feature: mean activation times decoder row, by hook point [N, d_model].
+    """For every pair its concept's best-labelled feature, times its mean activation: by hook point [N, d_model].
 
     Zero in the other blocks, and for a concept that no feature is labelled with.
     """
@@ -77,18 +77,28 @@ def labelled_directions(
 
 
 def mean_directions(
-    engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], choice: Sequence[Group], steps: int
+    engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], choice: Sequence[Group], config: EvalConfig
 ) -> dict[str, Tensor]:
-    """For every pair the mean over positions and `choice` pairs of its concept of the change of update that the edited
-    caption makes: by hook point [T, N, d_model]."""
-    parts: dict[str, list[Tensor]] = {block: [] for block in saes}
-    for group, other in zip(groups, choice, strict=True):
-        pairs = caption_pairs([other])
-        base, reference = (sample(engine, c, pairs.seeds, steps, keep=True) for c in (pairs.captions, pairs.edited))
+    """For every pair of `groups`, how the edited caption changes the update: by hook point [T, N, d_model].
+
+    It is the mean over all positions and over the pairs of `choice` of the same concept.
+    """
+    pairs = caption_pairs(choice)
+    changes: dict[str, list[Tensor]] = {block: [] for block in saes}
+    for start in range(0, len(pairs), config.batch):
+        some = pairs[start : start + config.batch]
+        runs = [
+            sample(engine, captions, some.seeds, config.steps, keep=True) for captions in (some.captions, some.edited)
+        ]
         for block in saes:
-            mean = (reference.updates[block] - base.updates[block]).mean((1, 2))  # [T, d_model]
-            parts[block].append(mean[:, None].expand(-1, len(group.scenes.seeds), -1))
-    return {block: torch.cat(found, 1) for block, found in parts.items()}
+            changes[block].append((runs[1].updates[block] - runs[0].updates[block]).mean(2))  # [T, N, d_model]
+    directions = {}
+    for block, parts in changes.items():
+        by_group = torch.cat(parts, 1).split([len(group.scenes.seeds) for group in choice], 1)
+        means = [change.mean(1, keepdim=True) for change in by_group]
+        repeated = [m.expand(-1, len(g.scenes.seeds), -1) for m, g in zip(means, groups, strict=True)]
+        directions[block] = torch.cat(repeated, 1)
+    return directions
 
 
 def push(directions: Mapping[str, Tensor], strength: float) -> Method:
@@ -120,8 +130,10 @@ def grid(engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], confi
         directions = {b: d[None] for b, d in labelled_directions(saes, groups, labels).items()}
         for strength in config.strengths:
             cells[Cell("add one labelled", 1, strength)] = push(directions, strength)
-    choice = draw_pairs(engine, config.choice_pairs, f"{config.seed}/scene edit/choice")
-    means = mean_directions(engine, saes, groups, choice, config.steps)
+    choice = draw_pairs(
+        engine, [group.concept for group in groups], config.choice_pairs, f"{config.seed}/scene edit/choice"
+    )
+    means = mean_directions(engine, saes, groups, choice, config)
     for multiplier in config.multipliers:
         cells[Cell("mean difference", None, multiplier)] = push(means, multiplier)
         cells[Cell("dense transfer", None, multiplier)] = transfer_dense(multiplier)
@@ -172,7 +184,7 @@ def _worth(score: EditScore) -> float:
 def measure_scene_edit(engine: Engine, config: EvalConfig) -> SceneEdit:
     """Run the whole grid."""
     saes = saes_by_block(engine)
-    groups = draw_pairs(engine, config.pairs, f"{config.seed}/scene edit")
+    groups = draw_pairs(engine, pick_concepts(config.concepts), config.pairs, f"{config.seed}/scene edit")
     pairs = caption_pairs(groups)
     cells = grid(engine, saes, groups, config)
     methods = {str(cell): method for cell, method in cells.items()}
