@@ -183,7 +183,8 @@ def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{info.name} has no statistics")
     frequency = info.bundle.stats.frequency
     usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
-    return [{**row, "sureness": float(f / (f + usual))} for row, f in zip(read_labels(folder), frequency, strict=True)]
+    sureness = frequency / (frequency + usual)
+    return [{**row, "sureness": float(sureness[row["index"]])} for row in read_labels(folder)]
 
 
 def labelled_features(rows: list[dict[str, Any]], concept: Concept, n: int) -> list[int]:
