@@ -6,7 +6,7 @@ import torch
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.dose import pick_concepts
-from turbolens_training.evaluation.edits import NOTHING, PROMPT, edit_pictures
+from turbolens_training.evaluation.edits import NOTHING, PROMPT, Material, edit_pictures
 from turbolens_training.evaluation.interventions import patch
 from turbolens_training.evaluation.pairs import Group, caption_pairs, draw_pairs, score_edits, split
 from turbolens_training.evaluation.sampling import saes_by_block, sample
@@ -17,20 +17,21 @@ from turbolens_training.evaluation.scene_edit import (
     mean_directions,
     push,
 )
+from turbolens_training.evaluation.transfer import EncodedRun
 
-NAMES = ("color=blue", "shape=star", "background=night", "position=left")
+NAMES = ("color=blue", "background=night", "position=left")
 
 
 @pytest.fixture(scope="module")
 def groups(tiny_engine: Engine) -> list[Group]:
-    return draw_pairs(tiny_engine, pick_concepts(NAMES), 3, "test")
+    return draw_pairs(tiny_engine, pick_concepts(NAMES), 2, "test")
 
 
 def test_the_captions_of_a_pair_differ_in_the_attribute_alone(groups: list[Group]) -> None:
     pairs = caption_pairs(groups)
-    assert len(pairs) == 12
-    for group, rows in split(groups, torch.arange(12)):
-        assert (group.target != group.scenes.codes).sum(1).tolist() == [1, 1, 1]
+    assert len(pairs) == 6
+    for group, rows in split(groups, torch.arange(6)):
+        assert (group.target != group.scenes.codes).sum(1).tolist() == [1, 1]
         for row in rows.tolist():
             before, after = pairs.captions[row].split(), pairs.edited[row].split()
             if group.concept.attribute != "position":  # "in the center" and "on the left" differ in two words
@@ -61,7 +62,7 @@ def test_methods_are_run_on_the_right_pictures(sae_engine: Engine, groups: list[
     """Patching the base's own updates gives the base, whatever the batches; the last one is smaller."""
     pairs, saes = caption_pairs(groups), saes_by_block(sae_engine)
     methods = {"own": lambda m: patch(m.base.updates), "other": lambda m: patch(m.reference.updates)}
-    found = edit_pictures(sae_engine, saes, pairs, methods, steps=1, batch=5, title="test")
+    found = edit_pictures(sae_engine, saes, pairs, methods, steps=1, batch=4, title="test")
     base = sample(sae_engine, pairs.captions, pairs.seeds, 1).latents
     wanted = sample(sae_engine, pairs.edited, pairs.seeds, 1).latents
     for name, expected in ((NOTHING, base), ("own", base), (PROMPT, wanted)):
@@ -80,31 +81,35 @@ def test_the_best_labelled_feature_is_pushed_in_its_own_pairs_only(sae_engine: E
     assert best_labelled({"mid.0": []}, blue) is None
     saes = saes_by_block(sae_engine)
     directions = labelled_directions(saes, groups, labels)
-    at = [index for index, group in enumerate(groups) for _ in group.scenes.seeds if group.concept == blue]
     rows = torch.tensor([g.concept == blue for g in groups for _ in g.scenes.seeds])
-    assert len(at) == 3
+    assert rows.sum() == 2
     stats = saes["up.0.1"].bundle.stats
     assert stats is not None
-    assert torch.equal(directions["up.0.1"][rows], (float(stats.mean[9]) * saes["up.0.1"].W_dec[9]).expand(3, -1))
+    assert torch.equal(directions["up.0.1"][rows], (float(stats.mean[9]) * saes["up.0.1"].W_dec[9]).expand(2, -1))
     assert all((d[~rows] == 0).all() for d in directions.values())
     assert (directions["mid.0"] == 0).all()
 
 
 def test_mean_directions_are_those_of_each_concept(sae_engine: Engine, groups: list[Group]) -> None:
     saes = saes_by_block(sae_engine)
-    choice = draw_pairs(sae_engine, [group.concept for group in groups], 2, "choice")
-    config = EvalConfig(steps=2, batch=3)
-    directions = mean_directions(sae_engine, saes, groups, choice, config)
+    choice = draw_pairs(sae_engine, [group.concept for group in groups], 1, "choice")
+    directions = mean_directions(sae_engine, saes, groups, choice, EvalConfig(steps=2, batch=2))
     pairs = caption_pairs([choice[1]])
     runs = [sample(sae_engine, captions, pairs.seeds, 2, keep=True) for captions in (pairs.captions, pairs.edited)]
     for block, found in directions.items():
         expected = (runs[1].updates[block] - runs[0].updates[block]).mean((1, 2))  # [T, d_model]
-        assert torch.allclose(found[:, 3:6], expected[:, None].expand(-1, 3, -1), atol=1e-4)
+        assert torch.allclose(found[:, 2:4], expected[:, None].expand(-1, 2, -1), atol=1e-4)
 
-    moved = edit_pictures(
-        sae_engine, saes, caption_pairs(groups), {"push": push(directions, 0.0)}, steps=2, batch=12, title="test"
-    )
-    assert torch.allclose(moved["push"], moved[NOTHING], atol=1e-5)
+
+def test_a_push_is_a_direction_times_its_strength_in_the_batchs_rows() -> None:
+    directions = torch.arange(12.0).reshape(1, 4, 3)  # [1, N, d_model]
+    updates = torch.ones(2, 2, 5, 3)
+    run = EncodedRun({"mid.0": updates}, {}, {})
+    intervene = push({"mid.0": directions}, 2.0)(Material({}, slice(1, 3), run, run))
+    for step in range(2):
+        moved = intervene(step, "mid.0", updates[step])
+        assert torch.equal(moved, 1 + 2 * directions[0, 1:3, None].expand(-1, 5, -1))
+    assert torch.equal(intervene(0, "up.0.0", updates[0]), updates[0])
 
 
 def test_cells_are_called_by_their_settings() -> None:
