@@ -50,8 +50,12 @@ def log_lines(caplog):
 
 
 @pytest.fixture
-def fake() -> FakeEngine:
-    return FakeEngine()
+def fake():
+    engine = FakeEngine()
+    yield engine
+    # A test that failed half-way must not leave a thread waiting.
+    engine.gate.set()
+    engine.decode_gate.set()
 
 
 @pytest.fixture
