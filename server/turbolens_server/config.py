@@ -25,8 +25,8 @@ class ServerConfig:
     model: str = "mini"
     """`mini` (ships with the package), a `diffusers` folder, or a hub id of an SDXL-type model."""
     sae: tuple[str, ...] = ()
-    """SAEs: a bundle, a folder of bundles, a published reference folder or a hub id each; `BLOCK=PATH` says where one
-    sits whose folder does not. `mini` brings its own."""
+    """SAEs: a bundle, the folder of an SAE of another project, a folder of several, or a hub id each; `BLOCK=PATH` says
+    where one sits whose folder does not. `mini` brings its own."""
     force_sae: bool = False
     """Serve an SAE on a model that it was not trained on; every result says so."""
     device: str = "auto"

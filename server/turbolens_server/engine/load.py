@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,24 @@ from huggingface_hub import snapshot_download
 
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo
 from turbolens_server.engine.text import TextEncoder
-from turbolens_server.sae.bundle import Bundle, BundleError, hash_file, load_bundle
-from turbolens_server.sae.reference_format import is_reference_folder, load_reference_folder, module_to_hook_point
+from turbolens_server.sae.bundle import BundleError, hash_file
+from turbolens_server.sae.formats import find_saes, read_sae
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
 
 EMBEDDED: Final = "mini"
 """The name of the model that ships with the package."""
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FILE_PATTERNS: Final = ["*.json", "*.txt", "*.safetensors", "*.model"]
+_FILE_PATTERNS: Final = ("*.json", "*.txt", "*.safetensors", "*.model")
+SAE_PATTERNS: Final = (
+    "*.json",
+    "*.parquet",
+    "*.safetensors",
+    "*state_dict.pth",
+    "*state_dict.pt",
+    "*ae.pt",
+    "*mean.pt",
+)
+"""Files of SAE folders of every format."""
 
 
 class LoadError(RuntimeError):
@@ -63,8 +72,8 @@ def load_engine(
         dtype: "auto" (float16 on a GPU, else float32), "float32", "float16" or "bfloat16".
         variant: file variant to load, such as "fp16".
         vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
-        saes: each a bundle, a folder of bundles, a published reference folder, or a hub id; `BLOCK=` in front says
-            where one sits whose folder does not. None: the embedded model's own, or none.
+        saes: each a bundle, the folder of an SAE of another project, a folder of several, or a hub id; `BLOCK=` in
+            front says where one sits whose folder does not. None: the embedded model's own, or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
 
@@ -73,7 +82,7 @@ def load_engine(
     """
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
-    folder = embedded_model() if model == EMBEDDED else _resolve(model, "--model")
+    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
     if not (folder / "model_index.json").exists():
         raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
     try:
@@ -193,16 +202,24 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _resolve(name: str, flag: str) -> Path:
-    """A local folder, or the snapshot of a hub id (from the cache where it is complete, else downloaded)."""
+def resolve(name: str, flag: str, patterns: Sequence[str] = _FILE_PATTERNS) -> Path:
+    """A local folder, or the snapshot of a hub id (from the cache where it is complete, else downloaded).
+
+    Args:
+        name: the folder or hub id.
+        flag: what asked for it, which begins the error.
+        patterns: files that are fetched from the hub.
+
+    Raises:
+        LoadError: it is neither.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
-    patterns = [*_FILE_PATTERNS, "*.pth", "*.pt"] if flag == "--sae" else _FILE_PATTERNS
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # offline, gated, missing: the hub's client raises many kinds
         raise LoadError(
             f"{flag} {name}: not a local folder, and the hub gave nothing ({_first_line(error)}); download it where "
@@ -214,7 +231,7 @@ def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
     """The VAE in a precision in which it stays finite: models say by `force_upcast` that half is not enough."""
     if name is None:
         return own.float() if own.config.force_upcast and dtype == torch.float16 else own
-    folder = _resolve(name, "--vae")
+    folder = resolve(name, "--vae")
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         loader = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind]
@@ -230,14 +247,14 @@ def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[S
     """Every SAE that one `--sae` names."""
     block, _, rest = source.partition("=")
     hook_point, name = (block, rest) if rest and block in points else (None, source)
-    folder = _resolve(name, "--sae")
-    found = sorted({p.parent for pattern in ("cfg.json", "state_dict.pth") for p in folder.rglob(pattern)})
+    folder = resolve(name, "--sae", SAE_PATTERNS)
+    found = find_saes(folder)
     if not found:
-        raise LoadError(f"--sae {source}: no SAE in {folder} (neither cfg.json nor state_dict.pth)")
+        raise LoadError(f"--sae {source}: no SAE in {folder} (no cfg.json, and the weights of no known format)")
     if hook_point and len(found) > 1:
         raise LoadError(f"--sae {source}: {folder} holds {len(found)} SAEs; name one of them")
     try:
-        bundles = [_load_one(path, hook_point) for path in found]
+        bundles = [read_sae(path, hook_point) for path in found]
     except BundleError as error:
         raise LoadError(f"--sae {error}") from error
     infos = []
@@ -254,17 +271,6 @@ def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[S
             )
         infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign))
     return infos
-
-
-def _load_one(folder: Path, hook_point: str | None) -> Bundle:
-    if is_reference_folder(folder):
-        return load_reference_folder(folder, hook_point)
-    bundle = load_bundle(folder)
-    # SAELens folders name the module ("down_blocks.2.attentions.1"), ours the block ("down.2.1").
-    block = hook_point or module_to_hook_point(bundle.hook_point)
-    return dataclasses.replace(
-        bundle, hook_point=block, name=block if bundle.name == bundle.hook_point else bundle.name
-    )
 
 
 def _first_line(error: Exception) -> str:

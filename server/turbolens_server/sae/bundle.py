@@ -1,5 +1,7 @@
 """SAE bundles: a folder per SAE that SAELens loads as it is, with what we know of its features beside it.
 
+Folders that other projects made are read by `turbolens_server.sae.formats`.
+
 cfg.json                     SAELens' configuration; ours in `metadata`
 sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in];
                              JumpReLU adds threshold [d_sae]
@@ -24,6 +26,12 @@ from torch import Tensor
 
 FORMAT_VERSION: Final = 1
 ARCHITECTURES: Final = ("topk", "jumprelu")
+_MEANINGS: Final = {
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "rescale_acts_by_decoder_norm": False,
+}
+"""What the weights of every bundle mean; other meanings are folded when a bundle is made."""
 
 
 class BundleError(ValueError):
@@ -125,8 +133,8 @@ def save_bundle(
     *,
     hook_point: str,
     hook_module: str,
-    model_name: str,
-    model_hash: str,
+    model_name: str | None,
+    model_hash: str | None,
     architecture: Literal["topk", "jumprelu"],
     k: int | None,
     weights: SaeWeights,
@@ -189,23 +197,19 @@ def load_bundle(folder: Path) -> Bundle:
     names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
     if set(tensors) != names:
         raise BundleError(f"{folder}: sae_weights.safetensors holds {sorted(tensors)}, expected {sorted(names)}")
-    for key, value in (("normalize_activations", "none"), ("rescale_acts_by_decoder_norm", False)):
+    for key, value in _MEANINGS.items():
         if config.get(key, value) != value:
             raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}; fold it into the weights first")
     weights = SaeWeights(**{name: tensor.float() for name, tensor in tensors.items()})
-    if not config.get("apply_b_dec_to_input", True):
-        # x W + b = (x - b_dec) W + (b + b_dec W): one meaning of b_enc everywhere.
-        b_enc = (weights.b_enc.double() + weights.b_dec.double() @ weights.W_enc.double()).float()
-        weights = dataclasses.replace(weights, b_enc=b_enc)
     check_weights(weights, str(folder))
     k = config.get("k") if architecture == "topk" else None
     if architecture == "topk" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
     metadata = config.get("metadata") or {}
     ours = metadata.get("turbolens") or {}
-    hook_point = ours.get("hook_point") or str(metadata.get("hook_name", "")).removeprefix("unet.")
+    hook_point = ours.get("hook_point")
     if not hook_point:
-        raise BundleError(f"{folder}: cfg.json does not say which hook point it was trained on (metadata.hook_name)")
+        raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
     provenance_file = folder / "provenance.json"
     return Bundle(
         name=ours.get("name") or hook_point,

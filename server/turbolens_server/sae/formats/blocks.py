@@ -1,0 +1,36 @@
+"""Names of hook points, as people write them in folder names and configurations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+_MODULE: Final = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)|mid_block\.attentions\.(\d+)")
+_SHORT: Final = re.compile(r"(down|up)\.(\d+)\.(\d+)|mid\.(\d+)")
+
+
+def find_block(text: str) -> str | None:
+    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1"."""
+    if module := _MODULE.search(text):
+        kind, i, j, middle = module.groups()
+        return f"mid.{middle}" if middle else f"{kind.removesuffix('_blocks')}.{i}.{j}"
+    return text if _SHORT.fullmatch(text) else None
+
+
+def block_of_folder(folder: Path) -> str | None:
+    """The hook point that a folder's name says, or else the nearest of its parents' names."""
+    return next((block for part in reversed(folder.resolve().parts) if (block := find_block(part))), None)
+
+
+def module_of(block: str) -> str:
+    """ "down.2.1" -> "down_blocks.2.attentions.1".
+
+    Raises:
+        ValueError: it is no name of a hook point.
+    """
+    name = _SHORT.fullmatch(block)
+    if name is None:
+        raise ValueError(f"{block!r} is no block; names look like down.2.1, mid.0 or up.0.1")
+    kind, i, j, middle = name.groups()
+    return f"mid_block.attentions.{middle}" if middle else f"{kind}_blocks.{i}.attentions.{j}"

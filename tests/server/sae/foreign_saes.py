@@ -1,0 +1,238 @@
+"""Random SAEs as other projects would save them, each with that project's own formula written out plainly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+D_IN, D_SAE, K = 6, 18, 3
+BLOCK = "unet.down_blocks.2.attentions.1"
+
+
+@dataclasses.dataclass
+class Foreign:
+    """A folder's files, and what its project computes with them."""
+
+    files: dict[str, Any]
+    """By name: an object for JSON, tensors for safetensors, anything for a pickle."""
+    encode: Callable[[Tensor], Tensor]
+    """[N, D_IN] -> dense features [N, D_SAE]."""
+    decode: Callable[[Tensor], Tensor]
+    """[N, D_SAE] -> [N, D_IN]."""
+    pre: Callable[[Tensor], Tensor]
+    """[N, D_IN] -> what is selected among, less the threshold where there is one [N, D_SAE]."""
+    k: int | None = None
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            if name.endswith(".json"):
+                (folder / name).write_text(json.dumps(content))
+            elif name.endswith(".safetensors"):
+                save_file({n: t.contiguous() for n, t in content.items()}, folder / name)
+            else:
+                torch.save(content, folder / name)
+        return folder
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Rows of x whose selection does not hang on the last digit."""
+        pre = self.pre(x)
+        if self.k is None:
+            return x[pre.abs().amin(1) > 1e-3]
+        ranked = pre.sort(1, descending=True).values
+        return x[ranked[:, self.k - 1] - ranked[:, self.k] > 1e-3]
+
+
+def keep_top(values: Tensor, k: int) -> Tensor:
+    best = values.topk(k, dim=1)
+    return torch.zeros_like(values).scatter(1, best.indices, best.values)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sdxl_unbox(seed: int) -> Foreign:
+    E, D = draw(seed, D_SAE, D_IN), draw(seed + 1, D_IN, D_SAE)
+    pre_bias, latent_bias = draw(seed + 2, D_IN), draw(seed + 3, D_SAE)
+
+    def pre(x: Tensor) -> Tensor:
+        return (x - pre_bias) @ E.T + latent_bias
+
+    state = {"encoder.weight": E, "decoder.weight": D, "pre_bias": pre_bias, "latent_bias": latent_bias}
+    state["stats_last_nonzero"] = torch.zeros(D_SAE, dtype=torch.long)
+    return Foreign(
+        {
+            "config.json": {"n_dirs_local": D_SAE, "d_model": D_IN, "k": K, "auxk": 4, "bs": 4096},
+            "state_dict.pth": {"state_dict": state},
+            "mean.pt": torch.linspace(0, 2, D_SAE),
+        },
+        encode=lambda x: keep_top(pre(x), K).relu(),
+        decode=lambda z: z @ D.T + pre_bias,
+        pre=pre,
+        k=K,
+    )
+
+
+def openai_relu(seed: int) -> Foreign:
+    unbox = sdxl_unbox(seed)
+    state = unbox.files["state_dict.pth"]["state_dict"]
+    counters = {"latents_activation_frequency": torch.ones(D_SAE), "latents_mean_square": torch.zeros(D_SAE)}
+    files = {"state_dict.pt": {**state, **counters, "activation": "ReLU"}}
+    return Foreign(files, lambda x: unbox.pre(x).relu(), unbox.decode, unbox.pre)
+
+
+def sparsify(seed: int, **changes: Any) -> Foreign:
+    E, W_dec = draw(seed, D_SAE, D_IN), draw(seed + 1, D_SAE, D_IN)
+    bias, b_dec = draw(seed + 2, D_SAE), draw(seed + 3, D_IN)
+
+    def pre(x: Tensor) -> Tensor:
+        return (x - b_dec) @ E.T + bias
+
+    config = {
+        "activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": D_SAE, "k": K,
+        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D_IN, **changes,
+    }  # fmt: skip
+    return Foreign(
+        {
+            "cfg.json": config,
+            "sae.safetensors": {"encoder.weight": E, "encoder.bias": bias, "W_dec": W_dec, "b_dec": b_dec},
+        },
+        encode=lambda x: keep_top(pre(x).relu(), K),
+        decode=lambda z: z @ W_dec + b_dec,
+        pre=pre,
+        k=K,
+    )
+
+
+def dictionary_learning_linear(seed: int, dict_class: str, threshold: float) -> Foreign:
+    """TopK, BatchTopK or plain ReLU, which share their tensors."""
+    E, D = draw(seed, D_SAE, D_IN), draw(seed + 1, D_IN, D_SAE)
+    bias, b_dec = draw(seed + 2, D_SAE), draw(seed + 3, D_IN)
+
+    def pre(x: Tensor) -> Tensor:
+        return (x - b_dec) @ E.T + bias
+
+    state = {"encoder.weight": E, "encoder.bias": bias, "decoder.weight": D}
+    if dict_class == "AutoEncoder":
+        state["bias"] = b_dec
+    else:
+        state |= {"b_dec": b_dec, "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(threshold)}
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {
+        "AutoEncoderTopK": lambda x: keep_top(pre(x).relu(), K),
+        "BatchTopKSAE": lambda x: pre(x).relu() * (pre(x).relu() > threshold),
+        "AutoEncoder": lambda x: pre(x).relu(),
+    }
+    trainer = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "k": K, "layer": 0}
+    return Foreign(
+        {"config.json": {"trainer": {**trainer, "submodule_name": BLOCK}, "buffer": {}}, "ae.pt": state},
+        encode=encoders[dict_class],
+        decode=lambda z: z @ D.T + b_dec,
+        pre=pre if dict_class == "AutoEncoderTopK" else lambda x: pre(x) - max(threshold, 0),
+        k=K if dict_class == "AutoEncoderTopK" else None,
+    )
+
+
+def dictionary_learning_matryoshka(seed: int) -> Foreign:
+    W_enc, W_dec = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
+    b_enc, b_dec = draw(seed + 2, D_SAE), draw(seed + 3, D_IN)
+
+    def pre(x: Tensor) -> Tensor:
+        return (x - b_dec) @ W_enc + b_enc
+
+    state = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "k": torch.tensor(K)}
+    state |= {"threshold": torch.tensor(0.4), "group_sizes": torch.tensor([5, D_SAE - 5])}
+    trainer = {"dict_class": "MatryoshkaBatchTopKSAE", "activation_dim": D_IN, "dict_size": D_SAE, "k": K}
+    return Foreign(
+        {"config.json": {"trainer": {**trainer, "submodule_name": BLOCK}}, "ae.pt": state},
+        encode=lambda x: pre(x).relu() * (pre(x).relu() > 0.4),
+        decode=lambda z: z @ W_dec + b_dec,
+        pre=lambda x: pre(x) - 0.4,
+    )
+
+
+def dictionary_learning_jumprelu(seed: int) -> Foreign:
+    W_enc, W_dec = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
+    b_enc, b_dec, threshold = draw(seed + 2, D_SAE), draw(seed + 3, D_IN), draw(seed + 4, D_SAE)
+    norm = W_dec.norm(dim=1)
+
+    def encode(x: Tensor) -> Tensor:
+        pre = x @ W_enc + b_enc
+        return (pre * (pre > threshold)).relu() * norm
+
+    trainer = {"dict_class": "JumpReluAutoEncoder", "activation_dim": D_IN, "dict_size": D_SAE}
+    state = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
+    return Foreign(
+        {"config.json": {"trainer": {**trainer, "submodule_name": BLOCK}}, "ae.pt": state},
+        encode=encode,
+        decode=lambda z: (z / norm) @ W_dec + b_dec,
+        pre=lambda x: x @ W_enc + b_enc - threshold,
+    )
+
+
+def saelens(seed: int, architecture: str, *, centred: bool = True, rescaled: bool = False, **changes: Any) -> Foreign:
+    W_enc, W_dec = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
+    b_enc, b_dec, threshold = draw(seed + 2, D_SAE), draw(seed + 3, D_IN), draw(seed + 4, D_SAE)
+    norm = W_dec.norm(dim=1) if rescaled else torch.ones(D_SAE)
+
+    def pre(x: Tensor) -> Tensor:
+        return ((x - b_dec if centred else x) @ W_enc + b_enc) * norm
+
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {
+        "standard": lambda x: pre(x).relu(),
+        "topk": lambda x: keep_top(pre(x), K).relu(),
+        "jumprelu": lambda x: pre(x).relu() * (pre(x) > threshold.relu()),
+    }
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    config: dict[str, Any] = {
+        "architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": centred, "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0", "hook_name": BLOCK, "model_name": "some/model"},
+    }  # fmt: skip
+    if architecture == "topk":
+        config |= {"k": K, "rescale_acts_by_decoder_norm": rescaled}
+    if architecture == "jumprelu":
+        tensors["threshold"] = threshold
+    return Foreign(
+        {"cfg.json": {**config, **changes}, "sae_weights.safetensors": tensors},
+        encode=encoders[architecture],
+        decode=lambda z: (z / norm) @ W_dec + b_dec,
+        pre=(lambda x: pre(x) - threshold.relu()) if architecture == "jumprelu" else pre,
+        k=K if architecture == "topk" else None,
+    )
+
+
+def saelens_before_6(seed: int) -> Foreign:
+    """Before version 6 everything was at the top level, and k an argument of the activation function."""
+    new = saelens(seed, "topk")
+    old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "hook_name": BLOCK, "model_name": "x"}
+    drop = {"k", "metadata", "rescale_acts_by_decoder_norm"}
+    kept = {name: value for name, value in new.files["cfg.json"].items() if name not in drop}
+    return dataclasses.replace(new, files={**new.files, "cfg.json": {**kept, **old}})
+
+
+KINDS: dict[str, Callable[[int], Foreign]] = {
+    "sdxl-unbox": sdxl_unbox,
+    "openai": openai_relu,
+    "sparsify": sparsify,
+    "sparsify, by expansion factor": lambda seed: sparsify(seed, num_latents=0, expansion_factor=D_SAE // D_IN),
+    "dictionary_learning TopK": lambda seed: dictionary_learning_linear(seed, "AutoEncoderTopK", -1.0),
+    "dictionary_learning BatchTopK": lambda seed: dictionary_learning_linear(seed, "BatchTopKSAE", 0.4),
+    "dictionary_learning ReLU": lambda seed: dictionary_learning_linear(seed, "AutoEncoder", 0.0),
+    "dictionary_learning Matryoshka": dictionary_learning_matryoshka,
+    "dictionary_learning JumpReLU": dictionary_learning_jumprelu,
+    "saelens standard": lambda seed: saelens(seed, "standard"),
+    "saelens topk": lambda seed: saelens(seed, "topk"),
+    "saelens topk, rescaled": lambda seed: saelens(seed, "topk", rescaled=True),
+    "saelens topk, rescaled, not centred": lambda seed: saelens(seed, "topk", rescaled=True, centred=False),
+    "saelens jumprelu": lambda seed: saelens(seed, "jumprelu"),
+    "saelens jumprelu, not centred": lambda seed: saelens(seed, "jumprelu", centred=False),
+    "saelens before 6": saelens_before_6,
+}
