@@ -17,7 +17,7 @@ from tyro.conf import Positional
 import turbolens as tl
 
 COMMANDS: Final = "turbolens.commands"
-_EXTRAS: Final = {"serve": "server", "train": "training"}
+_EXTRAS: Final = {"serve": "server", "sae": "server", "catalog": "training", "train": "training"}
 # One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -230,7 +230,7 @@ FeatureCommands = Annotated[
 
 
 def _installed(command: str, argv: list[str]) -> None:
-    """Run a command that another package brings: `serve`, `train`."""
+    """Run a command that another package brings, such as `serve`."""
     found = list(entry_points(group=COMMANDS, name=command))
     if not found:
         sys.exit(f"turbolens {command} is not installed: pip install 'turbolens[{_EXTRAS[command]}]'")
@@ -244,6 +244,8 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens extract "a blue ring ..."   show the features behind a picture
   turbolens features search blue        find features by words; also: list, show
   turbolens train ...                   train the embedded model and SAEs
+  turbolens sae import SRC OUT          make bundles of SAEs that another project trained
+  turbolens catalog ...                 measure and name the features of bundles: build, import-labels
   turbolens doctor                      say what is wrong
 
   --help after any of them explains it; --version says the version

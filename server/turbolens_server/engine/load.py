@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.sae.bundle import BundleError, hash_file
-from turbolens_server.sae.formats import find_saes, read_sae
+from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
 
 EMBEDDED: Final = "mini"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.sae.bundle import Bundle, BundleError, load_bundle, save_bundle
-from turbolens_server.sae.formats import detect, find_saes, read_sae
-from turbolens_server.sae.formats.blocks import find_block, module_of
+from turbolens_server.sae.formats.names import find_block, module_of
+from turbolens_server.sae.formats.read import detect, find_saes, read_sae
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
 

@@ -1,11 +1,13 @@
-"""Names of hook points, as people write them in folder names and configurations."""
+"""Names of formats, and of hook points as people write them; commands import this before torch."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+Format = Literal["auto", "sdxl-unbox", "openai", "sparsify", "dictionary_learning", "saelens"]
+"""Whose folder it is; "auto": told by its files."""
 _MODULE: Final = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)|mid_block\.attentions\.(\d+)")
 _SHORT: Final = re.compile(r"(down|up)\.(\d+)\.(\d+)|mid\.(\d+)")
 

@@ -1,0 +1,79 @@
+"""Conversion of SAEs that other projects saved into bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from turbolens_server.engine.load import EMBEDDED, SAE_PATTERNS, embedded_model, hash_unet, resolve
+from turbolens_server.sae.bundle import Bundle, BundleError, save_bundle
+from turbolens_server.sae.formats.names import Format, module_of
+from turbolens_server.sae.formats.read import find_saes, is_bundle, read_sae
+
+
+def convert(
+    src: str,
+    out: Path,
+    *,
+    block: str | None = None,
+    format: Format = "auto",
+    model: str | None = None,
+    variant: str | None = None,
+) -> Iterator[tuple[Bundle, Path]]:
+    """Write a bundle for every SAE below `src`; all are read, and refused, before the first is written.
+
+    Args:
+        src: a folder or a hub id.
+        out: new folder: the bundle, or where there are several, a bundle for each by its block.
+        block: where the SAE sits; None: read off its configuration or its folder's name.
+        format: whose format it is.
+        model: what it was trained on; its U-Net's hash goes into the bundle.
+        variant: of the model's weight files.
+
+    Yields:
+        What was read, and the folder of its bundle.
+
+    Raises:
+        LoadError: `src` or `model` is no folder and no hub id that can be had.
+        BundleError: an SAE cannot be converted, or `out` is not new.
+    """
+    if block is not None:
+        try:
+            module_of(block)
+        except ValueError as error:
+            raise BundleError(f"--block {error}") from error
+    if out.exists():
+        raise BundleError(f"{out} exists; name a new folder")
+    root = resolve(src, "SRC", SAE_PATTERNS)
+    model_hash = None
+    if model is not None:
+        folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
+        if not (folder / "model_index.json").exists():
+            raise BundleError(f"--model {model}: {folder} is no diffusers folder: model_index.json is missing")
+        model_hash = hash_unet(folder, variant)
+    folders = find_saes(root)
+    if not folders:
+        raise BundleError(f"{src}: no SAE of a known format in {root}")
+    if block is not None and len(folders) > 1:
+        raise BundleError(f"--block {block}: {root} holds {len(folders)} SAEs; name one of their folders")
+    if already := [folder for folder in folders if is_bundle(folder)]:
+        raise BundleError(f"{already[0]} is a bundle already; serve it as it is")
+    found = [read_sae(folder, block, format) for folder in folders]
+    blocks = [bundle.hook_point for bundle in found]
+    if doubled := sorted({name for name in blocks if blocks.count(name) > 1}):
+        raise BundleError(f"{root} holds several SAEs for {', '.join(doubled)}; convert one folder at a time")
+    for bundle in found:
+        folder = out / bundle.hook_point if len(found) > 1 else out
+        save_bundle(
+            folder,
+            hook_point=bundle.hook_point,
+            hook_module=module_of(bundle.hook_point),
+            model_name=Path(model).name if model is not None else bundle.provenance["model_name"],
+            model_hash=model_hash,
+            architecture=bundle.architecture,
+            k=bundle.k,
+            weights=bundle.weights,
+            stats=bundle.stats,
+            provenance={**bundle.provenance, "source": root.name if Path(src).expanduser().is_dir() else src, "source_hash": bundle.hash},
+        )
+        yield bundle, folder

@@ -1,0 +1,104 @@
+"""Every folder of an SAE that is served: our bundles, and what other projects save, read by one reader each.
+
+A reader gives the same features as its project's own formula, or refuses by name what weights cannot express; tests
+hold each to that formula. Pickles are read as tensors and plain values only: code in them is never run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from turbolens_server.sae.bundle import Bundle, BundleError, check_weights, hash_file, load_bundle
+from turbolens_server.sae.formats import dictionary_learning, saelens, sparsify, state_dict
+from turbolens_server.sae.formats.common import ForeignSae, read_json
+from turbolens_server.sae.formats.names import Format, block_of_folder, find_block
+
+_READERS: Final[Mapping[str, Callable[[Path], ForeignSae]]] = {
+    "sdxl-unbox": state_dict.read_sdxl_unbox,
+    "openai": state_dict.read_openai,
+    "sparsify": sparsify.read_sparsify,
+    "dictionary_learning": dictionary_learning.read_dictionary_learning,
+    "saelens": saelens.read_saelens,
+}
+_BY_WEIGHTS: Final = {
+    saelens.WEIGHTS_FILE: "saelens",
+    sparsify.WEIGHTS_FILE: "sparsify",
+    dictionary_learning.WEIGHTS_FILE: "dictionary_learning",
+    **dict.fromkeys(state_dict.STATE_FILES, "sdxl-unbox"),
+}
+
+
+def find_saes(root: Path) -> list[Path]:
+    """Every folder at or below `root` that holds an SAE of some format, whole or not, in order of path."""
+    return sorted({path.parent for name in ("cfg.json", *_BY_WEIGHTS) for path in root.rglob(name)})
+
+
+def detect(folder: Path) -> str:
+    """The format of a folder, by its files.
+
+    Raises:
+        BundleError: it holds the weights of no format, or of several.
+    """
+    found = [name for name in _BY_WEIGHTS if (folder / name).is_file()]
+    if len(found) > 1:
+        raise BundleError(f"{folder}: holds the weights of several SAEs ({', '.join(found)}); keep one of them")
+    if not found:
+        raise BundleError(f"{folder}: the weights are missing; formats keep them in {', '.join(_BY_WEIGHTS)}")
+    kind = _BY_WEIGHTS[found[0]]
+    # The two keep the same tensors; OpenAI's library writes no configuration beside them.
+    return "openai" if kind == "sdxl-unbox" and not (folder / "config.json").is_file() else kind
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is one of our own bundles: a SAELens folder with our entry in its metadata.
+
+    Raises:
+        BundleError: its cfg.json is unreadable.
+    """
+    if not (folder / saelens.WEIGHTS_FILE).is_file() or not (folder / "cfg.json").is_file():
+        return False
+    metadata = read_json(folder / "cfg.json").get("metadata")
+    return isinstance(metadata, dict) and "turbolens" in metadata
+
+
+def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto") -> Bundle:
+    """Read the SAE of one folder.
+
+    Args:
+        folder: a bundle, or a folder of another project.
+        hook_point: where it sits; None: read off its configuration, its folder's name, or a parent's.
+        format: whose it is; "auto": by its files.
+
+    Raises:
+        BundleError: with one line that names the file and what is wrong.
+    """
+    if format == "auto" and is_bundle(folder):
+        bundle = load_bundle(folder)
+        if hook_point is None:
+            return bundle
+        name = hook_point if bundle.name == bundle.hook_point else bundle.name
+        return dataclasses.replace(bundle, hook_point=hook_point, name=name)
+    kind = detect(folder) if format == "auto" else format
+    sae = _READERS[kind](folder)
+    check_weights(sae.weights, str(sae.weights_file))
+    d_sae = sae.weights.b_enc.shape[0]
+    if sae.k is not None and sae.k > d_sae:
+        raise BundleError(f"{folder}: k is {sae.k}, more than its {d_sae} features")
+    block = hook_point or next(filter(None, map(find_block, sae.named)), None) or block_of_folder(folder)
+    if block is None:
+        raise BundleError(f"{folder}: neither its files nor its name say which block it is for; give the block's name")
+    return Bundle(
+        name=block,
+        hook_point=block,
+        architecture=sae.architecture,
+        k=sae.k,
+        weights=sae.weights,
+        stats=sae.stats,
+        hash=hash_file(sae.weights_file),
+        model_hash=None,
+        provenance={"format": kind, "model_name": sae.model_name, "folded": list(sae.folded), "config": sae.config},
+        folder=folder,
+    )
