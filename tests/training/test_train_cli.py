@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from turbolens_server.catalog.labels import read_labels
 from turbolens_server.engine.load import load_engine
 from turbolens_server.engine.types import Job
 from turbolens_training import cli
-from turbolens_training.catalog.parquet import read_labels
+from turbolens_training.catalog import cli as catalog
 
 
 def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
@@ -17,7 +18,7 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
     common = ["--model", str(tiny_folder), "--work", str(work), "--device", "cpu"]
     small = "--d-sae 64 --k 4 --steps 12 --batch 64 --images 4 --reservoir 128 --held-out-chunks 3 --warm-up 2"
     cli.main(["sae", *common, "--out", str(saes), *small.split(), "--one-step-share", "0.5"])
-    cli.main(["labels", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
+    catalog.main(["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
     dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
     fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
     cli.main(["dose", *dose, *fast, "--concepts", "color=blue", "background=night"])
@@ -32,7 +33,9 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
         assert info.bundle.provenance["synonyms"]["plain"] == ["solid"]
         assert str(tmp_path) not in json.dumps(info.bundle.provenance)
         assert info.bundle.stats is not None
-        assert len(read_labels(saes / name)) == 64
+        known = read_labels(saes / name, 64)
+        assert len(known) == 64
+        assert any(feature.examples for feature in known.values())
     (result,) = engine.run([Job("a star", 0, 1, *engine.info.default_size, saes=tuple(engine.info.saes))])
     assert result is not None
     assert all(codes.counts.max() <= 4 for codes in result.features)
@@ -46,9 +49,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("mini", "sae", "labels", "dose", "rebuild"))
+    assert all(name in shown for name in ("mini", "sae", "dose", "rebuild"))
 
 
 def test_a_bad_model_is_one_line() -> None:
     with pytest.raises(SystemExit, match="turbolens train: "):
-        cli.main(["labels", "--model", "/nowhere", "--device", "cpu"])
+        cli.main(["sae", "--model", "/nowhere", "--device", "cpu"])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from turbolens_training.catalog.config import LabelsConfig
+from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
@@ -17,7 +17,7 @@ from turbolens_training.sae.config import SaeConfig
 
 @dataclasses.dataclass(frozen=True)
 class RebuildConfig:
-    """Make everything that depends on the model anew, in order: SAEs, their labels, the dose table, the reports.
+    """Make everything that depends on the model anew, in order: SAEs, their catalog, the dose table, the reports.
 
     Tests take their expectations from the reports.
     """
@@ -36,8 +36,8 @@ class RebuildConfig:
     """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
     steps: int = SaeConfig.steps
     """Training steps of the SAEs."""
-    images: int = LabelsConfig.images
-    """Pictures to label from."""
+    images: int = BuildConfig.images
+    """Pictures that the catalog is made from."""
     scenes: int = DoseConfig.scenes
     """Scenes for each curve of the dose table."""
 
@@ -45,7 +45,6 @@ class RebuildConfig:
 Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
-    | Annotated[LabelsConfig, tyro.conf.subcommand("labels")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
 )
@@ -74,10 +73,6 @@ def run(command: Command) -> None:
             from turbolens_training.sae.run import train_saes
 
             train_saes(command)
-        case LabelsConfig():
-            from turbolens_training.catalog.labels import write_all_labels
-
-            write_all_labels(command)
         case DoseConfig():
             from turbolens_training.evaluation.dose import measure_dose
 
@@ -87,14 +82,15 @@ def run(command: Command) -> None:
 
 
 def rebuild(config: RebuildConfig) -> None:
-    """SAEs, labels, dose table, reports; checkpoints go by the model's hash: a new model never takes up an old run."""
+    """SAEs, catalog, dose table, reports; checkpoints go by the model's hash: a new model never takes up an old run."""
     from turbolens_server.engine.load import load_engine
+    from turbolens_training.catalog.build import build
 
     model_hash = load_engine(model=config.model, device=config.device, saes=[]).info.model_hash
     work = config.work / f"rebuild-{model_hash[:12]}"
     model, seed, device, saes = config.model, config.seed, config.device, config.saes
     run(SaeConfig(model=model, out=saes, work=work, seed=seed, device=device, steps=config.steps))
-    run(LabelsConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
+    build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
     run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
     from turbolens_training.evaluation.summary import summarize
     from turbolens_training.mini.report import write_report

@@ -24,6 +24,8 @@ _LIST_MOST: Final = 1000
 _SEARCH_DEFAULT: Final = 10
 _SEARCH_MOST: Final = 100
 _QUERY_CHARS: Final = 200
+_MOST_EMBEDDED: Final = 2000
+"""Distinct labels whose meaning is embedded at the start; of more than that, search goes by their words alone."""
 _SECOND_MEANING: Final = 0.5
 """What a label that is not the feature's best counts for: the feature stands for something else first."""
 _NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>[0-9]+))?")
@@ -42,8 +44,12 @@ class Catalog:
         self._labels = {name: read_labels(s.bundle.folder, s.bundle.d_sae) for name, s in saes.items()}
         self._rows = {name: _rows(sae, self._labels[name]) for name, sae in saes.items()}
         self._synonyms = {name: _synonyms(sae) for name, sae in saes.items()}
-        labelled = (labels for sae in self._labels.values() for labels in sae.values())
-        values = sorted({label.value for labels in labelled for label in labels.labels})
+        self._values = {
+            name: {label.value for known in labels.values() for label in known.labels}
+            for name, labels in self._labels.items()
+        }
+        values = sorted(set().union(*self._values.values()))
+        values = values if len(values) <= _MOST_EMBEDDED else []
         vectors = embed(values) if values else np.zeros((0, 1), np.float32)
         self._vectors = dict(zip(values, vectors, strict=True))
         self._center: npt.NDArray[np.float32] = vectors.mean(0) if values else np.zeros(1, np.float32)
@@ -120,10 +126,10 @@ class Catalog:
     def search(self, request: pb.SearchFeaturesRequest, embedded: npt.NDArray[np.float32]) -> pb.SearchFeaturesResponse:
         """Features for words, best first: how near a label is to the words, times how sure the label is."""
         query = words_of(request.query)
-        meaning = cosines(embedded, self._vectors, self._center) if self._vectors else {}
+        meaning = cosines(embedded, self._vectors, self._center)
         found: list[tuple[float, float, str, str, Row]] = []
         for sae in dict.fromkeys(request.saes or self._saes):
-            near = {value: nearness(query, value, self._synonyms[sae], cosine) for value, cosine in meaning.items()}
+            near = {v: nearness(query, v, self._synonyms[sae], meaning.get(v, 0.0)) for v in self._values[sae]}
             for row in self._rows[sae]:
                 best = max(
                     (

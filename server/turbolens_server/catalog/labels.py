@@ -1,4 +1,7 @@
-"""Labels on disk: `features.parquet` in a bundle's folder, a row for each labelled feature."""
+"""What is known of features on disk: `features.parquet` in a bundle's folder, a row for each feature.
+
+Its one home: whoever measures, names or imports writes it here, and the server reads it here.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,26 @@ FILE_NAME: Final = "features.parquet"
 _LABEL: Final = pa.struct(
     [("attribute", pa.string()), ("value", pa.string()), ("region", pa.string()), ("score", pa.float32())]
 )
+_EXAMPLE: Final = pa.struct(
+    [
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("steps", pa.int32()),
+        ("step", pa.int32()),
+        ("y", pa.int32()),
+        ("x", pa.int32()),
+        ("activation", pa.float32()),
+    ]
+)
+_EXAMPLES: Final = pa.list_(_EXAMPLE)
 SCHEMA: Final = pa.schema(
-    [("index", pa.int32()), ("label", pa.string()), ("label_score", pa.float32()), ("labels", pa.list_(_LABEL))]
+    [
+        ("index", pa.int32()),
+        ("label", pa.string()),
+        ("label_score", pa.float32()),
+        ("labels", pa.list_(_LABEL)),
+        ("examples", _EXAMPLES),
+    ]
 )
 
 
@@ -34,6 +55,23 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """Where a picture lifts a feature most: prompt, seed and steps make the picture again."""
+
+    prompt: str
+    seed: int
+    steps: int
+    """Steps that the picture was sampled in."""
+    step: int
+    """Step of the activation, from 0."""
+    y: int
+    """Row of the hook point's grid, from the top."""
+    x: int
+    """Column, from the left."""
+    activation: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FeatureLabels:
     """What one feature stands for."""
 
@@ -43,16 +81,18 @@ class FeatureLabels:
     label_score: float
     labels: tuple[Label, ...]
     """Every meaning that was measured, best first."""
+    examples: tuple[Example, ...] = ()
+    """The pictures that lift it most, strongest first, each picture once."""
 
 
 def write_labels(folder: Path, rows: Sequence[FeatureLabels]) -> None:
-    """Write the labels of a bundle."""
+    """Write what is known of a bundle's features, in place of what the folder had."""
     table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
     pq.write_table(table, folder / FILE_NAME, compression="zstd")
 
 
 def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
-    """The labels of a bundle by feature; none where the folder has no file.
+    """What is known of a bundle's features, by index; nothing where the folder has no file.
 
     Raises:
         BundleError: the file is malformed.
@@ -61,13 +101,17 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
         return {}
     path = folder / FILE_NAME
     try:
-        rows = pq.read_table(path).cast(SCHEMA).to_pylist()
+        table = pq.read_table(path)
+        if "examples" not in table.column_names:  # a file of labels alone
+            table = table.append_column("examples", pa.nulls(len(table), _EXAMPLES))
+        rows = table.cast(SCHEMA).to_pylist()
         labels = {
             row["index"]: FeatureLabels(
                 int(row["index"]),
                 row["label"] or "",
                 _score(row["label_score"] or 0.0),
                 tuple(_label(**label) for label in row["labels"] or ()),
+                tuple(_example(**example) for example in row["examples"] or ()),
             )
             for row in rows
         }
@@ -86,7 +130,14 @@ def _label(attribute: str | None, value: str | None, region: str | None, score: 
     return Label(attribute, value, region or "", _score(score))
 
 
+def _example(prompt: str | None, activation: float | None, **at: int | None) -> Example:
+    numbers = {name: value for name, value in at.items() if value is not None and value >= 0}
+    if prompt is None or activation is None or len(numbers) < len(at):
+        raise ValueError("an example lacks its prompt, place or activation")
+    return Example(prompt=prompt, activation=_score(activation), **numbers)
+
+
 def _score(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"a score is {value}")
+        raise ValueError(f"a score or activation is {value}")
     return float(value)

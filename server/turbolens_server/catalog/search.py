@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -11,6 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+_PART: Final = 0.9
+"""One word of a label of several."""
 _PREFIX: Final = 0.8
 _TYPO: Final = 0.7
 _TYPO_RATIO: Final = 0.75
@@ -36,24 +39,35 @@ def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[s
 
     Args:
         query: words in lower case.
-        value: the label's value.
+        value: the label's value, of one word or several.
         synonyms: other words for a value.
         cosine: of the query's and the value's text embeddings.
     """
     names = {value.lower(): "word", **{word.lower(): "synonym" for word in synonyms.get(value, ())}}
     best = Nearness(_MEANING * float(np.clip(cosine, 0, 1)), "meaning")
-    for word in query:
-        for name, kind in names.items():
-            if word == name:
-                found = Nearness(1.0, kind)
-            elif len(word) >= 3 and name.startswith(word):
-                found = Nearness(_PREFIX, "prefix")
-            elif len(word) >= 4 and difflib.SequenceMatcher(None, word, name).ratio() >= _TYPO_RATIO:
-                found = Nearness(_TYPO, "spelling")
-            else:
-                continue
-            best = max(best, found, key=lambda n: n.score)
+    for name, kind in names.items():
+        parts = words_of(name)
+        if parts == list(query):
+            best = max(best, Nearness(1.0, kind), key=lambda n: n.score)
+        whole = 1.0 if len(parts) == 1 else _PART
+        for word in query:
+            for part in parts:
+                if word == part:
+                    found = Nearness(whole, kind)
+                elif len(word) >= 3 and part.startswith(word):
+                    found = Nearness(_PREFIX * whole, "prefix")
+                elif len(word) >= 4 and _alike(word, part):
+                    found = Nearness(_TYPO * whole, "spelling")
+                else:
+                    continue
+                best = max(best, found, key=lambda n: n.score)
     return best
+
+
+@functools.lru_cache(maxsize=1 << 16)  # labels of thousands of features share their words
+def _alike(word: str, part: str) -> bool:
+    """Whether one may be the other misspelt."""
+    return difflib.SequenceMatcher(None, word, part).ratio() >= _TYPO_RATIO
 
 
 def sureness(auroc: float) -> float:

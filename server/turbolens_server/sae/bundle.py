@@ -6,7 +6,7 @@ cfg.json                     SAELens' configuration; ours in `metadata`
 sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in];
                              JumpReLU adds threshold [d_sae]
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
-features.parquet             labels, see `turbolens_server.catalog`                      (optional)
+features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
 provenance.json              recipe, data, measured quality                              (optional)
 """
 
@@ -172,9 +172,21 @@ def save_bundle(
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, folder / "sae_weights.safetensors")
     if stats is not None:
-        tensors = {f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
-        save_file(tensors, folder / "feature_stats.safetensors")
+        save_stats(folder, stats)
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def save_stats(folder: Path, stats: FeatureStats) -> None:
+    """Write a bundle's statistics."""
+    tensors = {f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+    save_file(tensors, folder / "feature_stats.safetensors")
+
+
+def amend_provenance(folder: Path, **entries: Any) -> None:
+    """Add entries to a bundle's provenance, in place of those of the same name."""
+    path = folder / "provenance.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **entries}, indent=2) + "\n")
 
 
 def load_bundle(folder: Path) -> Bundle:

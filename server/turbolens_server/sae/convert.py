@@ -74,6 +74,10 @@ def convert(
             k=bundle.k,
             weights=bundle.weights,
             stats=bundle.stats,
-            provenance={**bundle.provenance, "source": root.name if Path(src).expanduser().is_dir() else src, "source_hash": bundle.hash},
+            provenance={
+                **bundle.provenance,
+                "source": root.name if Path(src).expanduser().is_dir() else src,
+                "source_hash": bundle.hash,
+            },
         )
         yield bundle, folder

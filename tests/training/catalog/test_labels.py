@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from turbolens_server.catalog.labels import Label, read_labels, write_labels
 from turbolens_training.catalog.cells import BACKGROUND, EDGE, cell_owners
-from turbolens_training.catalog.config import LabelsConfig
+from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.labels import GroundTruth, bits, label_features
-from turbolens_training.catalog.parquet import read_labels, write_labels
 from turbolens_training.evaluation.ranking import Active
 from turbolens_training.mini.scenes import BACKGROUND as BACKGROUND_COLUMN
 from turbolens_training.mini.scenes import (
@@ -59,18 +59,18 @@ def test_planted_features_get_their_labels(tmp_path: Path) -> None:
     noisy = dense * (0.5 + torch.rand(dense.shape, generator=g))
     cells, features = noisy.nonzero(as_tuple=True)
     active = Active(cells, features, noisy[cells, features], len(noisy))
-    rows = label_features(active, GroundTruth(codes, owners, GRID), 6, LabelsConfig())
-    labels = [row["label"] for row in rows]
+    rows = label_features(active, GroundTruth(codes, owners, GRID), 6, BuildConfig())
+    labels = [row.label for row in rows]
     assert labels[:4] == ["blue (color of the thing)", "night background", "on a thing", "left half of the picture"]
     assert labels[4:] == ["", ""]
-    assert rows[0]["labels"][0] == {"attribute": "color", "value": "blue", "region": "thing", "score": 1.0}
-    assert rows[5]["labels"] == []
+    assert rows[0].labels[0] == Label("color", "blue", "thing", 1.0)
+    assert rows[5].labels == ()
 
     write_labels(tmp_path, rows)
-    back = read_labels(tmp_path)
-    assert [row["label"] for row in back] == labels
-    assert back[1]["label_score"] == pytest.approx(rows[1]["label_score"])
-    assert back[1]["labels"][0]["value"] == "night"
+    back = read_labels(tmp_path, 6)
+    assert [row.label for row in back.values()] == labels
+    assert back[1].label_score == pytest.approx(rows[1].label_score)
+    assert back[1].labels[0].value == "night"
 
 
 def test_bits_are_none_at_chance_and_all_when_certain() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -30,6 +31,8 @@ LABELLING: Final = "labelling"
 class Updates:
     """The updates of one batch of pictures at every step and hook point."""
 
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
     noise: Tensor  # [N, C, h, w], the first noise
     timesteps: tuple[int, ...]
     """Of the T steps, falling."""
@@ -46,12 +49,12 @@ class Chunk:
 
 
 @torch.inference_mode()
-def collect_updates(engine: Engine, captions: list[str], seeds: list[int], steps: int) -> Updates:
+def collect_updates(engine: Engine, captions: Sequence[str], seeds: Sequence[int], steps: int) -> Updates:
     """Run the sampler as `Engine.run` does, and keep the updates instead of the pictures."""
     parts, info = engine.components, engine.info
     blocks = frozenset(point.name for point in info.hook_points)
     last = info.hook_points[-1].name
-    hidden, pooled = encode_captions(parts.text, captions)
+    hidden, pooled = encode_captions(parts.text, list(captions))
     device, dtype = hidden.device, hidden.dtype
     size = info.default_size
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=device).repeat(len(captions), 1)
@@ -78,7 +81,8 @@ def collect_updates(engine: Engine, captions: list[str], seeds: list[int], steps
         if prediction is not None:
             latents = scheduler.step(prediction, t, latents, generator=generators).prev_sample
     timesteps = tuple(int(t) for t in scheduler.timesteps)
-    return Updates(noise, timesteps, {name: torch.stack(updates) for name, updates in kept.items()})
+    by_block = {name: torch.stack(updates) for name, updates in kept.items()}
+    return Updates(tuple(captions), tuple(seeds), noise, timesteps, by_block)
 
 
 class SceneStream:
@@ -142,3 +146,21 @@ class SceneStream:
             index_of = order.to(updates.device)[..., None].expand(-1, -1, width)
             taken[name] = updates.flatten(0, 1).gather(1, index_of).flatten(0, 1)
         return taken
+
+
+def prompt_updates(
+    engine: Engine, prompts: Sequence[str], *, seed: int, images: int, steps: Sequence[int]
+) -> Iterator[Updates]:
+    """Updates of given prompts, a chunk at a time, the same every time.
+
+    Args:
+        engine: the model.
+        prompts: one for each picture.
+        seed: of the pictures' seeds.
+        images: pictures of a chunk.
+        steps: sampling steps of the chunks, in turn.
+    """
+    for at, start in enumerate(range(0, len(prompts), images)):
+        captions = prompts[start : start + images]
+        rng = random.Random(f"{seed}/prompts/{at}")
+        yield collect_updates(engine, captions, [rng.getrandbits(62) for _ in captions], steps[at % len(steps)])

@@ -1,4 +1,4 @@
-"""Settings of `turbolens train labels`; the docstrings are the command's help."""
+"""Settings of `turbolens catalog build`; the docstrings are the command's help."""
 
 from __future__ import annotations
 
@@ -7,26 +7,50 @@ from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelsConfig:
-    """Name features by what in a scene lifts them, from the ground truth of held-out pictures; no judge, no guess."""
+class BuildConfig:
+    """Measure and name the features of bundles: statistics where they lack them, top examples, labels.
+
+    On the embedded model's captioned scenes every feature is named by what in a scene lifts it, from the ground truth;
+    no judge, no guess. With --prompts any model's features get statistics and top examples, and keep their labels.
+
+    Examples: `turbolens catalog build --saes runs/sae/bundles`; `turbolens catalog build --model
+    stabilityai/sdxl-turbo --saes ./sdxl-saes --prompts captions.txt`.
+    """
 
     model: str = "mini"
-    """Model the SAEs were trained on: `mini`, or a `diffusers` folder."""
+    """Model the SAEs were trained on: `mini`, a `diffusers` folder, or a hub id."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as `fp16`."""
     saes: Path = Path("runs/sae/bundles")
-    """Folder of the bundles; their `features.parquet` is written."""
+    """A bundle, or a folder of bundles; their statistics, `features.parquet` and provenance are written."""
+    prompts: Path | None = None
+    """Text file of prompts, one a line; left out: captioned scenes, whose truth gives labels."""
     work: Path = Path("runs/sae")
     """Folder of the table of what was labelled."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
     seed: int = 0
-    """Seed of the held-out scenes."""
+    """Seed of the held-out scenes, or of the prompts' pictures."""
     images: int = 3072
-    """One-step pictures to look at."""
+    """Pictures to look at, at most."""
     batch: int = 32
     """Pictures of a batch."""
+    steps: tuple[int, ...] = (1, 2, 3, 4)
+    """Sampling steps of the pictures that statistics are measured on, in turn, batch by batch."""
+    examples: int = 5
+    """Top examples of each feature, each of another picture."""
     least_score: float = 0.6
     """Lowest selectivity that makes a label; a feature without one has an empty label."""
     least_z: float = 5.0
     """Lowest z of AUROC: of 40 candidates for 1,024 features, chance takes none so far."""
     least_active: int = 20
     """Units of the candidate's split at which a feature must be active; fewer prove nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "least_active"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.examples < 0:
+            raise ValueError(f"examples={self.examples}, expected at least 0")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps={self.steps}, expected whole numbers from 1")

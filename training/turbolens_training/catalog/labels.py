@@ -13,25 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Final, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
-from turbolens_server.sae.sae import Sae
-from turbolens_training.activations.stream import LABELLING, Chunk, SceneStream
+from turbolens_server.catalog.labels import FeatureLabels, Label
+from turbolens_server.sae.sae import Codes
+from turbolens_training.activations.stream import Chunk
 from turbolens_training.catalog.cells import BACKGROUND as BACKGROUND_CELL
 from turbolens_training.catalog.cells import cell_owners
-from turbolens_training.catalog.config import LabelsConfig
-from turbolens_training.catalog.parquet import write_labels
+from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.ranking import Active, Ranking, pool
-from turbolens_training.evaluation.report import write_table
-from turbolens_training.export.bundles import read_saes
 from turbolens_training.mini.scenes import (
     BACKGROUND,
     BACKGROUNDS,
@@ -51,24 +46,6 @@ KEPT: Final = 5
 _HALVES: Final = ("left", "right", "top", "bottom")
 
 
-class Label(TypedDict):
-    """One thing that lifts a feature."""
-
-    attribute: str
-    value: str
-    region: str
-    score: float
-
-
-class FeatureRow(TypedDict):
-    """A row of `features.parquet`."""
-
-    index: int
-    label: str
-    label_score: float
-    labels: list[Label]
-
-
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """One split of a population."""
@@ -84,7 +61,7 @@ class Candidate:
 
 def words(label: Label) -> str:
     """A label in plain words."""
-    value, attribute, region = label["value"], label["attribute"], label["region"]
+    value, attribute, region = label.value, label.attribute, label.region
     plain: dict[str, Callable[[], str]] = {
         "thing": lambda: "on a thing" if value == "thing" else "background (off things)",
         "background": lambda: f"{value} background",
@@ -165,22 +142,20 @@ class GroundTruth:
 class Observations:
     """Sparse activations of every SAE over the looked-at pictures, and the scenes."""
 
-    def __init__(self, saes: dict[str, Sae]) -> None:
-        self._saes = saes
+    def __init__(self) -> None:
         self._codes: list[Tensor] = []
         self._jitter: list[Tensor] = []
-        self._found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in saes}
+        self._found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    @torch.inference_mode()
-    def add(self, chunk: Chunk) -> None:
-        """Take in a chunk of one-step pictures."""
+    def add(self, chunk: Chunk, found: Mapping[str, Codes]) -> None:
+        """Take in a chunk of one-step pictures, and what each SAE found in it [N, P, K]."""
         self._codes.append(chunk.codes)
         self._jitter.append(jitter_from_noise(chunk.updates.noise.float().cpu()))
-        for name, sae in self._saes.items():
-            codes = sae.encode(chunk.updates.by_block[name][0])  # [N, P, K]
+        for name, codes in found.items():
             active = (codes.values > 0).cpu()
             counts = active.sum(-1).flatten().to(torch.int16)
-            self._found[name].append((counts, codes.indices.cpu()[active].int(), codes.values.cpu()[active]))
+            own = self._found.setdefault(name, [])
+            own.append((counts, codes.indices.cpu()[active].int(), codes.values.cpu()[active]))
 
     def active(self, name: str) -> Active:
         """The activations of one SAE, with cells as units."""
@@ -205,7 +180,7 @@ def bits(selectivity: Tensor, values: int) -> Tensor:
     return told / math.log(2)
 
 
-def label_features(active: Active, truth: GroundTruth, d_sae: int, config: LabelsConfig) -> list[FeatureRow]:
+def label_features(active: Active, truth: GroundTruth, d_sae: int, config: BuildConfig) -> list[FeatureLabels]:
     """Every feature's candidates that are real, the most telling first; the label is the first whose score suffices."""
     found: list[list[tuple[float, Label]]] = [[] for _ in range(d_sae)]
     for into, count, candidates in truth.populations():
@@ -215,62 +190,26 @@ def label_features(active: Active, truth: GroundTruth, d_sae: int, config: Label
             enough = ranking.active_units(candidate.positive | candidate.negative) >= config.least_active
             told = bits(compared.selectivity, candidate.values)
             for j in ((compared.z >= config.least_z) & (compared.selectivity > 0.5) & enough).nonzero()[:, 0].tolist():
-                label: Label = {
-                    "attribute": candidate.attribute,
-                    "value": candidate.value,
-                    "region": candidate.region,
-                    "score": round(float(compared.selectivity[j]), 4),
-                }
+                score = round(float(compared.selectivity[j]), 4)
+                label = Label(candidate.attribute, candidate.value, candidate.region, score)
                 found[j].append((float(told[j]), label))
-    rows: list[FeatureRow] = []
+    rows = []
     for j, real in enumerate(found):
-        best = [label for _, label in sorted(real, key=lambda pair: -pair[0])[:KEPT]]
-        good = bool(best) and best[0]["score"] >= config.least_score
-        rows.append(
-            {
-                "index": j,
-                "label": words(best[0]) if good else "",
-                "label_score": best[0]["score"] if good else 0.0,
-                "labels": best,
-            }
-        )
+        best = tuple(label for _, label in sorted(real, key=lambda pair: -pair[0])[:KEPT])
+        good = bool(best) and best[0].score >= config.least_score
+        rows.append(FeatureLabels(j, words(best[0]) if good else "", best[0].score if good else 0.0, best))
     return rows
 
 
-def summary(block: str, rows: list[FeatureRow]) -> dict[str, object]:
+def summary(block: str, rows: list[FeatureLabels]) -> dict[str, object]:
     """A block's row of the label table: share labelled, median score, and how many features go to each attribute."""
-    good = [row for row in rows if row["label"]]
-    found = [row["labels"][0]["attribute"] for row in good]
+    good = [row for row in rows if row.label]
+    found = [row.labels[0].attribute for row in good]
     counts = {name: found.count(name) for name in sorted(set(found), key=lambda name: -found.count(name))}
     return {
         "block": block,
         "labelled": round(len(good) / len(rows), 3),
-        "median_score": round(float(np.median([row["label_score"] for row in good])), 3) if good else 0.0,
-        "score_above_0.9": round(sum(row["label_score"] >= 0.9 for row in good) / len(rows), 3),
+        "median_score": round(float(np.median([row.label_score for row in good])), 3) if good else 0.0,
+        "score_above_0.9": round(sum(row.label_score >= 0.9 for row in good) / len(rows), 3),
         "attributes": ", ".join(f"{name} {n}" for name, n in counts.items()),
     }
-
-
-def observe(engine: Engine, saes: dict[str, Sae], config: LabelsConfig) -> Observations:
-    """Look at one-step pictures whose captions name every value."""
-    stream = SceneStream(engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True)
-    seen = Observations(saes)
-    chunks: Iterable[int] = tqdm(range(-(-config.images // config.batch)), desc="labels", unit="chunk")
-    for index in chunks:
-        seen.add(stream.chunk(index))
-    return seen
-
-
-def write_all_labels(config: LabelsConfig) -> None:
-    """Label the features of every bundle in a folder."""
-    engine = load_engine(model=config.model, device=config.device, saes=[])
-    device = next(engine.components.unet.parameters()).device
-    saes = read_saes(config.saes, engine, device)
-    seen = observe(engine, saes, config)
-    table = []
-    for point in engine.info.hook_points:
-        truth = seen.truth(point.grid(*engine.info.default_size))
-        rows = label_features(seen.active(point.name), truth, saes[point.name].W_dec.shape[0], config)
-        write_labels(config.saes / point.name, rows)
-        table.append(summary(point.name, rows))
-    write_table(config.work / "labels", table)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from turbolens_server.catalog.labels import read_labels
 from turbolens_server.engine.engine import Engine, SaeInfo
 from turbolens_server.engine.load import load_engine
 from turbolens_server.engine.types import Edit, Job, WeightedFeature
-from turbolens_training.catalog.parquet import read_labels
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves
 from turbolens_training.evaluation.report import write_table
@@ -171,7 +171,9 @@ def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{info.name} has no statistics")
     frequency = info.bundle.stats.frequency
     usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
-    return [{**row, "sureness": float(f / (f + usual))} for row, f in zip(read_labels(folder), frequency, strict=True)]
+    known = read_labels(folder, info.bundle.d_sae)
+    sureness = frequency / (frequency + usual)
+    return [{**dataclasses.asdict(row), "sureness": float(sureness[index])} for index, row in known.items()]
 
 
 def labelled_features(rows: list[dict[str, Any]], concept: Concept, n: int) -> list[int]:

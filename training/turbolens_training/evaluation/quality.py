@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turbolens_server.sae.bundle import FeatureStats
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_training.activations.stream import Chunk
+from turbolens_training.activations.stream import Updates
 from turbolens_training.sae.topk import gather_decode
 
 
@@ -122,17 +122,17 @@ class SaeMeasurement:
 
 
 @torch.inference_mode()
-def measure(saes: Mapping[str, Sae], chunks: Iterable[Chunk]) -> dict[str, SaeMeasurement]:
-    """Run served SAEs, by hook point, over chunks of held-out data.
+def measure(saes: Mapping[str, Sae], data: Iterable[Updates]) -> dict[str, SaeMeasurement]:
+    """Run served SAEs, by hook point, over the updates of held-out data.
 
     Raises:
         AssertionError: a TopK SAE has more than k features active, so it was not loaded as one.
     """
     found = {name: SaeMeasurement(sae.W_dec.shape[0], sae.bundle.k or sae.W_dec.shape[0]) for name, sae in saes.items()}
-    for chunk in chunks:
+    for updates in data:
         for name, sae in saes.items():
-            for timestep, updates in zip(chunk.updates.timesteps, chunk.updates.by_block[name], strict=True):
-                x = updates.flatten(0, 1)
+            for timestep, update in zip(updates.timesteps, updates.by_block[name], strict=True):
+                x = update.flatten(0, 1)
                 codes = sae.encode(x)
                 if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
                     raise AssertionError(f"{name}: more than k={sae.bundle.k} features are active")

@@ -39,7 +39,8 @@ def train_saes(config: SaeConfig) -> Path:
     # Measured as served: through the folder that the server will load.
     write_bundles(config.out, engine.info, run)
     held_out = stream(engine, config, HELD_OUT)
-    measured = measure(read_saes(config.out, engine, device), map(held_out.chunk, range(config.held_out_chunks)))
+    updates = (held_out.chunk(index).updates for index in range(config.held_out_chunks))
+    measured = measure(read_saes(config.out, engine, device), updates)
     idle = {name: trainer.idle.cpu() for name, trainer in run.trainers.items()}
     rows = []
     for name, measurement in measured.items():

@@ -1,0 +1,188 @@
+"""Labels that others made: from any of their files into a bundle, or one line that says where the file is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbolens_server.catalog.config import ImportLabelsConfig
+from turbolens_server.catalog.label_files import LabelFileError, import_labels
+from turbolens_server.catalog.labels import Example, FeatureLabels, Label, read_labels, write_labels
+from turbolens_server.catalog.search import nearness
+from turbolens_server.sae.bundle import SaeWeights, load_bundle, save_bundle
+
+D_SAE = 8
+ROWS = [
+    {"feature_id": 3, "label": "orange cat, face", "category": "animal", "confidence": "high", "block": "mid.0"},
+    {"feature_id": 0, "label": "unlabeled", "category": "unknown", "confidence": "low", "block": "mid.0"},
+    {"feature_id": 7, "label": "Bäume bei Nacht", "category": "background", "confidence": "low", "block": "mid.0"},
+]
+EXAMPLE = Example("a cat", 5, 1, 0, 2, 3, 1.5)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "mid.0"
+    weights = SaeWeights(torch.ones(4, D_SAE), torch.zeros(D_SAE), torch.ones(D_SAE, 4), torch.zeros(4))
+    save_bundle(
+        folder, hook_point="mid.0", hook_module="mid_block.attentions.0", model_name=None, model_hash=None,
+        architecture="topk", k=2, weights=weights, stats=None, provenance={"kept": 1},
+    )  # fmt: skip
+    write_labels(folder, [FeatureLabels(3, "old", 0.9, (Label("x", "old", "", 0.9),), (EXAMPLE,))])
+    return folder
+
+
+def write(path, rows):
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def config(file, bundle, **changes) -> ImportLabelsConfig:
+    given = {"index": "feature_id", "source": "somebody/labels", "licence": "MIT", **changes}
+    return ImportLabelsConfig(file=file, sae=bundle, **given)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_labels_of_every_kind_of_file_arrive(ending, bundle, tmp_path):
+    file = write(tmp_path / f"labels.{ending}", ROWS)
+    words = ("high=0.9", "medium=0.75", "low=0.6")
+    count = import_labels(config(file, bundle, attribute="category", score="confidence", score_words=words))
+    assert count == 2
+    found = read_labels(bundle, D_SAE)
+    assert list(found) == list(range(D_SAE))
+    assert found[3].label == "orange cat, face"
+    assert found[3].labels == (Label("animal", "orange cat, face", "", pytest.approx(0.9)),)
+    assert found[3].examples == (EXAMPLE,)
+    assert (found[0].label, found[0].labels) == ("", ())
+    assert found[7].label == "Bäume bei Nacht"
+    assert found[7].label_score == pytest.approx(0.6)
+    provenance = load_bundle(bundle).provenance
+    assert provenance["kept"] == 1
+    assert {"source": "somebody/labels", "licence": "MIT", "file": file.name, "labelled": 2}.items() <= (
+        provenance["labels"].items()
+    )
+    assert len(provenance["labels"]["file_hash"]) == 64
+
+
+def test_without_scores_an_assumed_one_is_recorded(bundle, tmp_path):
+    import_labels(config(write(tmp_path / "a.json", ROWS), bundle))
+    assert read_labels(bundle, D_SAE)[3].label_score == 0.75
+    assert load_bundle(bundle).provenance["labels"]["score"] == "assumed 0.75"
+
+
+def test_rows_of_other_blocks_are_left_out(bundle, tmp_path):
+    rows = [*ROWS, {**ROWS[0], "block": "up.0.1", "label": "not this"}, {**ROWS[0], "block": "x", "feature_id": 5119}]
+    assert import_labels(config(write(tmp_path / "a.csv", rows), bundle, block="block")) == 2
+    assert read_labels(bundle, D_SAE)[3].label == "orange cat, face"
+    with pytest.raises(LabelFileError, match=r"no row for mid\.0"):
+        import_labels(config(write(tmp_path / "b.csv", rows[-1:]), bundle, block="block"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "says"),
+    [
+        ([{**ROWS[0], "feature_id": D_SAE}], {}, "row 1: index 8 is outside 0 to 7"),
+        ([{**ROWS[0], "feature_id": -1}], {}, "index -1 is outside"),
+        ([{**ROWS[0], "feature_id": 1.5}], {}, "index 1.5 is no whole number"),
+        ([{**ROWS[0], "feature_id": "three"}], {}, "'three' is no whole number"),
+        ([{**ROWS[0], "feature_id": True}], {}, "True is no whole number"),
+        ([{**ROWS[0], "feature_id": None}], {}, "None is no whole number"),
+        ([ROWS[0], ROWS[1], ROWS[0]], {}, "row 3: feature 3 has a row already"),
+        (ROWS, {"index": "id"}, "no column 'id'; name one of feature_id, label, category.* with --index"),
+        (ROWS, {"attribute": "kind"}, "no column 'kind'.*--attribute"),
+        (ROWS, {"score": "confidence"}, "'high' is neither a number"),
+        ([{**ROWS[0], "confidence": 0.3}], {"score": "confidence"}, "0.3 is neither"),
+        ([{**ROWS[0], "confidence": float("nan")}], {"score": "confidence"}, "nan is neither"),
+        ([], {}, "holds no row"),
+        (["text"], {}, "row 1: a str, expected an object"),
+        ({"3": "cat"}, {}, "holds a dict"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(rows, changes, says, bundle, tmp_path):
+    before = (bundle / "features.parquet").read_bytes()
+    with pytest.raises(LabelFileError, match=says) as caught:
+        import_labels(config(write(tmp_path / "a.json", rows), bundle, **changes))
+    assert "\n" not in str(caught.value)
+    assert (bundle / "features.parquet").read_bytes() == before
+    assert "labels" not in load_bundle(bundle).provenance
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"feature_id,label\n1\n", "fewer fields"),
+        ("a.csv", b"feature_id,label\n1,a,b\n", "more or fewer"),
+        ("a.csv", b'feature_id,label\n1,"a\n', "unreadable"),
+        ("a.csv", b"\xff\xfe\x00", "unreadable"),
+        ("a.csv", b"", "holds no row"),
+        ("a.json", b"[", "unreadable"),
+        ("a.jsonl", b'{"a": 1}\n{', "unreadable"),
+        ("a.parquet", b"PAR1", "unreadable"),
+        ("a.txt", b"", "ending"),
+    ],
+)
+def test_broken_files_are_one_line(name, content, says, bundle, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabelFileError, match=says) as caught:
+        import_labels(config(tmp_path / name, bundle))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LabelFileError, match="no such file"):
+        import_labels(config(tmp_path / "nowhere.csv", bundle))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"assumed_score": 0.2}, "assumed_score"),
+        ({"score_words": ("high",)}, "score_words"),
+        ({"score_words": ("high=2",)}, "score_words"),
+        ({"source": " "}, "source"),
+        ({"licence": ""}, "licence"),
+    ],
+)
+def test_settings_that_cannot_be_used(changes, says, bundle, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path / "a.csv", bundle, **changes)
+
+
+@settings(max_examples=30)
+@given(content=st.binary(max_size=60), ending=st.sampled_from(["csv", "json", "jsonl", "parquet"]))
+def test_hostile_files_never_raise_anything_else(content, ending, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    weights = SaeWeights(torch.ones(4, D_SAE), torch.zeros(D_SAE), torch.ones(D_SAE, 4), torch.zeros(4))
+    save_bundle(
+        folder / "mid.0", hook_point="mid.0", hook_module="mid_block.attentions.0", model_name=None, model_hash=None,
+        architecture="topk", k=2, weights=weights, stats=None, provenance={},
+    )  # fmt: skip
+    (folder / f"a.{ending}").write_bytes(content)
+    with pytest.raises(LabelFileError):
+        import_labels(config(folder / f"a.{ending}", folder / "mid.0"))
+
+
+def test_labels_of_several_words_are_found_by_any_of_them():
+    def near(query: str, value: str) -> float:
+        return nearness(query.split(), value, {}, 0.0).score
+
+    assert near("orange cat face", "orange cat face") == 1
+    assert near("cat", "cat") == 1
+    assert 1 > near("cat", "orange cat face") > near("ora", "orange cat face") > near("orenge", "orange cat face") > 0
+    assert near("dog", "orange cat face") == 0
+    assert np.isclose(nearness(["azure"], "sky blue", {"sky blue": ["azure"]}, 0.0).score, 1)

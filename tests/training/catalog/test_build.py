@@ -1,0 +1,133 @@
+"""`turbolens catalog build` on an SAE of another project, on prompts: measured, and true of what is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
+from turbolens_server.engine.load import hash_unet, load_engine
+from turbolens_server.engine.types import Job
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, load_bundle, save_bundle
+from turbolens_training.catalog import cli
+from turbolens_training.catalog.build import complete_stats, read_prompts
+
+D_SAE = 24
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny_folder: Path) -> Path:
+    """As `turbolens sae import` makes one of a published folder: means, and nothing else known."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(D_SAE, 64, generator=generator), dim=1)
+    unknown = np.zeros(D_SAE, np.float32)
+    stats = FeatureStats(unknown + 7, unknown.copy(), unknown.copy(), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    folder = tmp_path / "saes" / "mid.0"
+    save_bundle(
+        folder, hook_point="mid.0", hook_module="mid_block.attentions.0", model_name="tiny",
+        model_hash=hash_unet(tiny_folder), architecture="topk", k=3,
+        weights=SaeWeights(rows.T.contiguous(), torch.zeros(D_SAE), rows, torch.zeros(64)), stats=stats, provenance={},
+    )  # fmt: skip
+    write_labels(folder, [FeatureLabels(4, "a cat", 0.8, (Label("label", "a cat", "", 0.8),))])
+    return folder
+
+
+def test_prompts_give_statistics_and_examples_and_labels_stay(bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n\na blue ring on snow\na cat\nnothing at all\n  a green square \n")
+    common = ["--model", str(tiny_folder), "--device", "cpu", "--work", str(tmp_path / "work")]
+    cli.main(
+        ["build", *common, "--saes", str(bundle.parent), "--prompts", str(prompts), "--batch", "2", "--steps", "1", "2"]
+    )
+    found = load_bundle(bundle)
+    assert found.stats is not None
+    assert (found.stats.mean == 7).all()  # strengths are told in the published means
+    assert len(found.stats.update_rms) == 2
+    assert found.stats.timesteps.tolist() == [999, 499]
+    assert found.stats.frequency.sum() == pytest.approx(3, abs=0.01)
+    assert found.provenance["catalog"] == {"prompts": "prompts.txt", "pictures": 5, "seed": 0}
+    known = read_labels(bundle, D_SAE)
+    assert known[4].label == "a cat"
+    assert len({example.prompt for feature in known.values() for example in feature.examples}) == 5
+
+    # An example is true: the server, given its prompt, seed and steps, finds that activation at that place.
+    engine = load_engine(model=str(tiny_folder), saes=[str(bundle.parent)])
+    columns = engine.info.hook_points[0].grid(*engine.info.default_size)[1]
+    for index, feature in list(known.items())[:6]:
+        strengths = [example.activation for example in feature.examples]
+        assert strengths == sorted(strengths, reverse=True)
+        assert len({example.prompt for example in feature.examples}) == len(feature.examples)
+        for example in feature.examples[:1]:
+            job = Job(example.prompt, example.seed, example.steps, *engine.info.default_size, saes=("mid.0",))
+            (result,) = engine.run([job])
+            codes = next(codes for codes in result.features if codes.step == example.step)
+            ends = codes.counts.cumsum()
+            at = example.y * columns + example.x
+            row = slice(int(ends[at] - codes.counts[at]), int(ends[at]))
+            values = dict(zip(codes.indices[row].tolist(), codes.values[row].tolist(), strict=True))
+            assert values[index] == pytest.approx(example.activation, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--saes", "/nowhere"], "no such folder"),
+        (["--prompts", "/nowhere.txt"], "--prompts"),
+        (["--images", "0"], "images=0"),
+        (["--steps", "0"], "steps=(0,)"),
+        (["--examples", "-1"], "examples=-1"),
+        (["--model", "/nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_built_says_why(
+    argv: list[str], says: str, bundle: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["build", "--model", str(tiny_folder), "--saes", str(bundle), *argv])
+    told = capsys.readouterr().err if caught.value.code == 2 else str(caught.value.code)  # 2: a setting, told by tyro
+    assert says in told
+    assert "Traceback" not in told
+
+
+def test_only_bundles_are_built(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "saes" / "theirs").mkdir()
+    (tmp_path / "saes" / "theirs" / "ae.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="sae import"):
+        cli.main(["build", "--saes", str(bundle.parent)])
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        read_prompts(tmp_path / "a.txt")
+
+
+def test_statistics_are_completed_and_published_means_kept() -> None:
+    def stats(mean: float, steps: int) -> FeatureStats:
+        return FeatureStats(*(np.full(3, mean, np.float32) for _ in range(3)), np.arange(steps), np.ones(steps))
+
+    measured = stats(1, 2)
+    assert complete_stats(None, measured) is measured
+    both = complete_stats(stats(5, 0), measured)
+    assert (both.mean == 5).all()
+    assert (both.max == 1).all()
+    assert len(both.timesteps) == 2
+
+
+def test_labels_are_imported_by_the_same_command(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps([{"index": 2, "label": "a dog"}]))
+    argv = ["import-labels", str(tmp_path / "labels.json"), "--sae", str(bundle), "--source", "x", "--licence", "MIT"]
+    cli.main(argv)
+    assert "1 labels of x" in capsys.readouterr().out
+    assert read_labels(bundle, D_SAE)[2].label == "a dog"
+    with pytest.raises(SystemExit, match="no column"):
+        cli.main([*argv, "--label", "name"])
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--assumed-score", "3"])
+    assert "assumed_score=3.0" in capsys.readouterr().err

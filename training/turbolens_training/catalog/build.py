@@ -1,0 +1,165 @@
+"""`turbolens catalog build`: what is known of every feature of a bundle, measured and written beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from turbolens_server.catalog.labels import FeatureLabels, read_labels, write_labels
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.load import load_engine
+from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, save_stats
+from turbolens_server.sae.formats.read import find_saes, is_bundle
+from turbolens_server.sae.sae import Codes, Sae
+from turbolens_training.activations.stream import (
+    HELD_OUT,
+    LABELLING,
+    SceneStream,
+    Updates,
+    prompt_updates,
+)
+from turbolens_training.catalog.config import BuildConfig
+from turbolens_training.catalog.examples import TopExamples
+from turbolens_training.catalog.labels import Observations, label_features, summary
+from turbolens_training.evaluation.quality import measure
+from turbolens_training.evaluation.report import write_table
+
+_T = TypeVar("_T")
+
+
+def build(config: BuildConfig) -> None:
+    """Write statistics, top examples and labels of every bundle that `config` names.
+
+    Raises:
+        LoadError: the model or a bundle cannot be loaded, or they do not belong together.
+        ValueError: a folder is no bundle, two bundles share a block, or the prompts cannot be used.
+    """
+    prompts = None if config.prompts is None else read_prompts(config.prompts)[: config.images]
+    for folder in find_saes(config.saes) if config.saes.is_dir() else []:
+        if not is_bundle(folder):
+            raise ValueError(f"{folder} is no bundle; make one of it by turbolens sae import")
+    engine = load_engine(model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)])
+    device = next(engine.components.unet.parameters()).device
+    saes: dict[str, Sae] = {}
+    for info in engine.info.saes.values():
+        if info.hook_point in saes:
+            raise ValueError(f"{config.saes} holds two bundles of {info.hook_point}; build one folder at a time")
+        saes[info.hook_point] = Sae(info.bundle, device)
+    if prompts is None:
+        _from_scenes(config, engine, saes)
+    else:
+        _from_prompts(config, engine, saes, prompts)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that say something.
+
+    Raises:
+        ValueError: it is unreadable or says nothing.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path}: unreadable ({error})") from error
+    if not prompts:
+        raise ValueError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def complete_stats(known: FeatureStats | None, measured: FeatureStats) -> FeatureStats:
+    """Statistics of a bundle that lacks some: means that were published with it stay, as strengths are told in them."""
+    return measured if known is None else dataclasses.replace(measured, mean=known.mean)
+
+
+def _from_scenes(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> None:
+    """Look at one-step pictures whose captions name every value; statistics are of other pictures, at every step."""
+    stream = SceneStream(engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True)
+    batches = -(-config.images // config.batch)
+    seen, top = Observations(), _top_examples(config, engine, saes)
+    for chunk in _progress((stream.chunk(index) for index in range(batches)), "pictures", batches):
+        found = encode(saes, chunk.updates)
+        seen.add(chunk, {block: codes for block, (codes,) in found.items()})
+        for block, codes in found.items():
+            top[block].add(chunk.updates, codes)
+    table = []
+    for point in engine.info.hook_points:
+        if point.name not in saes:
+            continue
+        bundle = saes[point.name].bundle
+        truth = seen.truth(point.grid(*engine.info.default_size))
+        rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
+        _write(config, bundle, rows, top[point.name], batches * config.batch)
+        table.append(summary(point.name, rows))
+    write_table(config.work / "labels", table)
+    if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
+        share = config.steps.count(1) / len(config.steps)
+        many = tuple(steps for steps in config.steps if steps > 1)
+        mixed = SceneStream(
+            engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
+        )
+        updates = (mixed.chunk(index).updates for index in range(batches))
+        _measure(lacking, _progress(updates, "statistics", batches))
+
+
+def _from_prompts(config: BuildConfig, engine: Engine, saes: dict[str, Sae], prompts: list[str]) -> None:
+    """Look at the prompts' pictures at every step; one pass for the examples, and one where statistics are lacking."""
+
+    def data() -> Iterator[Updates]:
+        return prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=config.steps)
+
+    batches = -(-len(prompts) // config.batch)
+    top = _top_examples(config, engine, saes)
+    for updates in _progress(data(), "pictures", batches):
+        for block, codes in encode(saes, updates).items():
+            top[block].add(updates, codes)
+    for block, sae in saes.items():
+        known = read_labels(sae.bundle.folder, sae.bundle.d_sae)
+        rows = [known.get(index, FeatureLabels(index, "", 0.0, ())) for index in range(sae.bundle.d_sae)]
+        _write(config, sae.bundle, rows, top[block], len(prompts))
+    if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
+        _measure(lacking, _progress(data(), "statistics", batches))
+
+
+@torch.inference_mode()
+def encode(saes: dict[str, Sae], updates: Updates) -> dict[str, list[Codes]]:
+    """What every SAE finds in a batch, by hook point: of each step, [N, P, K]."""
+    return {block: [sae.encode(update) for update in updates.by_block[block]] for block, sae in saes.items()}
+
+
+def _top_examples(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> dict[str, TopExamples]:
+    grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
+    return {block: TopExamples(sae.bundle.d_sae, config.examples, grids[block]) for block, sae in saes.items()}
+
+
+def _lacks_stats(bundle: Bundle) -> bool:
+    return bundle.stats is None or not len(bundle.stats.update_rms)
+
+
+def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
+    for block, measurement in measure(saes, data).items():
+        bundle = saes[block].bundle
+        save_stats(_folder(bundle), complete_stats(bundle.stats, measurement.stats()))
+
+
+def _write(config: BuildConfig, bundle: Bundle, rows: list[FeatureLabels], top: TopExamples, pictures: int) -> None:
+    folder = _folder(bundle)
+    examples = top.examples()
+    write_labels(folder, [dataclasses.replace(row, examples=examples[row.index]) for row in rows])
+    made_from = "captioned scenes" if config.prompts is None else config.prompts.name
+    amend_provenance(folder, catalog={"prompts": made_from, "pictures": pictures, "seed": config.seed})
+
+
+def _folder(bundle: Bundle) -> Path:
+    if bundle.folder is None:
+        raise AssertionError("a bundle that was loaded has a folder")
+    return bundle.folder
+
+
+def _progress(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    bar: Iterable[_T] = tqdm(items, desc=what, unit="batch", total=total)
+    return bar
