@@ -10,6 +10,7 @@ from turbolens_server.engine.load import load_engine
 from turbolens_server.engine.types import Job
 from turbolens_training import cli
 from turbolens_training.catalog import cli as catalog
+from turbolens_training.export.config import Gates
 
 
 def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
@@ -17,7 +18,11 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
     saes, work = tmp_path / "saes", tmp_path / "work"
     common = ["--model", str(tiny_folder), "--work", str(work), "--device", "cpu"]
     small = "--d-sae 64 --k 4 --steps 12 --batch 64 --images 4 --reservoir 128 --held-out-chunks 3 --warm-up 2"
-    cli.main(["sae", *common, "--out", str(saes), *small.split(), "--one-step-share", "0.5"])
+    train = ["sae", *common, "--out", str(saes), *small.split(), "--one-step-share", "0.5"]
+    with pytest.raises(SystemExit, match=r"not exported: down.2.1: explained variance.*--allow-below-gates"):
+        cli.main(train)
+    assert not saes.exists()
+    cli.main([*train, "--allow-below-gates"])  # goes on from the checkpoint: trained already
     catalog.main(["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
     dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
     fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
@@ -31,6 +36,9 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
         assert info.bundle.provenance["recipe"]["d_sae"] == 64
         assert info.bundle.provenance["metrics"][0]["block"] == name
         assert info.bundle.provenance["synonyms"]["plain"] == ["solid"]
+        assert "explained variance" in info.bundle.provenance["gates"]["below"][0]
+        assert info.bundle.provenance["gates"]["thresholds"]["dead"] == Gates().dead
+        assert not {"gates", "allow_below_gates"} & info.bundle.provenance["recipe"].keys()
         assert str(tmp_path) not in json.dumps(info.bundle.provenance)
         assert info.bundle.stats is not None
         known = read_labels(saes / name, 64)

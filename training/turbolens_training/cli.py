@@ -40,6 +40,8 @@ class RebuildConfig:
     """Pictures that the catalog is made from."""
     scenes: int = DoseConfig.scenes
     """Scenes for each curve of the dose table."""
+    allow_below_gates: bool = False
+    """Go on with SAEs that fail a gate of the export; their provenance says which."""
 
 
 Command = (
@@ -89,7 +91,8 @@ def rebuild(config: RebuildConfig) -> None:
     model_hash = load_engine(model=config.model, device=config.device, saes=[]).info.model_hash
     work = config.work / f"rebuild-{model_hash[:12]}"
     model, seed, device, saes = config.model, config.seed, config.device, config.saes
-    run(SaeConfig(model=model, out=saes, work=work, seed=seed, device=device, steps=config.steps))
+    allow, steps = config.allow_below_gates, config.steps
+    run(SaeConfig(model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow))
     build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
     run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
     from turbolens_training.evaluation.summary import summarize

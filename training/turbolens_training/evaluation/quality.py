@@ -91,6 +91,16 @@ class SaeMeasurement:
     def positions(self) -> int:
         return sum(sums.count for sums in self.variance.values())
 
+    @property
+    def explained_variance(self) -> float:
+        """Of all timesteps together."""
+        return sum(self.variance.values(), VarianceSums()).explained
+
+    @property
+    def l0_most(self) -> int:
+        """Most features active at one position."""
+        return int(torch.stack(list(self.l0.values())).sum(0).nonzero().max())
+
     def stats(self) -> FeatureStats:
         """The statistics that a bundle carries."""
         timesteps = sorted(self.variance, reverse=True)

@@ -14,6 +14,7 @@ from turbolens_server.engine.load import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS
+from turbolens_training.sae.config import OF_EXPORT
 from turbolens_training.sae.trainer import SaeRun
 
 
@@ -29,10 +30,12 @@ def write_bundles(
     *,
     stats: Mapping[str, FeatureStats] | None = None,
     quality: Sequence[Mapping[str, object]] = (),
+    gates: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
     """Write one bundle for each hook point of a run into `folder`, by the hook point's name."""
     recipe = dataclasses.asdict(run.config)
-    for local in ("out", "work", "model", "device", "checkpoint_steps"):  # of the machine, not of the result
+    # Of the machine, not of the result; the gates have an entry of their own.
+    for local in ("out", "work", "model", "device", "checkpoint_steps", *OF_EXPORT):
         del recipe[local]
     for point in info.hook_points:
         provenance: dict[str, Any] = {
@@ -41,6 +44,7 @@ def write_bundles(
             "metrics": [row for row in quality if row["block"] == point.name],
             "versions": versions(),
             "synonyms": synonyms(),
+            **({"gates": gates[point.name]} if gates else {}),
         }
         save_bundle(
             folder / point.name,

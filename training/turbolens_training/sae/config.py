@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Final
+
+from turbolens_training.export.config import Gates
+
+OF_EXPORT: Final = ("gates", "allow_below_gates")
+"""Settings that decide whether a result is exported, not what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,10 @@ class SaeConfig:
     """Chunks of the held-out data, on which quality and feature statistics are measured."""
     checkpoint_steps: int = 500
     """Steps between checkpoints; a run goes on from its last one."""
+    gates: Gates = dataclasses.field(default_factory=Gates)
+    """What an SAE must reach to be exported."""
+    allow_below_gates: bool = False
+    """Export SAEs that fail a gate too; their provenance says which."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from turbolens_server.engine.engine import Engine
@@ -10,6 +11,7 @@ from turbolens_training.activations.stream import HELD_OUT, TRAINING, SceneStrea
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
 from turbolens_training.export.bundles import read_saes, write_bundles
+from turbolens_training.export.gates import failures, pass_gates, record
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.trainer import SaeRun
 
@@ -27,7 +29,11 @@ def stream(engine: Engine, config: SaeConfig, split: str) -> SceneStream:
 
 
 def train_saes(config: SaeConfig) -> Path:
-    """Train the SAEs of every hook point, going on from a checkpoint; returns the bundles' folder."""
+    """Train the SAEs of every hook point, going on from a checkpoint; returns the bundles' folder.
+
+    Raises:
+        BelowGatesError: an SAE fails a gate; the checkpoint and the table of quality are there to look at.
+    """
     engine = load_engine(model=config.model, device=config.device, saes=[])
     device = next(engine.components.unet.parameters()).device
     run = SaeRun(config, stream(engine, config, TRAINING), device)
@@ -36,16 +42,35 @@ def train_saes(config: SaeConfig) -> Path:
         run.resume(checkpoint)
     run.train(config.steps, checkpoint=checkpoint)
 
-    # Measured as served: through the folder that the server will load.
-    write_bundles(config.out, engine.info, run)
+    # Measured as served, through folders that the server would load; what passes the gates is then put in place.
+    trial = config.work / "trial"
+    write_bundles(trial, engine.info, run)
     held_out = stream(engine, config, HELD_OUT)
-    updates = (held_out.chunk(index).updates for index in range(config.held_out_chunks))
-    measured = measure(read_saes(config.out, engine, device), updates)
-    idle = {name: trainer.idle.cpu() for name, trainer in run.trainers.items()}
-    rows = []
+    saes = read_saes(trial, engine, device)
+    measured = measure(saes, (held_out.chunk(index).updates for index in range(config.held_out_chunks)))
+    shutil.rmtree(trial)
+    rows: list[dict[str, str | float]] = []
+    below: dict[str, list[str]] = {}
     for name, measurement in measured.items():
-        dead = ((measurement.active == 0) & (idle[name] >= config.dead_tokens)).float().mean().item()
+        idle = run.trainers[name].idle.cpu()
+        dead = ((measurement.active == 0) & (idle >= config.dead_tokens)).float().mean().item()
         rows += measurement.rows(name, dead)
-    write_bundles(config.out, engine.info, run, stats={name: m.stats() for name, m in measured.items()}, quality=rows)
+        below[name] = failures(
+            saes[name].bundle.weights,
+            l0_most=measurement.l0_most,
+            k=saes[name].bundle.k,
+            explained_variance=measurement.explained_variance,
+            dead=dead,
+            gates=config.gates,
+        )
     write_table(config.work / "quality", rows)
+    pass_gates(below, allow_below=config.allow_below_gates)
+    write_bundles(
+        config.out,
+        engine.info,
+        run,
+        stats={name: measurement.stats() for name, measurement in measured.items()},
+        quality=rows,
+        gates={name: record(config.gates, reasons) for name, reasons in below.items()},
+    )
     return config.out

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.reservoir import Reservoir
-from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.config import OF_EXPORT, SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 from turbolens_training.sae.topk import (
@@ -191,7 +191,7 @@ class SaeRun:
     def _identity(self) -> dict[str, Any]:
         """What decides the result: the data's source, and the settings."""
         settings = dataclasses.asdict(self.config)
-        for name in ("out", "work", "model", "device", "checkpoint_steps", "held_out_chunks"):
+        for name in ("out", "work", "model", "device", "checkpoint_steps", "held_out_chunks", *OF_EXPORT):
             del settings[name]
         return {"source": self._source.identity, **settings}
 
