@@ -87,6 +87,8 @@ def test_narrow_types_are_read_exactly(tmp_path):
         ("unet.down_blocks.2.attentions.1_k10_hidden5120_auxk256_bs4096_lr0.0001", "down.2.1"),
         ("unet.mid_block.attentions.0", "mid.0"),
         ("up_blocks.0.attentions.1", "up.0.1"),
+        ("unet.down_blocks.2.attentions.1.transformer_blocks.3.attn2", "down.2.1.attn2.3"),
+        ("mid.0.attn1.0", "mid.0.attn1.0"),
         ("up.0.1", "up.0.1"),
         ("warm up.0.1", None),
         ("blocks.3.hook_resid_post", None),

@@ -8,15 +8,22 @@ from typing import Final, Literal
 
 Format = Literal["auto", "sdxl-unbox", "openai", "sparsify", "dictionary_learning", "saelens"]
 """Whose folder it is; "auto": told by its files."""
-_MODULE: Final = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)|mid_block\.attentions\.(\d+)")
-_SHORT: Final = re.compile(r"(down|up)\.(\d+)\.(\d+)|mid\.(\d+)")
+_MODULE: Final = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)\.attentions\.(\d+)|mid_block\.attentions\.(\d+))"
+    r"(?:\.transformer_blocks\.(\d+)\.(attn[12]))?"
+)
+_SHORT: Final = re.compile(r"(?:(down|up)\.(\d+)\.(\d+)|mid\.(\d+))(?:\.(attn[12])\.(\d+))?")
 
 
 def find_block(text: str) -> str | None:
-    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1"."""
+    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1".
+
+    A module inside a block, "...transformer_blocks.0.attn1", is "down.2.1.attn1.0".
+    """
     if module := _MODULE.search(text):
-        kind, i, j, middle = module.groups()
-        return f"mid.{middle}" if middle else f"{kind.removesuffix('_blocks')}.{i}.{j}"
+        kind, i, j, middle, layer, attention = module.groups()
+        block = f"mid.{middle}" if middle else f"{kind}.{i}.{j}"
+        return f"{block}.{attention}.{layer}" if attention else block
     return text if _SHORT.fullmatch(text) else None
 
 
@@ -34,5 +41,6 @@ def module_of(block: str) -> str:
     name = _SHORT.fullmatch(block)
     if name is None:
         raise ValueError(f"{block!r} is no block; names look like down.2.1, mid.0 or up.0.1")
-    kind, i, j, middle = name.groups()
-    return f"mid_block.attentions.{middle}" if middle else f"{kind}_blocks.{i}.attentions.{j}"
+    kind, i, j, middle, attention, layer = name.groups()
+    module = f"mid_block.attentions.{middle}" if middle else f"{kind}_blocks.{i}.attentions.{j}"
+    return f"{module}.transformer_blocks.{layer}.{attention}" if attention else module
