@@ -1,0 +1,29 @@
+"""Which implementation serves on a GPU, kernel by kernel. On a CPU plain torch always does."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Final, Literal
+
+from turbolens_server.kernels import plain
+
+Kernel = Literal["encode_topk", "encode_jumprelu", "probe", "gather_decode", "apply_edits"]
+
+SERVES_ON_CUDA: Final[dict[Kernel, Literal["plain", "fused"]]] = {
+    "encode_topk": "plain",
+    "encode_jumprelu": "plain",
+    "probe": "plain",
+    "gather_decode": "plain",
+    "apply_edits": "plain",
+}
+"""The fused kernels have not been timed on a GPU yet: until `benchmarks/kernels.py` shows that one wins, plain torch
+serves."""
+
+
+def implementation(kernel: Kernel) -> ModuleType:
+    """The module whose function of that name serves on a GPU; `fused` needs the extra `triton`."""
+    if SERVES_ON_CUDA[kernel] == "plain":
+        return plain
+    from turbolens_server.kernels import fused
+
+    return fused

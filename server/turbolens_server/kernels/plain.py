@@ -1,0 +1,93 @@
+"""The kernels in plain torch: what serves on a CPU, and on a GPU the baseline (cuBLAS, `torch.topk`, a gather).
+
+Every function has the arguments and results of its namesake in :mod:`turbolens_server.kernels.fused`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
+    """x W_enc + bias in float32 (float64 for float64): [N, d_model] -> [N, d_sae]."""
+    if x.is_cuda and x.dtype == W_enc.dtype and x.dtype in (torch.float16, torch.bfloat16):
+        # Tensor cores take the halves as they are and accumulate in float32.
+        return torch.mm(x, W_enc, out_dtype=torch.float32) + bias.float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.addmm(bias.to(dtype), x.to(dtype), W_enc.to(dtype))
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, bias: Tensor, k: int, feature_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and indices [N, k] of the k largest pre-activations, and which rows were flagged: none, [N] zeros.
+
+    Among equal values, the smaller index first: on a CPU. On a GPU `torch.topk` chooses, since to look for ties there
+    would make the host wait.
+    """
+    pre = pre_activations(x, W_enc, bias)
+    # One more than is wanted shows whether the last one is tied with the first that is left out.
+    values, columns = pre.topk(min(k + 1, pre.shape[1]), dim=1)
+    indices = columns if feature_ids is None else feature_ids[columns].long()
+    if not pre.is_cuda:
+        equal = values[:, :-1] == values[:, 1:]
+        if equal.any():
+            tied = (equal & (values[:, 1:] > 0)).any(1)
+            by_id = pre[tied] if feature_ids is None else pre[tied][:, feature_ids.argsort()]
+            best, order = by_id.sort(dim=1, descending=True, stable=True)
+            values[tied], indices[tied] = best[:, : values.shape[1]], order[:, : values.shape[1]]
+    flagged = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    return values[:, :k].relu(), indices[:, :k].contiguous(), flagged
+
+
+def encode_jumprelu(
+    x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, max_l0: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest max_l0 activations above threshold, falling: values, indices [N, max_l0]; active features [N]."""
+    pre = pre_activations(x, W_enc, bias)
+    active = ((pre > threshold) & (pre > 0)) | pre.isnan()
+    values, indices = torch.where(active, pre, 0).topk(max_l0, dim=1)
+    return values, indices, active.sum(1, dtype=torch.int32)
+
+
+def probe(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """Pre-activations [N, F] of a few features [F]."""
+    return pre_activations(x, W_enc[:, features], bias[features])
+
+
+def gather_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Sum of decoder rows by activation, without b_dec: [N, K] -> [N, d_model]."""
+    if not values.numel():
+        return values.new_zeros(len(values), W_dec.shape[1])
+    return functional.embedding_bag(indices, W_dec.to(values.dtype), per_sample_weights=values, mode="sum")
+
+
+def apply_edits(
+    x: Tensor,
+    gain: Tensor,
+    offsets: Tensor,
+    features: Tensor,
+    slope: Tensor,
+    shift: Tensor,
+    W_dec: Tensor,
+    values: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    """gain x + sum over a row's edited features of (slope z + shift) d_j: [B, P, d_model], in x's type.
+
+    One matrix product for the whole batch, with zeros where a feature is another row's.
+    """
+    rows, positions = x.shape[:2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    entries = torch.arange(len(features), device=x.device, dtype=offsets.dtype)
+    row = torch.searchsorted(offsets, entries, right=True) - 1  # [E]
+    amounts = shift
+    if values.shape[-1]:
+        hit = indices[row] == features[:, None, None]  # [E, P, K]
+        amounts = shift + slope * torch.where(hit, values[row], 0).sum(-1)
+    own = row == torch.arange(rows, device=x.device)[:, None]  # [B, E]
+    by_row = torch.where(own[:, None, :], amounts.T, 0).to(dtype)  # [B, P, E]
+    delta = by_row.reshape(rows * positions, -1) @ W_dec[features].to(dtype)
+    return (gain[..., None] * x.to(dtype) + delta.view(x.shape)).to(x.dtype)
