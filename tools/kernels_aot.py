@@ -135,7 +135,7 @@ def specimens() -> list[Specimen]:
         "shift_ptr": FLOAT, "w_ptr": HALF, "values_ptr": FLOAT, "indices_ptr": LONG, "out_ptr": HALF, "P": "i32",
     }  # fmt: skip
     for k, width in ((0, 1), (20, 32)):
-        blocks = {"D": D_MODEL, "K": k, "WIDTH": width, "BLOCK_P": 32, "BLOCK_D": 128}
+        blocks = {"D": D_MODEL, "K": k, "WIDTH": width, "BLOCK_P": 16, "BLOCK_D": 128}
         name = f"edit_updates ({f'k {k}' if k else 'open loop'})"
         found.append(Specimen(name, kernels.edit_updates, pointers, blocks))
     return found

@@ -223,7 +223,7 @@ def apply_edits(
     rows, positions, d_model = x.shape
     width = values.shape[-1]
     out = torch.empty_like(x)
-    block_p, block_d = 32, min(128, triton.next_power_of_2(d_model))
+    block_p, block_d = 16, min(128, triton.next_power_of_2(d_model))
     if x.numel():
         with torch.cuda.device_of(x):
             kernels.edit_updates[rows, triton.cdiv(positions, block_p), triton.cdiv(d_model, block_d)](

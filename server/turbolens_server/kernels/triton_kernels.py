@@ -134,7 +134,7 @@ def above_threshold(
     active = ((pre > threshold[None, :]) & (pre > 0)) | (pre != pre)
     active = (active & rows_ok[:, None] & columns_ok[None, :]).to(tl.int32)
     number = tl.sum(active, axis=1)
-    first = tl.atomic_add(counts_ptr + rows, number, mask=rows_ok & (number > 0))
+    first = tl.atomic_add(counts_ptr + rows, number, mask=rows_ok & (number > 0), sem="relaxed")
     slot = first[:, None] + tl.cumsum(active, axis=1) - active
     key = _key(_value_bits(pre), tl.broadcast_to(columns[None, :], (BLOCK_M, BLOCK_N)))
     tl.store(keys_ptr + rows[:, None] * SLOTS + slot, key, mask=(active > 0) & (slot < SLOTS))
@@ -171,8 +171,7 @@ def merge(
     given = rows_ok[:, None] & (slot < KEYS)[None, :]
     if HAS_COUNTS:
         given = given & (slot[None, :] < tl.load(counts_ptr + rows, mask=rows_ok, other=0)[:, None])
-    keys = tl.load(keys_ptr + rows[:, None] * KEYS + slot[None, :], mask=given, other=-1)
-    left = keys
+    left = tl.load(keys_ptr + rows[:, None] * KEYS + slot[None, :], mask=given, other=-1)
     kth = tl.zeros((BLOCK_R,), tl.int64)
     for at in range(K):
         kth = tl.max(left, axis=1)
@@ -183,9 +182,11 @@ def merge(
         left = tl.where(left == kth[:, None], -1, left)
     if not HAS_COUNTS:
         if not ONLY_FLAGGED:
+            # Read again rather than kept in registers all the way.
+            last = given & (slot % PER_TILE == PER_TILE - 1)[None, :]
+            keys = tl.load(keys_ptr + rows[:, None] * KEYS + slot[None, :], mask=last, other=-1)
             # A tile whose last candidate is 0 keeps back zeros only, and those are all alike.
-            last = (slot % PER_TILE == PER_TILE - 1)[None, :] & ((keys >> 32) > 0)
-            hides = (last & (keys > kth[:, None])).to(tl.int32)
+            hides = ((keys > kth[:, None]) & ((keys >> 32) > 0)).to(tl.int32)
             tl.store(flags_ptr + rows, tl.max(hides, axis=1), mask=rows_ok)
 
 

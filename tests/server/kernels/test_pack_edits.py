@@ -114,9 +114,12 @@ def test_set_gives_exactly_that_activation_and_leaves_the_rest():
 def test_a_nan_in_one_row_stays_there():
     x = updates(2)
     x[0, 1] = float("nan")
-    edits = [[edit("scale", [1, 2], [0.0, 0.0])], [edit("scale", [1, 2], [0.0, 0.0])]]
-    both = run(ops.apply_edits, x, pack_edits(edits, POSITIONS, CPU), codes_of(x))
+    codes = codes_of(x)
+    chosen = codes[1][0, 1, :2].tolist()  # among the activations that are NaN
+    edits = [[edit("scale", chosen, [0.0, 0.0])], [edit("scale", [1, 2], [0.0, 0.0])]]
+    both = run(ops.apply_edits, x, pack_edits(edits, POSITIONS, CPU), codes)
     alone = run(ops.apply_edits, x[1:], pack_edits(edits[1:], POSITIONS, CPU), codes_of(x[1:]))
+    assert codes[0][0, 1].isnan().all()
     assert both[0, 1].isnan().all()
     assert torch.allclose(both[1:], alone, atol=1e-6)
 

@@ -91,6 +91,7 @@ def test_nan_and_inf_come_first_and_stay_in_their_rows(dtype):
     x, W_enc, bias = whole(generator, 20, 5), whole(generator, 5, 40), whole(generator, 40)
     x[3, 0] = math.nan
     x[4, 1] = math.inf
+    W_enc[1] = 1  # inf everywhere, but NaN in what pads the last tile
     bias[[9, 30]] = math.nan
     values, indices, _ = fused.encode_topk(x.to(dtype), W_enc.to(dtype), bias, 4, tiles=SMALL)
     expected, chosen = reference.select_topk(reference.pre_activations(x, W_enc, bias), 4)
