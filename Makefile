@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench clean
+.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench kernels bench-kernels clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -73,6 +73,12 @@ rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs
 
 bench: $(STAMP)dev       ## Measure the server beside the bare diffusers pipeline
 	@$(PY) benchmarks/serve_vs_diffusers.py
+
+kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one
+	@$(PY) tools/kernels_aot.py
+
+bench-kernels: $(STAMP)dev  ## Time the fused kernels beside plain torch, on an NVIDIA GPU
+	@$(PY) benchmarks/kernels.py
 
 clean:                   ## Remove what `make` made
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
