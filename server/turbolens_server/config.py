@@ -23,7 +23,8 @@ class ServerConfig:
     """
 
     model: str = "mini"
-    """`mini` (ships with the package), a `diffusers` folder, or a hub id of an SDXL-type model."""
+    """`mini` (ships with the package), a `diffusers` folder, a hub id of an SDXL-type model, or
+    `random:sdxl-turbo`: that architecture with random weights, to try a machine at full size."""
     sae: tuple[str, ...] = ()
     """SAEs: a bundle, the folder of an SAE of another project, a folder of several, or a hub id each; `BLOCK=PATH` says
     where one sits whose folder does not. `mini` brings its own."""

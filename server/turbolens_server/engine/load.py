@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo
 from turbolens_server.engine.text import TextEncoder
+from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
 from turbolens_server.sae.bundle import BundleError, hash_file
 from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
@@ -67,13 +68,15 @@ def load_engine(
     """Load a model with its SAEs.
 
     Args:
-        model: "mini", a `diffusers` folder, or a hub id of an SDXL-type model.
+        model: "mini", a `diffusers` folder, a hub id of an SDXL-type model, or "random:sdxl-turbo" (or "random:mini"),
+            which is the architecture with random weights.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" (float16 on a GPU, else float32), "float32", "float16" or "bfloat16".
         variant: file variant to load, such as "fp16".
         vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
         saes: each a bundle, the folder of an SAE of another project, a folder of several, or a hub id; `BLOCK=` in
-            front says where one sits whose folder does not. None: the embedded model's own, or none.
+            front says where one sits whose folder does not. None: the embedded model's own, a random model's,
+            or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
 
@@ -82,16 +85,7 @@ def load_engine(
     """
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
-    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
-    if not (folder / "model_index.json").exists():
-        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
-    try:
-        with _quiet(model == EMBEDDED):
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                folder, dtype=torch_dtype, variant=variant, use_safetensors=True, local_files_only=True
-            )
-    except Exception as error:  # diffusers, transformers and safetensors raise many kinds
-        raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({_first_line(error)})") from error
+    pipeline, model_hash = load_pipeline(model, torch_device, torch_dtype, variant)
     unet = pipeline.unet.to(torch_device).eval()
     try:
         check_supported(unet)
@@ -104,10 +98,11 @@ def load_engine(
         (pipeline.text_encoder.to(torch_device).eval(), pipeline.text_encoder_2.to(torch_device).eval()),
         torch_device,
     )
-    model_hash = hash_unet(folder, variant)
     points = find_hook_points(unet, downscale)
     sources = [str(embedded_saes())] if saes is None and model == EMBEDDED else list(saes or ())
     loaded = [sae for source in sources for sae in _load_saes(source, points.keys(), model_hash, force_sae)]
+    if saes is None and is_random(model):
+        loaded = [SaeInfo(b.name, b.hook_point, b, forced=False) for b in random_bundles(model, points, model_hash)]
     for sae in loaded:
         d_model = points[sae.hook_point].d_model
         if sae.bundle.d_in != d_model:
@@ -138,6 +133,34 @@ def load_engine(
         versions=versions(),
     )
     return Engine(Components(text, unet, decoder, pipeline.scheduler, downscale), info, torch_device, torch_dtype)
+
+
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype, variant: str | None = None
+) -> tuple[StableDiffusionXLPipeline, str]:
+    """A model as `diffusers` loads it, and the hash of its U-Net's weights; random weights are made on `device`.
+
+    Raises:
+        LoadError: with one clear line.
+    """
+    if is_random(model):
+        if variant is not None:
+            raise LoadError(f"--variant {variant}: {model} has no weight files")
+        try:
+            return random_pipeline(model, device, dtype)
+        except ValueError as error:
+            raise LoadError(f"--model {error}") from error
+    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
+    if not (folder / "model_index.json").exists():
+        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
+    try:
+        with _quiet(model == EMBEDDED):
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+            )
+    except Exception as error:  # diffusers, transformers and safetensors raise many kinds
+        raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({_first_line(error)})") from error
+    return pipeline, hash_unet(folder, variant)
 
 
 def hash_unet(folder: Path, variant: str | None = None) -> str:
