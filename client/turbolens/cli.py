@@ -17,7 +17,7 @@ from tyro.conf import Positional
 import turbolens as tl
 
 COMMANDS: Final = "turbolens.commands"
-_EXTRAS: Final = {"serve": "server", "sae": "server", "catalog": "training", "train": "training"}
+_EXTRAS: Final = {"serve": "server", "bench": "server", "sae": "server", "catalog": "training", "train": "training"}
 # One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -246,6 +246,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens train ...                   train the embedded model and SAEs
   turbolens sae import SRC OUT          make bundles of SAEs that another project trained
   turbolens catalog ...                 measure and name the features of bundles: build, import-labels
+  turbolens bench                       measure this machine beside the bare diffusers pipeline
   turbolens doctor                      say what is wrong
 
   --help after any of them explains it; --version says the version

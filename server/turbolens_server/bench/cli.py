@@ -1,0 +1,30 @@
+"""`turbolens bench`."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from turbolens_server.bench.config import BenchConfig
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `turbolens bench`: measure, print, and write where told to."""
+    config = tyro.cli(BenchConfig, args=argv, prog="turbolens bench")
+    # What measures is imported here: a command's help must not wait for torch.
+    from turbolens_server.bench.results import describe_machine, save, to_markdown
+    from turbolens_server.bench.suite import describe_case, run
+    from turbolens_server.engine.load import LoadError
+    from turbolens_server.sae.bundle import BundleError
+
+    try:
+        result = run(config)
+    except (LoadError, BundleError, ValueError) as error:
+        sys.exit(f"turbolens bench: {error}")
+    print(describe_machine(result["machine"]))
+    for case in result["cases"]:
+        print(describe_case(case))
+    print(f"\n{to_markdown(result)}")
+    if config.out is not None:
+        save(config.out, result)
