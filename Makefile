@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench kernels bench-kernels clean
+.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench bench-full kernels bench-kernels clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -71,8 +71,19 @@ protos: $(STAMP)dev      ## Regenerate the Python stubs
 rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs, labels, dose table, expectations
 	@$(VENV)/bin/turbolens train rebuild
 
-bench: $(STAMP)dev       ## Measure the server beside the bare diffusers pipeline
-	@$(PY) benchmarks/serve_vs_diffusers.py
+bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/performance.md
+	@$(PY) -m benchmarks.nothing_asked
+	@$(VENV)/bin/turbolens bench --device cpu --out benchmarks/results/mini-cpu.json
+	@$(PY) -m benchmarks.many_callers
+	@$(PY) -m benchmarks.served
+	@$(PY) -m benchmarks.report
+
+# With a GPU in half precision, each way in batches; without one in bfloat16, so that two copies fit in 24 GiB.
+bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with random weights
+	@$(VENV)/bin/turbolens bench --model random:sdxl-turbo $(if $(shell command -v nvidia-smi), \
+		--out benchmarks/results/sdxl-turbo-gpu.json, \
+		--dtype bfloat16 --batch 1 --rounds 3 --out benchmarks/results/sdxl-turbo-cpu.json)
+	@$(PY) -m benchmarks.report
 
 kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one
 	@$(PY) tools/kernels_aot.py

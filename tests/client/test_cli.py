@@ -22,7 +22,9 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("command", [["generate"], ["extract"], ["features", "search"], ["doctor"], ["serve"]])
+@pytest.mark.parametrize(
+    "command", [["generate"], ["extract"], ["features", "search"], ["doctor"], ["serve"], ["bench"]]
+)
 def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

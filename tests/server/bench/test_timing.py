@@ -61,17 +61,18 @@ def test_no_samples_are_refused():
     ],
 )
 def test_a_verdict_needs_the_whole_interval(ratio, added, aim, verdict):
-    assert judge(Estimate(*ratio), Estimate(*added), aim) == verdict
+    assert judge(Estimate(*ratio), Estimate(*added), aim, 6) == verdict
+    assert judge(Estimate(*ratio), Estimate(*added), aim, 5) == (verdict and "undecided")
 
 
 def test_ratios_are_taken_within_rounds():
     contenders = [Contender("base", object), Contender("other", object, {"base": Aim(2.5)})]
     # A slow second round hits both: paired, the ratio is 2 in every round.
-    rows = compare(contenders, {"base": [10.0, 100.0, 10.0], "other": [20.0, 200.0, 20.0]})
+    rows = compare(contenders, {"base": [10.0, 100.0, 10.0] * 2, "other": [20.0, 200.0, 20.0] * 2})
     (found,) = rows[1].comparisons
     assert (found.ratio.low, found.ratio.median, found.ratio.high) == (2, 2, 2)
     assert (found.added_ms.median, found.verdict) == (10, "met")
-    assert rows[1].ms == (20.0, 200.0, 20.0)
+    assert rows[1].ms == (20.0, 200.0, 20.0) * 2
     assert rows[0].comparisons == ()
 
 

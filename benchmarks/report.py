@@ -1,0 +1,121 @@
+"""Tables and plots of `docs/performance.md`, made from the results that lie in `benchmarks/results/`.
+
+    python -m benchmarks.report
+
+The page has a pair of marks for each result; what lies between them is written here, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from benchmarks.places import DOCS, RESULTS
+from turbolens_server.bench.results import describe_machine, to_markdown
+from turbolens_server.bench.suite import describe_case
+
+_MARKS: Final = re.compile(r"(<!-- result (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COLORS: Final = {"met": "#2a7f3f", "missed": "#b3261e", "undecided": "#8a6d00", None: "#5f6368"}
+
+
+def section(name: str, results: Path, plots: Path) -> str:
+    """What the page says of one result, plot included; where there is none, that there is none."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    result = json.loads(path.read_text())
+    parts = [f"{describe_machine(result['machine'])}; {result['rounds']} interleaved rounds."]
+    if result["benchmark"] == "bench":
+        speed = result["speed"]
+        parts.append(
+            f"`{result['model']}`, {result['backend']}, {result['dtype']}, {result['size'][0]} pixels. Measured in the "
+            f"same run: {speed['tflops']:.3g} TFLOP/s in a large matrix product, {speed['gb_s']:.3g} GB/s in a large "
+            f"copy."
+        )
+        parts += [f"- {describe_case(case)}." for case in result["cases"]]
+    if result["benchmark"] == "many_callers":
+        parts += [f"- {_throughput(case)}." for case in result["cases"]]
+    parts.append(to_markdown(result))
+    plots.mkdir(parents=True, exist_ok=True)
+    draw(result, plots / f"{name}.svg")
+    parts.append(f"![Ratios with their 95 % intervals]({plots.name}/{name}.svg)")
+    # A list's lines follow one another; all else stands apart.
+    text = "\n\n".join(parts)
+    return re.sub(r"(?m)^(- .*)\n\n(?=- )", r"\1\n", text)
+
+
+def _throughput(case: Mapping[str, Any]) -> str:
+    label = ", ".join(f"{value} {name}" for name, value in case["label"].items())
+    return f"{label}: " + ", ".join(f"{name} {value:.1f} pictures/s" for name, value in case["pictures_per_s"].items())
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The ratios of a result as points with their intervals, and what each should keep to as a tick."""
+    found = [
+        (f"{row['name']} / {comparison['against']} ({_short(case['label'])})", comparison)
+        for case in result["cases"]
+        for row in case["rows"]
+        for comparison in row["comparisons"]
+    ]
+    # Without a salt and a date of its own, the same result would make another file every time.
+    with mpl.rc_context({"svg.hashsalt": "turbolens", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(8, 0.9 + 0.26 * len(found)), layout="constrained")
+        for at, (_, comparison) in enumerate(found):
+            ratio, aim = comparison["ratio"], comparison["aim"]["ratio"]
+            color = _COLORS[comparison["verdict"]]
+            axes.plot([ratio["low"], ratio["high"]], [at, at], color=color, linewidth=2)
+            axes.plot(ratio["median"], at, "o", color=color, markersize=4)
+            if aim is not None:
+                axes.plot([aim, aim], [at - 0.35, at + 0.35], color="black", linewidth=1)
+        axes.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
+        axes.set_yticks(range(len(found)), [name for name, _ in found])
+        axes.invert_yaxis()
+        axes.set_xlabel("time over the other's time; the black tick is the most that is aimed at")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _short(label: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value} {name}" for name, value in label.items())
+
+
+def rewrite(page: str, sections: Mapping[str, str]) -> str:
+    """A page with the text between the marks of each result replaced.
+
+    Raises:
+        ValueError: a section has no marks on the page.
+    """
+    if missing := sections.keys() - set(marked(page)):
+        raise ValueError(f"the page has no marks for {', '.join(sorted(missing))}")
+
+    def between(found: re.Match[str]) -> str:
+        name = found["name"]
+        return f"{found[1]}\n{sections[name]}\n\n{found[3]}" if name in sections else found[0]
+
+    return _MARKS.sub(between, page)
+
+
+def marked(page: str) -> Sequence[str]:
+    """The results that a page has marks for, in order."""
+    return [found["name"] for found in _MARKS.finditer(page)]
+
+
+def main() -> None:
+    """Rewrite the page."""
+    page = DOCS / "performance.md"
+    text = page.read_text()
+    plots = DOCS / "performance"
+    page.write_text(rewrite(text, {name: section(name, RESULTS, plots) for name in marked(text)}))
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
