@@ -26,6 +26,8 @@ _SOURCES: Final = ("client", "server", "training", "benchmarks/*.py")
 
 def machine() -> dict[str, Any]:
     """What this runs on, and which code it runs: enough to tell two results apart."""
+    # Installed into an environment that lies in somebody's repository, that repository says nothing about us.
+    tracked = _git("ls-files", "--error-unmatch", "--", __file__) is not None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu(),
@@ -40,8 +42,8 @@ def machine() -> dict[str, Any]:
             "transformers": transformers.__version__,
             **versions(),
         },
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", *_SOURCES)),
+        "commit": _git("rev-parse", "HEAD") if tracked else None,
+        "changed": tracked and bool(_git("status", "--porcelain", "--", *_SOURCES)),
     }
 
 
