@@ -18,6 +18,7 @@ from turbolens._requests import (
     ExtractOptions,
     GenerateOptions,
     ImageFormat,
+    Only,
     Selection,
     extract_request,
     generate_request,
@@ -31,6 +32,7 @@ from turbolens_proto.v1 import (
     generation_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
+    run_pb2,
 )
 
 
@@ -76,6 +78,8 @@ class AsyncLens:
         height: int | None = None,
         steer: Sequence[Edit] = (),
         features: Selection = None,
+        only: Only = None,
+        float32: bool = False,
         format: ImageFormat = "png",
         quality: int | None = None,
         latents: bool = False,
@@ -93,6 +97,8 @@ class AsyncLens:
             height: pixels; None: the server's default.
             steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
             features: features to return: True for all, or SAEs by name.
+            only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong to.
+            float32: return activations in float32; float16 holds none above 65,504, where the call fails.
             format: "png", "jpeg", "webp" or "raw".
             quality: of JPEG and WebP, 1 to 100.
             latents: return the final latent too.
@@ -108,7 +114,8 @@ class AsyncLens:
         """
         request = generate_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, format=format, quality=quality, latents=latents, request_id=request_id,
+            features=features, only=only, float32=float32, format=format, quality=quality, latents=latents,
+            request_id=request_id,
         )  # fmt: skip
         answer = await self._call(self._generation.Generate, request, timeout)
         labels = await self._labels_of(chunk.sae for made in answer.generations for chunk in made.features)
@@ -137,10 +144,14 @@ class AsyncLens:
         height: int | None = None,
         steer: Sequence[Edit] = (),
         saes: Sequence[str] | None = None,
+        only: Only = None,
+        float32: bool = False,
         timeout: float | None = None,
         request_id: str = "",
     ) -> Any:
-        """The features of a run, without its picture; arguments as for :meth:`generate`, `saes` by name.
+        """The features of a run, without its picture; arguments as for :meth:`generate`.
+
+        Without `saes`, the names of the SAEs, and without `only`, all features come.
 
         The first time that features of an SAE come back, its labels are fetched too, and kept for the connection.
 
@@ -153,7 +164,7 @@ class AsyncLens:
         """
         request = extract_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=saes, request_id=request_id,
+            saes=saes, only=only, float32=float32, request_id=request_id,
         )  # fmt: skip
         answer = await self._call(self._features.ExtractFeatures, request, timeout)
         labels = await self._labels_of(chunk.sae for made in answer.extractions for chunk in made.features)
@@ -172,6 +183,8 @@ class AsyncLens:
         height: int | None = None,
         steer: Sequence[Edit] = (),
         features: Selection = None,
+        only: Only = None,
+        float32: bool = False,
         format: ImageFormat = "png",
         quality: int | None = None,
         latents: bool = False,
@@ -186,9 +199,10 @@ class AsyncLens:
         """
         request = generate_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, format=format, quality=quality, latents=latents, request_id=request_id,
+            features=features, only=only, float32=float32, format=format, quality=quality, latents=latents,
+            request_id=request_id,
         )  # fmt: skip
-        labels = await self._labels_of(await self._selected(features))
+        labels = await self._labels_of(await self._selected(request.features if request.HasField("features") else None))
         stream = generation_service_pb2.StreamGenerateRequest(request=request, previews=previews)
         async for message in self._stream(self._generation.StreamGenerate, stream, timeout):
             yield event_of(message, prompt, labels)
@@ -204,15 +218,17 @@ class AsyncLens:
         height: int | None = None,
         steer: Sequence[Edit] = (),
         saes: Sequence[str] | None = None,
+        only: Only = None,
+        float32: bool = False,
         timeout: float | None = None,
         request_id: str = "",
     ) -> AsyncIterator[Event]:
         """The features of a run as they are computed: Queued, Features, Done. Arguments as for :meth:`extract`."""
         request = extract_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=saes, request_id=request_id,
+            saes=saes, only=only, float32=float32, request_id=request_id,
         )  # fmt: skip
-        labels = await self._labels_of(await self._selected(True if saes is None else saes))
+        labels = await self._labels_of(await self._selected(request.features))
         stream = feature_service_pb2.StreamFeaturesRequest(request=request)
         async for message in self._stream(self._features.StreamFeatures, stream, timeout):
             yield event_of(message, prompt, labels)
@@ -298,13 +314,11 @@ class AsyncLens:
         finally:
             call.cancel()
 
-    async def _selected(self, features: Selection) -> Sequence[str]:
+    async def _selected(self, selection: run_pb2.FeatureSelection | None) -> Sequence[str]:
         """The names of the SAEs whose features come back."""
-        if features is None or features is False:
+        if selection is None:
             return ()
-        if isinstance(features, str):
-            return (features,)
-        return [sae.name for sae in (await self.model()).saes] if features is True else features
+        return selection.saes or [sae.name for sae in (await self.model()).saes]
 
     async def _labels_of(self, saes: Any) -> dict[str, dict[int, str]]:
         """Labels of SAEs, fetched once for each and kept.

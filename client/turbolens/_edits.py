@@ -86,6 +86,15 @@ def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
     return tuple((to_ref(like), None) for like in several)
 
 
+def to_refs(features: FeatureLike | Sequence[FeatureLike]) -> list[FeatureRef]:
+    """One feature or several, in any of their forms, as references.
+
+    Raises:
+        TypeError, ValueError: one is no feature.
+    """
+    return [ref for ref, _ in _terms(features)]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mask:
     """Where an edit acts; made by :func:`box`, :func:`boxes`, :func:`polygon` and :func:`mask`."""

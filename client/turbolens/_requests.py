@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from turbolens._edits import Edit
+from turbolens._edits import Edit, FeatureLike, to_refs
 from turbolens._results import FORMATS
-from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 Selection = bool | Sequence[str] | None
 """Features to return: None or False for none, True for all, or SAEs by name."""
+Only = FeatureLike | Sequence[FeatureLike] | None
+"""Of these, only the ones named; None for all."""
 
 
 class ExtractOptions(TypedDict, total=False):
@@ -22,6 +24,8 @@ class ExtractOptions(TypedDict, total=False):
     height: int | None
     steer: Sequence[Edit]
     saes: Sequence[str] | None
+    only: Only
+    float32: bool
     timeout: float | None
     request_id: str
 
@@ -34,6 +38,8 @@ class GenerateOptions(TypedDict, total=False):
     height: int | None
     steer: Sequence[Edit]
     features: Selection
+    only: Only
+    float32: bool
     format: ImageFormat
     quality: int | None
     latents: bool
@@ -63,13 +69,25 @@ def sampling(steps: int | None, width: int | None, height: int | None) -> run_pb
     return run_pb2.Sampling(steps=steps, width=width, height=height)
 
 
-def selection(features: Selection) -> run_pb2.FeatureSelection | None:
-    """What to return of the features."""
+def selection(features: Selection, only: Only, float32: bool) -> run_pb2.FeatureSelection | None:
+    """What to return of the features, and how.
+
+    Raises:
+        ValueError: `only` or `float32` says more of features that are not asked for.
+    """
+    refs = [] if only is None else to_refs(only)
+    if features is None and refs:
+        features = list(dict.fromkeys(ref.sae for ref in refs))
     if features is None or features is False:
+        if refs or float32:
+            raise ValueError("only and float32 are about the features that come back; ask for features too")
         return None
-    if isinstance(features, str):
-        return run_pb2.FeatureSelection(saes=[features])
-    return run_pb2.FeatureSelection(saes=[] if features is True else list(features))
+    saes = [features] if isinstance(features, str) else [] if features is True else list(features)
+    return run_pb2.FeatureSelection(
+        saes=saes,
+        only=[steering_pb2.FeatureRef(sae=ref.sae, index=ref.index) for ref in refs],
+        value_type=run_pb2.VALUE_TYPE_FLOAT32 if float32 else run_pb2.VALUE_TYPE_UNSPECIFIED,
+    )
 
 
 def generate_request(
@@ -81,6 +99,8 @@ def generate_request(
     height: int | None,
     steer: Sequence[Edit],
     features: Selection,
+    only: Only,
+    float32: bool,
     format: ImageFormat,
     quality: int | None,
     latents: bool,
@@ -95,7 +115,7 @@ def generate_request(
         sampling=sampling(steps, width, height),
         seeds=seeds,
         edits=[edit.to_proto() for edit in steer],
-        features=selection(features),
+        features=selection(features, only, float32),
         image=run_pb2.ImageOptions(format=FORMATS[format], quality=quality),
         return_latents=latents,
     )
@@ -109,15 +129,18 @@ def extract_request(
     width: int | None,
     height: int | None,
     steer: Sequence[Edit],
-    features: Selection,
+    saes: Sequence[str] | None,
+    only: Only,
+    float32: bool,
     request_id: str,
 ) -> feature_service_pb2.ExtractFeaturesRequest:
-    """A request for features."""
+    """A request for features; unless some are named, all of them."""
+    wanted = True if saes is None and only is None and float32 else saes
     return feature_service_pb2.ExtractFeaturesRequest(
         request_id=request_id,
         prompt=run_pb2.PromptSource(text=prompt),
         sampling=sampling(steps, width, height),
         seeds=seeds,
         edits=[edit.to_proto() for edit in steer],
-        features=selection(features),
+        features=selection(wanted, only, float32),
     )

@@ -97,6 +97,8 @@ class Picture(Coded):
         self.warnings = warnings
         self.features = RunFeatures(message.seed, message.features, labels)
         """By SAE; empty where none were asked for."""
+        self.batch_size = message.batch_size
+        """Pictures that the server ran together with it, itself included."""
         self._latents = message.latents if message.HasField("latents") else None
 
     @property
@@ -139,6 +141,8 @@ class Extraction(RunFeatures):
         self.prompt = prompt
         self.provenance = provenance
         self.warnings = warnings
+        self.batch_size = message.batch_size
+        """Runs that the server ran together with it, itself included."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
 import sys
 
-import structlog
-
 from turbolens_server.config import ConfigError, ServerConfig, read_config
-from turbolens_server.logs import configure_logging
+from turbolens_server.logs import configure_logging, get_logger
 
 
 def main(argv: list[str]) -> None:
@@ -24,15 +24,21 @@ def main(argv: list[str]) -> None:
     from turbolens_server.sae.bundle import BundleError
 
     try:
-        asyncio.run(_serve(config))
+        left_loading = asyncio.run(_serve(config))
     except (LoadError, BundleError) as error:
         sys.exit(f"turbolens serve: {error}")
+    if left_loading:
+        # A thread that reads weights cannot be stopped, and ending the interpreter under it can crash in native code.
+        # It holds nothing that needs saving.
+        logging.shutdown()
+        os._exit(0)
 
 
-async def _serve(config: ServerConfig) -> None:
+async def _serve(config: ServerConfig) -> bool:
+    """Serve until told to stop; True where that came while the model was loading, which then goes on in its thread."""
     from turbolens_server.serving import Serving, load_and_serve
 
-    log = structlog.get_logger("turbolens")
+    log = get_logger()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -53,5 +59,7 @@ async def _serve(config: ServerConfig) -> None:
         log.info("stopping", grace_s=config.grace_s)
     finally:
         waiting.cancel()
-        await serving.stop(config.grace_s if loading.done() and not loading.exception() else 0)
+        left_loading = loading.cancel()
+        await serving.stop(0 if left_loading or loading.exception() else config.grace_s)
     log.info("stopped")
+    return left_loading

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from turbolens_server.engine.batcher import MAX_BATCH
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
@@ -46,8 +48,16 @@ class ServerConfig:
     """Most denoising steps of a request."""
     max_seeds: int = 16
     """Most pictures of a request."""
+    max_batch: int = MAX_BATCH
+    """Most pictures that run together, of one caller or several; memory for so many must be free at start."""
+    batch_wait_ms: float = 5.0
+    """How long a batch waits, after one of several callers, for them to come back; an idle server never waits."""
     max_queue: int = 64
     """Requests that may wait; one more is refused with the time to come back."""
+    max_queue_pictures: int = 256
+    """Pictures that may wait, of all requests; a request past it is refused in the same way."""
+    warm_up: bool = True
+    """Run the model once before the server is ready, so that the first caller does not wait for it."""
     grace_s: float = 30.0
     """Seconds that requests in flight get when the server is told to stop."""
     reflection: bool = True
@@ -58,9 +68,12 @@ class ServerConfig:
     """Least severity that is logged."""
 
     def __post_init__(self) -> None:
-        for name, least in (("port", 0), ("max_steps", 1), ("max_seeds", 1), ("max_queue", 1), ("grace_s", 0)):
+        least_of = {"port": 0, "max_steps": 1, "max_seeds": 1, "max_batch": 1, "batch_wait_ms": 0, "max_queue": 1}
+        least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0}
+        for name, least in least_of.items():
             if not getattr(self, name) >= least:  # not-a-number too
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+                why = " (max_seeds: a request must fit)" if name == "max_queue_pictures" else ""
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}{why}")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be at most 65535")
 

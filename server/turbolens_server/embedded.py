@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from turbolens_server.config import ServerConfig
-from turbolens_server.logs import configure_logging
+from turbolens_server.logs import NAME
 from turbolens_server.serving import Serving, load_from
 
 
@@ -37,7 +37,11 @@ class Embedded:
         async def begin() -> Serving:
             serving = Serving(config)
             await serving.start(self.target)
-            await serving.make_ready(engine)
+            try:
+                await serving.make_ready(engine)
+            except BaseException:
+                await serving.stop(0)
+                raise
             return serving
 
         try:
@@ -68,7 +72,13 @@ class Embedded:
 
 
 def start(model: str = "mini", **settings: Any) -> Embedded:
-    """Start a server in this process; `settings` are fields of :class:`ServerConfig`."""
-    config = ServerConfig(model=model, **{"log_level": "warning", **settings})
-    configure_logging(config.log_format, config.log_level)
-    return Embedded(config)
+    """Start a server in this process; `settings` are fields of :class:`ServerConfig`.
+
+    Logging is the program's own: the server logs to the standard library's logger "turbolens", like any library.
+
+    Raises:
+        TypeError: a setting of logging was given.
+    """
+    if taken := sorted(settings.keys() & {"log_format", "log_level"}):
+        raise TypeError(f"{', '.join(taken)}: in this process, logging is set on logging.getLogger({NAME!r})")
+    return Embedded(ServerConfig(model=model, **settings))

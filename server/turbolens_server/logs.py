@@ -1,34 +1,52 @@
-"""Logs: JSON lines for machines, colours for people."""
+"""Logs: structured events through the standard library's logger "turbolens".
+
+As a library the server configures nothing: its events go where the host sends that logger. `turbolens serve` owns its
+process and shows them as JSON lines for machines, or in colours for people.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Any, Final
 
 import structlog
 
+NAME: Final = "turbolens"
+"""The logger's name."""
+_PROCESSORS: Final[tuple[structlog.typing.Processor, ...]] = (
+    structlog.stdlib.filter_by_level,
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+)
+
+
+def get_logger() -> Any:
+    """The server's logger; an event's fields are a dict, the standard library record's `msg`."""
+    return structlog.wrap_logger(
+        logging.getLogger(NAME), processors=list(_PROCESSORS), wrapper_class=structlog.stdlib.BoundLogger
+    )
+
 
 def configure_logging(style: str, level: str) -> None:
-    """Set up `structlog` for this process.
+    """Show this process's events on stderr.
 
     Args:
         style: "json", "pretty", or "auto": pretty on a terminal.
         level: "debug", "info", "warning" or "error".
     """
     pretty = style == "pretty" or (style == "auto" and sys.stderr.isatty())
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    renderer: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if pretty
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if not pretty:
-        shared.append(structlog.processors.format_exc_info)
-    structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=False,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *renderer]))
+    logger = logging.getLogger(NAME)
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())

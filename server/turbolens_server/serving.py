@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
+import time
 from typing import Final
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
@@ -22,9 +24,10 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.load import LoadError, load_engine
+from turbolens_server.logs import get_logger
 from turbolens_server.rpc.calls import CallInterceptor
-from turbolens_server.rpc.scheduler import Scheduler
+from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
 from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
 
@@ -55,6 +58,7 @@ def load_from(config: ServerConfig) -> Engine:
         saes=config.sae or None,
         force_sae=config.force_sae,
         max_steps=config.max_steps,
+        max_batch=config.max_batch,
     )
 
 
@@ -88,9 +92,23 @@ class Serving:
         return int(port)
 
     async def make_ready(self, engine: Engine) -> None:
-        """Serve an engine."""
-        scheduler = Scheduler(engine, self._config.max_queue)
-        catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+        """Serve an engine.
+
+        Raises:
+            LoadError: warming up, the model gave values that are not finite.
+        """
+        config = self._config
+        limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
+        scheduler = Scheduler(engine, limits)
+        try:
+            if config.warm_up:
+                await scheduler.call(lambda engine: engine.warm_up(config.max_batch))
+            catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+        except Exception as error:
+            await scheduler.close()
+            if isinstance(error, FloatingPointError):
+                raise LoadError(f"{engine.info.model}: {error}") from error
+            raise
         self._room.ready = Ready(engine, scheduler, catalog)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -99,7 +117,7 @@ class Serving:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
         if self._room.ready is not None:
-            await asyncio.to_thread(self._room.ready.scheduler.close)
+            await self._room.ready.scheduler.close()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         # The empty name is the process: alive from the first moment, so that a loading pod is not killed.
@@ -109,11 +127,32 @@ class Serving:
 
 
 async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
-    """Load the engine off the loop and make the server ready with it."""
-    log = structlog.get_logger("turbolens")
-    start = asyncio.get_running_loop().time()
-    engine = await asyncio.to_thread(load_from, config)
+    """Load the engine off the loop and make the server ready with it.
+
+    Cancelled while the model loads, it leaves the loading thread behind, which nobody waits for: see `app.main`.
+    """
+    loaded: concurrent.futures.Future[Engine] = concurrent.futures.Future()
+    loaded.set_running_or_notify_cancel()
+
+    def load() -> None:
+        try:
+            loaded.set_result(load_from(config))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    start = time.monotonic()
+    threading.Thread(target=load, name="load", daemon=True).start()
+    engine = await asyncio.wrap_future(loaded)
     await serving.make_ready(engine)
-    seconds = round(asyncio.get_running_loop().time() - start, 2)
-    info = engine.info
-    log.info("ready", model=info.model, saes=list(info.saes), device=info.device, dtype=info.dtype, load_s=seconds)
+    info, gib = engine.info, 2**30
+    get_logger().info(
+        "ready",
+        model=info.model,
+        saes=list(info.saes),
+        device=info.device,
+        dtype=info.dtype,
+        load_s=round(info.load_s, 2),
+        ready_s=round(time.monotonic() - start, 2),
+        memory_gib=round(info.memory.total / gib, 2),
+        memory_free_gib=None if info.memory.available is None else round(info.memory.available / gib, 2),
+    )

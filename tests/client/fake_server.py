@@ -133,7 +133,9 @@ class Fake(
         if isinstance(request, gs.GenerateRequest) and not request.HasField("features"):
             return []
         saes = list(request.features.saes) or SAES
-        return [pack(activations(seed, step), sae, step) for step in range(request.sampling.steps or 1) for sae in saes]
+        wide = request.features.value_type == run.VALUE_TYPE_FLOAT32
+        steps = range(request.sampling.steps or 1)
+        return [pack(activations(seed, step), sae, step, wide) for step in steps for sae in saes]
 
     def GetModel(self, request, context):  # noqa: N802
         self._came("GetModel", request, context)

@@ -444,19 +444,20 @@ def test_health_and_reflection(server):
 
 def test_callers_in_parallel_each_get_their_own(lens, live):
     expected = {
-        seed: lens.generate(PROMPT, seed=seed, steer=[tl.add(live["up.0.1"], seed)]).bytes for seed in (1, 2, 3)
+        seed: lens.generate(PROMPT, seed=seed, steer=[tl.add(live["up.0.1"], seed)]).array for seed in (1, 2, 3)
     }
     got = {}
 
     def call(seed):
-        got[seed] = lens.generate(PROMPT, seed=seed, steer=[tl.add(live["up.0.1"], seed)]).bytes
+        got[seed] = lens.generate(PROMPT, seed=seed, steer=[tl.add(live["up.0.1"], seed)]).array
 
     threads = [threading.Thread(target=call, args=(seed,)) for seed in expected]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == expected
+    for seed, picture in expected.items():  # two of them shared a batch
+        assert np.abs(picture.astype(int) - got[seed]).max() <= 3
 
 
 def test_provenance_of_the_saes_is_json(lens):

@@ -28,6 +28,8 @@ def test_precedence(tmp_path):
         ("port = 70000", {}, "65535"),
         ("max_steps = 0", {}, "max_steps"),
         ("grace_s = nan", {}, "grace_s"),
+        ("max_batch = 0", {}, "max_batch"),
+        ("max_queue_pictures = 15", {}, "at least 16"),
         ('port = "80"', {}, "port = '80': must be a whole number"),
         ("max_queue = true", {}, "whole number"),
         ('reflection = "no"', {}, "true or false"),

@@ -210,8 +210,11 @@ class Extraction(_message.Message):
 
     SEED_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed."""
+    batch_size: _builtins.int
+    """Runs that ran together with it, itself included."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SparseFeatures]:
         """In order of step, then of block."""
@@ -221,10 +224,11 @@ class Extraction(_message.Message):
         *,
         seed: _builtins.int = ...,
         features: _abc.Iterable[_run_pb2.SparseFeatures] | None = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -135,8 +135,11 @@ class Generation(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     LATENTS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed."""
+    batch_size: _builtins.int
+    """Pictures that ran together with it, itself included."""
     @_builtins.property
     def image(self) -> _run_pb2.Image:
         """The picture."""
@@ -156,10 +159,11 @@ class Generation(_message.Message):
         image: _run_pb2.Image | None = ...,
         features: _abc.Iterable[_run_pb2.SparseFeatures] | None = ...,
         latents: _run_pb2.Tensor | None = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "latents", b"latents"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "image", b"image", "latents", b"latents", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "image", b"image", "latents", b"latents", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

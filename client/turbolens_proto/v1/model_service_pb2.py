@@ -26,7 +26,7 @@ from turbolens_proto.v1 import run_pb2 as turbolens_dot_v1_dot_run__pb2
 from turbolens_proto.v1 import steering_pb2 as turbolens_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n turbolens/v1/model_service.proto\x12\x0cturbolens.v1\x1a\x16turbolens/v1/run.proto\x1a\x1bturbolens/v1/steering.proto\"\xfd\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hash\x18\x02 \x01(\t\x12,\n\x0bhook_points\x18\x03 \x03(\x0b\x32\x17.turbolens.v1.HookPoint\x12\x1f\n\x04saes\x18\x04 \x03(\x0b\x32\x11.turbolens.v1.Sae\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.turbolens.v1.Limits\x12(\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x16.turbolens.v1.Sampling\x12\x12\n\nedit_kinds\x18\x07 \x03(\t\x12\x0f\n\x07sources\x18\x08 \x03(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x33\n\x08versions\x18\x0c \x03(\x0b\x32!.turbolens.v1.Model.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Y\n\tHookPoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06module\x18\x02 \x01(\t\x12\x0f\n\x07\x64_model\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\"\xc1\x01\n\x03Sae\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nhook_point\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64_sae\x18\x04 \x01(\x05\x12\t\n\x01k\x18\x05 \x01(\x05\x12\x0c\n\x04hash\x18\x06 \x01(\t\x12!\n\x05units\x18\x07 \x03(\x0e\x32\x12.turbolens.v1.Unit\x12\x0e\n\x06labels\x18\x08 \x01(\x05\x12\x17\n\x0fprovenance_json\x18\t \x01(\t\x12\x0e\n\x06\x66orced\x18\n \x01(\x08\"\x81\x02\n\x06Limits\x12\x18\n\x10max_prompt_chars\x18\x01 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x02 \x01(\x05\x12\x11\n\tmax_steps\x18\x03 \x01(\x05\x12\x11\n\tmax_seeds\x18\x04 \x01(\x05\x12\x11\n\tmax_edits\x18\x05 \x01(\x05\x12\x1d\n\x15max_features_per_edit\x18\x06 \x01(\x05\x12\x14\n\x0cmax_strength\x18\x07 \x01(\x02\x12!\n\x05sizes\x18\x08 \x03(\x0b\x32\x12.turbolens.v1.Size\x12\x16\n\x0emax_mask_bytes\x18\t \x01(\x05\x12\x19\n\x11max_message_bytes\x18\n \x01(\x05\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x11\n\x0fGetModelRequest\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.Model2Y\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.turbolens.v1.GetModelRequest\x1a\x1e.turbolens.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n turbolens/v1/model_service.proto\x12\x0cturbolens.v1\x1a\x16turbolens/v1/run.proto\x1a\x1bturbolens/v1/steering.proto\"\xb9\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hash\x18\x02 \x01(\t\x12,\n\x0bhook_points\x18\x03 \x03(\x0b\x32\x17.turbolens.v1.HookPoint\x12\x1f\n\x04saes\x18\x04 \x03(\x0b\x32\x11.turbolens.v1.Sae\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.turbolens.v1.Limits\x12(\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\x16.turbolens.v1.Sampling\x12\x12\n\nedit_kinds\x18\x07 \x03(\t\x12\x0f\n\x07sources\x18\x08 \x03(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x33\n\x08versions\x18\x0c \x03(\x0b\x32!.turbolens.v1.Model.VersionsEntry\x12$\n\x06memory\x18\x0e \x01(\x0b\x32\x14.turbolens.v1.Memory\x12\x14\n\x0cload_seconds\x18\x0f \x01(\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"~\n\x06Memory\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x11\n\tsae_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x61\x63tivation_bytes\x18\x03 \x01(\x03\x12\x1c\n\x0f\x61vailable_bytes\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x12\n\x10_available_bytes\"Y\n\tHookPoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06module\x18\x02 \x01(\t\x12\x0f\n\x07\x64_model\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\"\xc1\x01\n\x03Sae\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nhook_point\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64_sae\x18\x04 \x01(\x05\x12\t\n\x01k\x18\x05 \x01(\x05\x12\x0c\n\x04hash\x18\x06 \x01(\t\x12!\n\x05units\x18\x07 \x03(\x0e\x32\x12.turbolens.v1.Unit\x12\x0e\n\x06labels\x18\x08 \x01(\x05\x12\x17\n\x0fprovenance_json\x18\t \x01(\t\x12\x0e\n\x06\x66orced\x18\n \x01(\x08\"\x9d\x04\n\x06Limits\x12\x18\n\x10max_prompt_chars\x18\x01 \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x02 \x01(\x05\x12\x11\n\tmax_steps\x18\x03 \x01(\x05\x12\x11\n\tmax_seeds\x18\x04 \x01(\x05\x12\x11\n\tmax_edits\x18\x05 \x01(\x05\x12\x1d\n\x15max_features_per_edit\x18\x06 \x01(\x05\x12\x14\n\x0cmax_strength\x18\x07 \x01(\x02\x12!\n\x05sizes\x18\x08 \x03(\x0b\x32\x12.turbolens.v1.Size\x12\x16\n\x0emax_mask_bytes\x18\t \x01(\x05\x12\x19\n\x11max_message_bytes\x18\n \x01(\x05\x12\x11\n\tmax_batch\x18\x0b \x01(\x05\x12\x11\n\tmax_queue\x18\x0c \x01(\x05\x12\x1a\n\x12max_queue_pictures\x18\r \x01(\x05\x12\x1c\n\x14max_request_id_chars\x18\x0e \x01(\x05\x12\x17\n\x0fmax_mask_shapes\x18\x0f \x01(\x05\x12\x17\n\x0fmax_mask_points\x18\x10 \x01(\x05\x12\x17\n\x0fmax_mask_pixels\x18\x11 \x01(\x05\x12\x15\n\rmax_mask_edge\x18\x12 \x01(\x05\x12\x17\n\x0fmax_query_chars\x18\x13 \x01(\x05\x12\x18\n\x10max_filter_chars\x18\x14 \x01(\x05\x12\x12\n\nmax_listed\x18\x15 \x01(\x05\x12\x11\n\tmax_found\x18\x16 \x01(\x05\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x11\n\x0fGetModelRequest\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.Model2Y\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.turbolens.v1.GetModelRequest\x1a\x1e.turbolens.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_VERSIONSENTRY']._loaded_options = None
   _globals['_MODEL_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL']._serialized_start=104
-  _globals['_MODEL']._serialized_end=485
-  _globals['_MODEL_VERSIONSENTRY']._serialized_start=438
-  _globals['_MODEL_VERSIONSENTRY']._serialized_end=485
-  _globals['_HOOKPOINT']._serialized_start=487
-  _globals['_HOOKPOINT']._serialized_end=576
-  _globals['_SAE']._serialized_start=579
-  _globals['_SAE']._serialized_end=772
-  _globals['_LIMITS']._serialized_start=775
-  _globals['_LIMITS']._serialized_end=1032
-  _globals['_SIZE']._serialized_start=1034
-  _globals['_SIZE']._serialized_end=1071
-  _globals['_GETMODELREQUEST']._serialized_start=1073
-  _globals['_GETMODELREQUEST']._serialized_end=1090
-  _globals['_GETMODELRESPONSE']._serialized_start=1092
-  _globals['_GETMODELRESPONSE']._serialized_end=1146
-  _globals['_MODELSERVICE']._serialized_start=1148
-  _globals['_MODELSERVICE']._serialized_end=1237
+  _globals['_MODEL']._serialized_end=545
+  _globals['_MODEL_VERSIONSENTRY']._serialized_start=498
+  _globals['_MODEL_VERSIONSENTRY']._serialized_end=545
+  _globals['_MEMORY']._serialized_start=547
+  _globals['_MEMORY']._serialized_end=673
+  _globals['_HOOKPOINT']._serialized_start=675
+  _globals['_HOOKPOINT']._serialized_end=764
+  _globals['_SAE']._serialized_start=767
+  _globals['_SAE']._serialized_end=960
+  _globals['_LIMITS']._serialized_start=963
+  _globals['_LIMITS']._serialized_end=1504
+  _globals['_SIZE']._serialized_start=1506
+  _globals['_SIZE']._serialized_end=1543
+  _globals['_GETMODELREQUEST']._serialized_start=1545
+  _globals['_GETMODELREQUEST']._serialized_end=1562
+  _globals['_GETMODELRESPONSE']._serialized_start=1564
+  _globals['_GETMODELRESPONSE']._serialized_end=1618
+  _globals['_MODELSERVICE']._serialized_start=1620
+  _globals['_MODELSERVICE']._serialized_end=1709
 # @@protoc_insertion_point(module_scope)

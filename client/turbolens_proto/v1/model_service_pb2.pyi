@@ -58,6 +58,8 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or hub id."""
     hash: _builtins.str
@@ -68,6 +70,8 @@ class Model(_message.Message):
     """Where."""
     dtype: _builtins.str
     """In which precision."""
+    load_seconds: _builtins.float
+    """Seconds that loading took."""
     @_builtins.property
     def hook_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___HookPoint]:
         """Where an SAE can sit."""
@@ -96,6 +100,10 @@ class Model(_message.Message):
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the server and of the libraries that decide numerics."""
 
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """What serving it takes."""
+
     def __init__(
         self,
         *,
@@ -111,14 +119,52 @@ class Model(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        memory: Global___Memory | None = ...,
+        load_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Memory(_message.Message):
+    """Memory of the device, as counted when loading began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    SAE_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    weights_bytes: _builtins.int
+    """Weights of the model."""
+    sae_bytes: _builtins.int
+    """Weights of the SAEs."""
+    activation_bytes: _builtins.int
+    """Estimate for the largest batch."""
+    available_bytes: _builtins.int
+    """What was free; unset where the platform does not tell."""
+    def __init__(
+        self,
+        *,
+        weights_bytes: _builtins.int = ...,
+        sae_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "available_bytes", b"available_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "activation_bytes", b"activation_bytes", "available_bytes", b"available_bytes", "sae_bytes", b"sae_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__available_bytes: _TypeAlias = _typing.Literal["available_bytes"]  # noqa: Y015
+    _WhichOneofArgType__available_bytes: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__available_bytes) -> _WhichOneofReturnType__available_bytes | None: ...
+
+Global___Memory: _TypeAlias = Memory  # noqa: Y015
 
 @_typing.final
 class HookPoint(_message.Message):
@@ -234,6 +280,18 @@ class Limits(_message.Message):
     SIZES_FIELD_NUMBER: _builtins.int
     MAX_MASK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_PICTURES_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_ID_CHARS_FIELD_NUMBER: _builtins.int
+    MAX_MASK_SHAPES_FIELD_NUMBER: _builtins.int
+    MAX_MASK_POINTS_FIELD_NUMBER: _builtins.int
+    MAX_MASK_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_MASK_EDGE_FIELD_NUMBER: _builtins.int
+    MAX_QUERY_CHARS_FIELD_NUMBER: _builtins.int
+    MAX_FILTER_CHARS_FIELD_NUMBER: _builtins.int
+    MAX_LISTED_FIELD_NUMBER: _builtins.int
+    MAX_FOUND_FIELD_NUMBER: _builtins.int
     max_prompt_chars: _builtins.int
     """Characters of a prompt."""
     max_prompt_tokens: _builtins.int
@@ -252,6 +310,30 @@ class Limits(_message.Message):
     """Bytes of one mask PNG."""
     max_message_bytes: _builtins.int
     """Bytes of one message, both ways."""
+    max_batch: _builtins.int
+    """Pictures that run together, of one caller or several."""
+    max_queue: _builtins.int
+    """Requests that wait; one more is refused with RESOURCE_EXHAUSTED and a time to come back."""
+    max_queue_pictures: _builtins.int
+    """Pictures that wait, of all requests; refused in the same way."""
+    max_request_id_chars: _builtins.int
+    """Characters of a request id."""
+    max_mask_shapes: _builtins.int
+    """Boxes, or polygons, of one mask."""
+    max_mask_points: _builtins.int
+    """Corners of one mask's polygons in all."""
+    max_mask_pixels: _builtins.int
+    """Pixels of all PNG masks of one request."""
+    max_mask_edge: _builtins.int
+    """Pixels of one mask PNG, each way."""
+    max_query_chars: _builtins.int
+    """Characters of a search."""
+    max_filter_chars: _builtins.int
+    """Characters of a filter, and of an order."""
+    max_listed: _builtins.int
+    """Features on a page of ListFeatures; larger page sizes are taken as this."""
+    max_found: _builtins.int
+    """Features of one search; larger page sizes are taken as this."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes served."""
@@ -269,10 +351,22 @@ class Limits(_message.Message):
         sizes: _abc.Iterable[Global___Size] | None = ...,
         max_mask_bytes: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
+        max_batch: _builtins.int = ...,
+        max_queue: _builtins.int = ...,
+        max_queue_pictures: _builtins.int = ...,
+        max_request_id_chars: _builtins.int = ...,
+        max_mask_shapes: _builtins.int = ...,
+        max_mask_points: _builtins.int = ...,
+        max_mask_pixels: _builtins.int = ...,
+        max_mask_edge: _builtins.int = ...,
+        max_query_chars: _builtins.int = ...,
+        max_filter_chars: _builtins.int = ...,
+        max_listed: _builtins.int = ...,
+        max_found: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_mask_bytes", b"max_mask_bytes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_seeds", b"max_seeds", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_request_id_chars", b"max_request_id_chars", "max_seeds", b"max_seeds", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

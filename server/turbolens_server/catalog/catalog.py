@@ -20,10 +20,10 @@ from turbolens_server.sae.bundle import BundleError
 
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 _LIST_DEFAULT: Final = 100
-_LIST_MOST: Final = 1000
+MAX_LISTED: Final = 1000
 _SEARCH_DEFAULT: Final = 10
-_SEARCH_MOST: Final = 100
-_QUERY_CHARS: Final = 200
+MAX_FOUND: Final = 100
+MAX_QUERY_CHARS: Final = 200
 _MOST_EMBEDDED: Final = 2000
 """Distinct labels whose meaning is embedded at the start; of more than that, search goes by their words alone."""
 _SECOND_MEANING: Final = 0.5
@@ -98,7 +98,7 @@ class Catalog:
             raise invalid(violations)
         start = read_token(request.page_token, *question)
         found = sort_rows(list(filter(parse_filter(request.filter), rows)), parse_order(request.order_by))
-        end = start + min(request.page_size or _LIST_DEFAULT, _LIST_MOST)
+        end = start + min(request.page_size or _LIST_DEFAULT, MAX_LISTED)
         return pb.ListFeaturesResponse(
             features=[_feature(match["sae"], row) for row in found[start:end]],
             next_page_token=make_token(end, *question) if end < len(found) else "",
@@ -114,8 +114,8 @@ class Catalog:
         violations = _page_size(request.page_size)
         if not request.query.strip():
             violations.append(Violation("query", "is empty; give a word or a few"))
-        elif len(request.query) > _QUERY_CHARS:
-            violations.append(Violation("query", f"has {len(request.query)} characters; at most {_QUERY_CHARS}"))
+        elif len(request.query) > MAX_QUERY_CHARS:
+            violations.append(Violation("query", f"has {len(request.query)} characters; at most {MAX_QUERY_CHARS}"))
         for i, sae in enumerate(request.saes):
             if sae not in self._saes:
                 have = ", ".join(self._saes) or "none"
@@ -144,7 +144,7 @@ class Catalog:
                     reason = f"{label.attribute}={label.value}: {near[label.value].how}"
                     found.append((score, row.frequency, reason, sae, row))
         found.sort(key=lambda entry: (-entry[0], -entry[1]))
-        most = min(request.page_size or _SEARCH_DEFAULT, _SEARCH_MOST)
+        most = min(request.page_size or _SEARCH_DEFAULT, MAX_FOUND)
         return pb.SearchFeaturesResponse(
             matches=[
                 pb.FeatureMatch(feature=_feature(sae, row), score=score, reason=reason)

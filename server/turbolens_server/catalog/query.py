@@ -13,7 +13,7 @@ from turbolens_server.catalog.labels import Label
 
 NUMBERS: Final = ("index", "label_score", "frequency", "mean", "max")
 TEXTS: Final = ("label", "attribute", "value")
-_MAX_CHARS: Final = 1000
+MAX_CHARS: Final = 1000
 _TERM: Final = re.compile(
     r'\s*(?P<field>\w+)\s*(?P<op><=|>=|!=|=|<|>|:)\s*(?:"(?P<quoted>[^"]*)"|(?P<bare>[^\s"]+))\s*'
 )
@@ -93,8 +93,8 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
 
 
 def _check_length(text: str) -> None:
-    if len(text) > _MAX_CHARS:
-        raise QueryError(f"has {len(text)} characters; at most {_MAX_CHARS} are allowed")
+    if len(text) > MAX_CHARS:
+        raise QueryError(f"has {len(text)} characters; at most {MAX_CHARS} are allowed")
 
 
 def _term(match: re.Match[str]) -> _Term:

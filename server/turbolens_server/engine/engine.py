@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from turbolens_server.engine.batcher import batch_key
+from turbolens_server.engine.decode import decode_rows
+from turbolens_server.engine.memory import MemoryNeed
 from turbolens_server.engine.plan import BatchPlan, StepTap
+from turbolens_server.engine.sampler import Sampler
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.engine.types import (
     FeaturesReady,
     HookPoint,
     Job,
+    NotFinite,
     OnEvent,
     Result,
     SparseCodes,
@@ -59,6 +63,9 @@ class EngineInfo:
     device: str
     dtype: str
     versions: dict[str, str]
+    memory: MemoryNeed
+    load_s: float
+    """Seconds from nothing to an engine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,23 @@ class Components:
     vae_downscale: int
 
 
+Cancelled: TypeAlias = Callable[[int], bool]
+"""Whether anybody still wants a row of the batch."""
+
+
+@dataclasses.dataclass
+class Denoised:
+    """A batch between its last step and its pictures."""
+
+    jobs: Sequence[Job]
+    latents: Tensor  # [B, C, h, w]
+    live: list[bool]
+    """Rows that are neither cancelled nor failed."""
+    features: list[list[SparseCodes]]
+    """Of each row, in order of step, then of block."""
+    tokens_cut: tuple[int, ...]
+
+
 def _silent(_: object) -> None:
     """The event callback of callers who want none."""
 
@@ -81,8 +105,18 @@ def _never(_: int) -> bool:
     return False
 
 
+def pipelined_on(device: torch.device) -> bool:
+    """Whether the stages gain from a thread each: a GPU fills one's gaps with the other, a CPU has none to fill."""
+    return device.type == "cuda"
+
+
 class Engine:
-    """Runs batches of jobs. Every call must come from one thread; nothing is kept between calls but a text cache."""
+    """Runs batches of jobs in two stages: `denoise`, from prompts to latents, and `decode`, from latents to pictures.
+
+    Each stage belongs to one thread at a time. Both may be the same thread, as in `run`; on a GPU they are two, so
+    that a batch is decoded while the next one is denoised. Between calls nothing is kept but
+    encoded prompts and prepared timesteps.
+    """
 
     def __init__(self, components: Components, info: EngineInfo, device: torch.device, dtype: torch.dtype) -> None:
         self.info = info
@@ -90,7 +124,11 @@ class Engine:
         self._device = device
         self._dtype = dtype
         self._saes = {name: Sae(sae.bundle, device) for name, sae in info.saes.items()}
-        self._order = {point.name: rank for rank, point in enumerate(info.hook_points)}
+        self._sampler = Sampler(components.scheduler, device)
+        self._time_ids: dict[tuple[int, int], Tensor] = {}
+        self.pipelined = pipelined_on(device)
+        """Whether each stage should have a thread of its own."""
+        self._decode_stream = torch.cuda.Stream(device) if self.pipelined else None
 
     @property
     def components(self) -> Components:
@@ -104,108 +142,133 @@ class Engine:
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Pooled text embeddings of the model's own encoder, unit norm, [n, d]."""
-        pooled = torch.cat([self._parts.text.encode(text).pooled for text in texts]).float().cpu()
+        """Pooled text embeddings of the model's own encoder, unit norm, [n, d]; in the thread of `denoise`."""
+        pooled = self._parts.text.encode_all(texts).pooled.float().cpu()
         return torch.nn.functional.normalize(pooled, dim=-1).numpy()
 
-    @torch.inference_mode()
     def run(
-        self,
-        jobs: Sequence[Job],
-        *,
-        on_event: OnEvent | None = None,
-        cancelled: Callable[[int], bool] | None = None,
+        self, jobs: Sequence[Job], *, on_event: OnEvent | None = None, cancelled: Cancelled | None = None
     ) -> list[Result | None]:
-        """Run a batch of jobs that share steps and size; each has its own prompt, seed, edits and wanted features.
+        """Both stages of a batch of jobs that share a batch key, one after the other.
 
         Args:
-            jobs: at least one.
+            jobs: at least one; each has its own prompt, seed, edits and wanted features.
             on_event: called in this thread as steps end, features are computed and pictures are ready.
             cancelled: asked for each job before each step; a job once cancelled gives None. Its slot stays in the
                 batch, so that its mates' results do not change; a batch with no job left stops at the next step.
 
         Returns:
             One result for each job, in order.
+
+        Raises:
+            FloatingPointError: a job came to values that are not finite; the others have run to their end.
         """
-        first = jobs[0]
-        if any((job.steps, job.height, job.width) != (first.steps, first.height, first.width) for job in jobs):
+        failed: list[NotFinite] = []
+
+        def emit(event: StepDone | FeaturesReady | Result | NotFinite) -> None:
+            if isinstance(event, NotFinite):
+                failed.append(event)
+            (on_event or _silent)(event)
+
+        denoised = self.denoise(jobs, on_event=emit, cancelled=cancelled)
+        results = self.decode(denoised, on_event=emit, cancelled=cancelled)
+        if failed:
+            raise FloatingPointError(f"job {failed[0].job}: {failed[0]}")
+        return results
+
+    @torch.inference_mode()
+    def denoise(
+        self, jobs: Sequence[Job], *, on_event: OnEvent | None = None, cancelled: Cancelled | None = None
+    ) -> Denoised:
+        """The first stage: encode the prompts and walk from noise to latents; arguments as for `run`."""
+        if len({batch_key(job) for job in jobs}) != 1:
             raise ValueError("jobs of one batch share steps, height and width")
         emit, is_cancelled = on_event or _silent, cancelled or _never
-        parts = self._parts
+        parts, first = self._parts, jobs[0]
 
-        texts = [parts.text.encode(job.prompt) for job in jobs]
-        hidden = torch.cat([text.hidden for text in texts])
-        pooled = torch.cat([text.pooled for text in texts])
-        height, width = first.height // parts.vae_downscale, first.width // parts.vae_downscale
-        size = (first.height, first.width)
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=hidden.dtype, device=self._device).repeat(len(jobs), 1)
+        text = parts.text.encode_all([job.prompt for job in jobs])
+        time_ids = self._time_ids_of(first, text.hidden.dtype).expand(len(jobs), -1)
+        shape = (parts.unet.config.in_channels, *(edge // parts.vae_downscale for edge in (first.height, first.width)))
+        run = self._sampler.start(first.steps, [job.seed for job in jobs], shape, text.hidden.dtype)
 
-        scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
-        scheduler.set_timesteps(first.steps, device=self._device)
-        # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
-        generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-        shape = (len(jobs), parts.unet.config.in_channels, height, width)
-        latents = randn_tensor(shape, generator=generators, device=self._device, dtype=hidden.dtype)
-        latents = latents * scheduler.init_noise_sigma
-        accepts = set(inspect.signature(scheduler.step).parameters)
-        extra = {"generator": generators} if "generator" in accepts else {}
-
-        plan = BatchPlan(jobs, self.info, self._saes, self._device, scheduler.timesteps.tolist())
+        plan = BatchPlan(jobs, self.info, self._saes, self._device, run.timesteps.tolist())
         live = [not is_cancelled(row) for row in range(len(jobs))]
         features: list[list[SparseCodes]] = [[] for _ in jobs]
-        for step, t in enumerate(scheduler.timesteps):
+        for step, t in enumerate(run.timesteps):
             live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
             if not any(live):
-                return [None] * len(jobs)
+                break
             tap = StepTap(plan, step)
             prediction = tapped_forward(
-                parts.unet, scheduler.scale_model_input(latents, t), t, hidden, pooled, time_ids, tap=tap, at=tap.at
+                parts.unet, run.scaled(t), t, text.hidden, text.pooled, time_ids, tap=tap, at=tap.at
             )
-            stepped = scheduler.step(prediction, t, latents, **extra)
-            latents = stepped.prev_sample
+            if prediction is None:
+                raise AssertionError("only a walk that stops early predicts nothing")
+            estimate = run.advance(prediction, t)
+            # Reading this waits for the device: a step that is told of has been taken.
+            finite = torch.isfinite(run.latents).flatten(1).all(1).tolist()
+            for row in [row for row, alive in enumerate(live) if alive and not finite[row]]:
+                live[row] = False
+                emit(NotFinite(row, "U-Net", step, self.info.dtype))
             for row, codes in tap.collect():
                 if live[row]:
                     features[row].append(codes)
                     emit(FeaturesReady(row, codes))
-            for row, job in enumerate(jobs):
+            previews = [row for row, job in enumerate(jobs) if job.previews and step < first.steps - 1]
+            shown = dict(decode_rows(parts.vae, estimate, previews, live))
+            for row in range(len(jobs)):
                 if live[row]:
-                    wanted = job.previews and step < first.steps - 1
-                    preview = self._decode(stepped.pred_original_sample[row : row + 1])[0] if wanted else None
-                    emit(StepDone(row, step, first.steps, preview))
+                    emit(StepDone(row, step, first.steps, shown.get(row)))
+        return Denoised(jobs, run.latents, live, features, text.tokens_cut)
 
-        live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
-        decode = [row for row, job in enumerate(jobs) if live[row] and job.picture]
-        pictures = dict(zip(decode, self._decode(latents[decode]), strict=True)) if decode else {}
-        results: list[Result | None] = []
-        for row in range(len(jobs)):
+    @torch.inference_mode()
+    def decode(
+        self, denoised: Denoised, *, on_event: OnEvent | None = None, cancelled: Cancelled | None = None
+    ) -> list[Result | None]:
+        """The second stage: decode the pictures that were asked for and copy what is returned to the host.
+
+        `denoise` has waited for its last step, so its latents may be read on another stream than theirs; and reading
+        pictures here waits for this stream alone.
+        """
+        emit, is_cancelled = on_event or _silent, cancelled or _never
+        jobs, latents = denoised.jobs, denoised.latents
+        live = [alive and not is_cancelled(row) for row, alive in enumerate(denoised.live)]
+        results: list[Result | None] = [None] * len(jobs)
+        with contextlib.nullcontext() if self._decode_stream is None else torch.cuda.stream(self._decode_stream):
+            wanted = [row for row, job in enumerate(jobs) if job.picture]
+            pictures = dict(decode_rows(self._parts.vae, latents, wanted, live))
+            on_host = latents.float().cpu().numpy()
+        for row, job in enumerate(jobs):
             if not live[row]:
-                results.append(None)
                 continue
-            latent = latents[row].float().cpu().numpy()
-            result = Result(row, pictures.get(row), latent, tuple(features[row]), texts[row].tokens_cut)
-            results.append(result)
+            picture = pictures.get(row)
+            if job.picture and picture is None:
+                emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
+                continue
+            kept = tuple(denoised.features[row])
+            result = Result(row, picture, on_host[row], kept, denoised.tokens_cut[row], len(jobs))
+            results[row] = result
             emit(result)
         return results
 
-    def _decode(self, latents: Tensor) -> list[npt.NDArray[np.uint8]]:
-        """Latents [B, C, h, w] as pictures [height, width, 3].
+    def warm_up(self, max_batch: int) -> None:
+        """Run what will be served once, so that the first caller does not wait for it.
+
+        On a GPU every batch size counts: kernels are chosen and memory is reserved for each. A CPU does neither, so
+        one picture is enough to touch all weights.
 
         Raises:
-            FloatingPointError: the VAE's output is not finite, as half-precision VAEs can make it.
+            FloatingPointError: the model gives values that are not finite.
         """
-        vae = self._parts.vae
-        config = vae.config
-        latents = latents.to(vae.dtype)
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (torch.tensor(v, device=latents.device, dtype=latents.dtype)[None, :, None, None]
-                         for v in (config.latents_mean, config.latents_std))  # fmt: skip
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor
-        decoded = vae.decode(latents, return_dict=False)[0].float()
-        if not torch.isfinite(decoded).all():
-            raise FloatingPointError(
-                f"the VAE gave values that are not finite in {vae.dtype}; serve with another --vae"
-            )
-        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        largest = max_batch if self._device.type == "cuda" else 1
+        for height, width in self.info.sizes:
+            job = Job("", 0, self.info.default_steps, height, width, saes=tuple(self.info.saes))
+            for size in range(1, largest + 1):
+                self.run([job] * size)
+
+    def _time_ids_of(self, job: Job, dtype: torch.dtype) -> Tensor:
+        """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""
+        size = (job.height, job.width)
+        if size not in self._time_ids:
+            self._time_ids[size] = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=self._device)
+        return self._time_ids[size]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -17,7 +19,9 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 
-from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo
+from turbolens_server.engine.batcher import MAX_BATCH
+from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo, pipelined_on
+from turbolens_server.engine.memory import available_bytes, memory_need
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
 from turbolens_server.sae.bundle import BundleError, hash_file
@@ -64,6 +68,7 @@ def load_engine(
     saes: Sequence[str] | None = None,
     force_sae: bool = False,
     max_steps: int = 4,
+    max_batch: int = MAX_BATCH,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -79,25 +84,24 @@ def load_engine(
             or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
+        max_batch: pictures that run together at most, for which there must be memory.
 
     Raises:
         LoadError: with one clear line.
     """
+    start = time.monotonic()
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
+    available = available_bytes(torch_device)
     pipeline, model_hash = load_pipeline(model, torch_device, torch_dtype, variant)
-    unet = pipeline.unet.to(torch_device).eval()
+    unet = pipeline.unet.eval()
     try:
         check_supported(unet)
     except UnsupportedUNet as error:
         raise LoadError(f"{model}: {error}") from error
-    decoder = _vae(vae, pipeline.vae, torch_dtype).to(torch_device).eval()
+    decoder = _vae(vae, pipeline.vae, torch_dtype).eval()
     downscale = pipeline.vae_scale_factor
-    text = TextEncoder(
-        (pipeline.tokenizer, pipeline.tokenizer_2),
-        (pipeline.text_encoder.to(torch_device).eval(), pipeline.text_encoder_2.to(torch_device).eval()),
-        torch_device,
-    )
+    encoders = (pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval())
     points = find_hook_points(unet, downscale)
     sources = [str(embedded_saes())] if saes is None and model == EMBEDDED else list(saes or ())
     loaded = [sae for source in sources for sae in _load_saes(source, points.keys(), model_hash, force_sae)]
@@ -117,6 +121,26 @@ def load_engine(
     order = [name for name in points if name in used]
     default = (unet.config.sample_size * downscale,) * 2
     size = (512, 512) if default == (1024, 1024) and "turbo" in model.lower() else default
+    memory = memory_need(
+        unet=unet,
+        vae=decoder,
+        texts=encoders,
+        saes=[sae.bundle.weights.tensors().values() for sae in loaded],
+        dictionaries=[(math.prod(points[sae.hook_point].grid(*size)), sae.bundle.d_sae) for sae in loaded],
+        max_batch=max_batch,
+        latent_size=(size[0] // downscale, size[1] // downscale),
+        tokens=pipeline.tokenizer.model_max_length,
+        pipelined=pipelined_on(torch_device),
+        available=available,
+    )
+    if refusal := memory.refusal(_describe(torch_device), f"a batch of {max_batch} at {size[1]}x{size[0]}"):
+        raise LoadError(f"{model}: {refusal}")
+    text = TextEncoder(
+        (pipeline.tokenizer, pipeline.tokenizer_2),
+        (encoders[0].to(torch_device), encoders[1].to(torch_device)),
+        torch_device,
+    )
+    unet, decoder = unet.to(torch_device), decoder.to(torch_device)
     info = EngineInfo(
         model=model,
         model_hash=model_hash,
@@ -131,6 +155,8 @@ def load_engine(
         device=_describe(torch_device),
         dtype=str(torch_dtype).removeprefix("torch."),
         versions=versions(),
+        memory=memory,
+        load_s=time.monotonic() - start,
     )
     return Engine(Components(text, unet, decoder, pipeline.scheduler, downscale), info, torch_device, torch_dtype)
 
@@ -263,7 +289,18 @@ def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
         raise LoadError(
             f"--vae {name}: not an AutoencoderKL or AutoencoderTiny folder ({_first_line(error)})"
         ) from error
+    for what, mine, theirs in (
+        ("latent channels", vae.config.latent_channels, own.config.latent_channels),
+        ("times the latent's size", _upscale(vae), _upscale(own)),
+    ):
+        if mine != theirs:
+            raise LoadError(f"--vae {name}: {mine} {what}; this model needs {theirs}")
     return vae.float() if getattr(vae.config, "force_upcast", False) and dtype == torch.float16 else vae
+
+
+def _upscale(vae: Any) -> int:
+    """Picture pixels for each pixel of a latent, each way."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:

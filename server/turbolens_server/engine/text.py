@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,16 @@ class EncodedText:
     pooled: Tensor  # [1, D]
     tokens_cut: int
     """Tokens past the model's limit, which did not reach it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTexts:
+    """The prompts of a batch, encoded."""
+
+    hidden: Tensor  # [B, tokens, cross_attention_dim]
+    pooled: Tensor  # [B, D]
+    tokens_cut: tuple[int, ...]
+    """Of each."""
 
 
 class TextEncoder:
@@ -58,3 +69,9 @@ class TextEncoder:
         if len(self._cache) > _CACHE_SIZE:
             self._cache.popitem(last=False)
         return encoded
+
+    def encode_all(self, prompts: Sequence[str]) -> EncodedTexts:
+        """Encode the prompts of a batch, each by itself: what one becomes never depends on its mates."""
+        texts = [self.encode(prompt) for prompt in prompts]
+        hidden, pooled = torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts])
+        return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))

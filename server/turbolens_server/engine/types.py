@@ -118,9 +118,28 @@ class Result:
     """In order of step, then of block."""
     tokens_cut: int
     """Tokens of the prompt past the model's limit, which did not reach it."""
+    batch_size: int
+    """Jobs of its batch, itself included."""
 
 
-Event = StepDone | FeaturesReady | Result
+@dataclasses.dataclass(frozen=True, slots=True)
+class NotFinite:
+    """Job `job` came to values that are not finite, and ends without a result; its mates go on."""
+
+    job: int
+    part: Literal["U-Net", "VAE"]
+    step: int | None = None
+    """Step of the U-Net after which it showed."""
+    dtype: str = ""
+    """Precision of the part."""
+
+    def __str__(self) -> str:
+        where = f"the {self.part}" if self.step is None else f"the {self.part} at step {self.step}"
+        way_out = "weaker edits" if self.part == "U-Net" else "another --vae"
+        return f"{where} gave values that are not finite in {self.dtype}; try {way_out}, or another --dtype"
+
+
+Event = StepDone | FeaturesReady | Result | NotFinite
 OnEvent = Callable[[Event], None]
 
 

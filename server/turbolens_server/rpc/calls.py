@@ -10,17 +10,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import grpc
-import structlog
 
+from turbolens_server.logs import get_logger
 from turbolens_server.rpc.errors import RpcError
 
 _REQUEST_ID: Final = contextvars.ContextVar("request_id", default="")
+_DEADLINE: Final = contextvars.ContextVar[float | None]("deadline", default=None)
 _OURS: Final = "/turbolens."
 
 
 def current_request_id() -> str:
     """The id of the call that is being served."""
     return _REQUEST_ID.get()
+
+
+def current_deadline() -> float | None:
+    """When the caller of the call that is being served stops waiting, on the event loop's clock; None: never."""
+    return _DEADLINE.get()
 
 
 def _find_request_id(request: Any, context: Any) -> str:
@@ -41,7 +47,8 @@ class _Call:
         # Read now: asking a context that the caller has left for its peer can bring the process down.
         self._peer = context.peer()
         self._allowed_s = context.time_remaining()
-        self._log = structlog.get_logger("turbolens").bind(request_id=self._id, method=method)
+        _DEADLINE.set(None if self._allowed_s is None else asyncio.get_running_loop().time() + self._allowed_s)
+        self._log = get_logger().bind(request_id=self._id, method=method)
 
     def done(self, code: grpc.StatusCode, **more: Any) -> None:
         duration = round(self._elapsed_s() * 1000, 1)

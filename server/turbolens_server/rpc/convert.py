@@ -10,11 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
+from turbolens_server.catalog.catalog import MAX_FOUND, MAX_LISTED, MAX_QUERY_CHARS
+from turbolens_server.catalog.query import MAX_CHARS
 from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
-from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits, Selection, ValidRequest
+from turbolens_server.rpc.scheduler import QueueLimits
+from turbolens_server.rpc.validation import (
+    MAX_MESSAGE_BYTES,
+    MAX_REQUEST_ID_CHARS,
+    RequestLimits,
+    Selection,
+    ValidRequest,
+)
+from turbolens_server.sae.masks import MAX_EDGE
 
 
 def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseFeatures:
@@ -64,12 +74,15 @@ def generation(result: Result, request: ValidRequest, *, features: bool) -> gene
         image=image(result.picture, request),
         features=all_features(result, request) if features else [],
         latents=tensor(result.latents) if request.return_latents else None,
+        batch_size=result.batch_size,
     )
 
 
 def extraction(result: Result, request: ValidRequest) -> feature_service_pb2.Extraction:
     """The features of one seed."""
-    return feature_service_pb2.Extraction(seed=request.jobs[result.job].seed, features=all_features(result, request))
+    return feature_service_pb2.Extraction(
+        seed=request.jobs[result.job].seed, features=all_features(result, request), batch_size=result.batch_size
+    )
 
 
 def image(picture: npt.NDArray[np.uint8], request: ValidRequest) -> run_pb2.Image:
@@ -110,7 +123,9 @@ def warnings(results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2
     return [run_pb2.Warning(code="PROMPT_CUT", message=text)]
 
 
-def model(info: EngineInfo, limits: RequestLimits, labels: dict[str, int]) -> model_service_pb2.Model:
+def model(
+    info: EngineInfo, limits: RequestLimits, queue: QueueLimits, labels: dict[str, int]
+) -> model_service_pb2.Model:
     """What is served; `labels` counts the labelled features of each SAE."""
     saes = []
     for sae in info.saes.values():
@@ -157,6 +172,18 @@ def model(info: EngineInfo, limits: RequestLimits, labels: dict[str, int]) -> mo
             sizes=[model_service_pb2.Size(width=w, height=h) for h, w in info.sizes],
             max_mask_bytes=limits.max_mask_bytes,
             max_message_bytes=MAX_MESSAGE_BYTES,
+            max_batch=queue.max_batch,
+            max_queue=queue.max_queue,
+            max_queue_pictures=queue.max_queue_pictures,
+            max_request_id_chars=MAX_REQUEST_ID_CHARS,
+            max_mask_shapes=limits.max_mask_shapes,
+            max_mask_points=limits.max_mask_points,
+            max_mask_pixels=limits.max_mask_pixels,
+            max_mask_edge=MAX_EDGE,
+            max_query_chars=MAX_QUERY_CHARS,
+            max_filter_chars=MAX_CHARS,
+            max_listed=MAX_LISTED,
+            max_found=MAX_FOUND,
         ),
         defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
         edit_kinds=["add", "scale", "set", "replace"],
@@ -165,4 +192,11 @@ def model(info: EngineInfo, limits: RequestLimits, labels: dict[str, int]) -> mo
         device=info.device,
         dtype=info.dtype,
         versions=info.versions,
+        memory=model_service_pb2.Memory(
+            weights_bytes=info.memory.weights,
+            sae_bytes=info.memory.saes,
+            activation_bytes=info.memory.activations,
+            available_bytes=info.memory.available,
+        ),
+        load_seconds=info.load_s,
     )

@@ -10,6 +10,8 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from turbolens_server.engine.types import NotFinite
+
 DOMAIN: Final = "turbolens"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 # gRPC drops a call's whole status where its trailing metadata pass 8 KiB, and text that is not ASCII grows on the way.
@@ -107,10 +109,23 @@ def not_found(what: str) -> RpcError:
     return RpcError(grpc.StatusCode.NOT_FOUND, what, "NOT_FOUND")
 
 
-def overloaded(waiting: int, retry_after_s: float) -> RpcError:
-    """RESOURCE_EXHAUSTED: the queue is full."""
-    message = f"the queue is full ({waiting} requests wait); try again in {retry_after_s:.1f} s"
+def overloaded(waiting: str, retry_after_s: float) -> RpcError:
+    """RESOURCE_EXHAUSTED: the queue is full; `waiting` says of what."""
+    message = f"the queue is full ({waiting}); try again in {retry_after_s:.1f} s"
     return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, "QUEUE_FULL", retry_after_s=retry_after_s)
+
+
+def expired() -> RpcError:
+    """DEADLINE_EXCEEDED: the caller's deadline passed before its turn came."""
+    message = "the deadline passed in the queue"
+    return RpcError(grpc.StatusCode.DEADLINE_EXCEEDED, message, "EXPIRED_IN_QUEUE")
+
+
+def not_finite(what: NotFinite, seed: int) -> RpcError:
+    """INTERNAL: one picture of a request came to values that are not finite."""
+    message = f"picture {what.job} (seed {seed}): {what}"
+    metadata = {"seed_index": str(what.job), "seed": str(seed)}
+    return RpcError(grpc.StatusCode.INTERNAL, message, "NON_FINITE", metadata=metadata)
 
 
 def loading() -> RpcError:

@@ -26,10 +26,10 @@ from turbolens_proto.v1 import (
 )
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import FeaturesReady, Result, StepDone
+from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
 from turbolens_server.rpc import convert
-from turbolens_server.rpc.calls import current_request_id
-from turbolens_server.rpc.errors import RpcError, Violation, invalid, loading
+from turbolens_server.rpc.calls import current_deadline, current_request_id
+from turbolens_server.rpc.errors import RpcError, Violation, invalid, loading, not_finite
 from turbolens_server.rpc.scheduler import Queued, Scheduler
 from turbolens_server.rpc.validation import (
     RequestLimits,
@@ -97,7 +97,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: models.GetModelRequest, context: Context) -> models.GetModelResponse:  # noqa: N802
         ready = self._room.get()
-        model = convert.model(ready.engine.info, self._room.limits, ready.catalog.label_counts())
+        model = convert.model(
+            ready.engine.info, self._room.limits, ready.scheduler.limits, ready.catalog.label_counts()
+        )
         return models.GetModelResponse(model=model)
 
 
@@ -110,7 +112,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._room.get()
         valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
-        results = await ready.scheduler.run(valid.jobs)
+        results = await ready.scheduler.run(valid.jobs, current_deadline())
         made = [await _off_loop(convert.generation, result, valid, features=True) for result in results]
         return generation.GenerateResponse(
             request_id=current_request_id(),
@@ -129,7 +131,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             )
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
-        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs)) as events:
+        failed: list[NotFinite] = []
+        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs, current_deadline())) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -143,6 +146,9 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                         results.append(event)
                         made = await _off_loop(convert.generation, event, valid, features=False)
                         yield answer(picture=generation.PictureEvent(seed_index=event.job, generation=made))
+                    case NotFinite():
+                        failed.append(event)
+        _check_finite(failed, valid)
         yield answer(done=_done(valid, results, ready))
 
 
@@ -157,7 +163,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     ) -> features.ExtractFeaturesResponse:
         ready = self._room.get()
         valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
-        results = await ready.scheduler.run(valid.jobs)
+        results = await ready.scheduler.run(valid.jobs, current_deadline())
         return features.ExtractFeaturesResponse(
             request_id=current_request_id(),
             extractions=[await _off_loop(convert.extraction, result, valid) for result in results],
@@ -173,7 +179,8 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             valid = await _valid(validate_extract, request.request, ready.engine.info, self._room.limits)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
-        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs)) as events:
+        failed: list[NotFinite] = []
+        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs, current_deadline())) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -182,8 +189,11 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                         yield answer(features=_features_event(event, valid))
                     case Result():
                         results.append(event)
+                    case NotFinite():
+                        failed.append(event)
                     case StepDone():
                         pass
+        _check_finite(failed, valid)
         yield answer(done=_done(valid, results, ready))
 
     async def ListFeatures(  # noqa: N802
@@ -212,6 +222,12 @@ def _features_event(event: FeaturesReady, valid: ValidRequest) -> features.Featu
         seed=valid.jobs[event.job].seed,
         features=convert.sparse_features(event.codes, _selection(valid)),
     )
+
+
+def _check_finite(failed: list[NotFinite], valid: ValidRequest) -> None:
+    """A stream in which pictures failed ends with the first one's error, after all the others."""
+    if failed:
+        raise not_finite(failed[0], valid.jobs[failed[0].job].seed)
 
 
 def _done(valid: ValidRequest, results: list[Result], ready: Ready) -> features.DoneEvent:

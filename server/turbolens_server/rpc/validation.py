@@ -24,10 +24,6 @@ MAX_SEED: Final = 2**63 - 1
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
 _SHOWN: Final = 60  # characters of a received value in an error
-# What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.
-_MAX_SHAPES: Final = 256  # boxes or polygons of one mask
-_MAX_POINTS: Final = 4096  # corners of one mask's polygons
-_MAX_MASK_PIXELS: Final = 2**24  # of all PNG masks of a request
 
 GenerateRequest = generation_service_pb2.GenerateRequest
 ExtractFeaturesRequest = feature_service_pb2.ExtractFeaturesRequest
@@ -43,6 +39,13 @@ class RequestLimits:
     max_features_per_edit: int = 1024
     max_strength: float = 1000.0
     max_mask_bytes: int = 4 * 2**20
+    # What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.
+    max_mask_shapes: int = 256
+    """Boxes, or polygons, of one mask."""
+    max_mask_points: int = 4096
+    """Corners of one mask's polygons in all."""
+    max_mask_pixels: int = 2**24
+    """Of all PNG masks of a request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,8 +289,8 @@ class _Checker:
             self.violations.append(Violation(f"{field}.png", str(error)))
             return None
         self.mask_pixels += picture.weights.size
-        if self.mask_pixels > _MAX_MASK_PIXELS:
-            allowed = f"the PNG masks of a request may hold {_MAX_MASK_PIXELS} pixels in all"
+        if self.mask_pixels > self.limits.max_mask_pixels:
+            allowed = f"the PNG masks of a request may hold {self.limits.max_mask_pixels} pixels in all"
             self.bad(f"{field}.png", f"{picture.weights.size} pixels", allowed)
             return None
         if not picture.weights.any():
@@ -298,8 +301,9 @@ class _Checker:
         if not boxes:
             self.violations.append(Violation(field, "is empty; give at least one box"))
             return None
-        if len(boxes) > _MAX_SHAPES:
-            self.bad(field, f"{len(boxes)} boxes", f"a mask takes at most {_MAX_SHAPES}; for more, send a PNG")
+        most = self.limits.max_mask_shapes
+        if len(boxes) > most:
+            self.bad(field, f"{len(boxes)} boxes", f"a mask takes at most {most}; for more, send a PNG")
             return None
         for i, b in enumerate(boxes):
             if not (0 <= b.left < b.right <= 1 and 0 <= b.top < b.bottom <= 1):
@@ -312,11 +316,10 @@ class _Checker:
             self.violations.append(Violation(field, "is empty; give at least one polygon"))
             return None
         corners = sum(len(polygon.points) for polygon in polygons)
-        if len(polygons) > _MAX_SHAPES or corners > _MAX_POINTS:
+        most, most_corners = self.limits.max_mask_shapes, self.limits.max_mask_points
+        if len(polygons) > most or corners > most_corners:
             shown = f"{len(polygons)} polygons with {corners} points"
-            allowed = (
-                f"a mask takes at most {_MAX_SHAPES} polygons with {_MAX_POINTS} points in all; for more, send a PNG"
-            )
+            allowed = f"a mask takes at most {most} polygons with {most_corners} points in all; for more, send a PNG"
             self.bad(field, shown, allowed)
             return None
         shapes = []

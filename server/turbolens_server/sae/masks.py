@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 FloatGrid = npt.NDArray[np.float32]
 
+MAX_EDGE = 4096
+"""Pixels of a mask's PNG, each way."""
 _CELL_SAMPLES = 16
 """Samples per cell and direction when a polygon is rasterised."""
 
@@ -103,12 +105,12 @@ def read_png(data: bytes) -> PictureMask:
     """A mask from the bytes of a grey PNG.
 
     Raises:
-        ValueError: the bytes are no PNG, are broken, or hold more than 4096 x 4096 pixels; the text says which.
+        ValueError: the bytes are no PNG, are broken, or hold more than `MAX_EDGE` squared pixels; the text says which.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.width > 4096 or image.height > 4096:
-                raise ValueError(f"{image.width} x {image.height} pixels; at most 4096 x 4096 are allowed")
+            if image.width > MAX_EDGE or image.height > MAX_EDGE:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_EDGE} x {MAX_EDGE} are allowed")
             sixteen = image.mode.startswith("I")
             grey = np.asarray(image if sixteen else image.convert("L"), np.float32)
     except ValueError:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from turbolens_server.engine.types import Edit, FeaturesReady, Job, Result, StepDone, Unit, WeightedFeature
+from turbolens_server.engine.decode import decode_latents, decode_rows
+from turbolens_server.engine.types import (
+    Edit,
+    FeaturesReady,
+    Job,
+    NotFinite,
+    Result,
+    StepDone,
+    Unit,
+    WeightedFeature,
+)
 from turbolens_server.sae.masks import Box, BoxMask
 
 PROMPT = "a big red star on the left, night background"
@@ -138,6 +149,7 @@ def test_a_cancelled_row_gives_none_and_leaves_its_mates_bit_equal(engine):
     partial = engine.run(jobs, on_event=done.append, cancelled=lambda row: row == 1 and len(done) >= 2)
     assert partial[1] is None
     assert np.array_equal(partial[0].latents, whole[0].latents)
+    assert np.array_equal(partial[0].picture, whole[0].picture)
 
 
 def test_a_batch_with_every_row_cancelled_stops_at_the_next_step(engine):
@@ -161,3 +173,72 @@ def test_features_alone_decode_no_picture(engine):
 def test_long_prompts_are_cut_and_say_so(engine):
     assert engine.run([job("star " * 200)])[0].tokens_cut > 100
     assert engine.run([job("")])[0].tokens_cut == 0
+
+
+def test_a_row_that_is_not_finite_ends_alone(engine, active):
+    sae, features = next(iter(active.items()))
+    broken = job(edits=(edit("add", sae, features, float("inf")),), saes=(sae,))
+    sound = job(seed=8)
+    mate = engine.run([sound, sound])[0]
+    events = []
+    denoised = engine.denoise([sound, broken], on_event=events.append)
+    results = engine.decode(denoised, on_event=events.append)
+    assert [type(event) for event in events if event.job == 1] == [NotFinite]
+    (told,) = [event for event in events if isinstance(event, NotFinite)]
+    assert (told.part, told.step, told.dtype) == ("U-Net", 0, "float32")
+    assert results[1] is None
+    assert np.array_equal(results[0].latents, mate.latents)
+    assert np.array_equal(results[0].picture, mate.picture)
+    with pytest.raises(FloatingPointError, match="job 0: the U-Net at step 0"):
+        engine.run([broken])
+
+
+def test_a_picture_that_is_not_finite_ends_alone(engine):
+    class HalfBroken:
+        """The VAE, with the second picture of a decoding gone wrong."""
+
+        config, dtype = engine.components.vae.config, engine.components.vae.dtype
+
+        def decode(self, latents, return_dict):
+            (decoded,) = engine.components.vae.decode(latents, return_dict=return_dict)
+            return (decoded.index_fill(0, torch.tensor([1]), float("nan")),)
+
+    latents = torch.randn(3, 4, 16, 16)
+    with torch.no_grad():
+        whole = decode_latents(engine.components.vae, latents)
+        one, none, other = decode_latents(HalfBroken(), latents)
+    assert none is None
+    assert np.array_equal(one, whole[0])
+    assert np.array_equal(other, whole[2])
+
+
+def test_what_is_decoded_together_does_not_depend_on_who_is_left(engine):
+    class Watched:
+        """The VAE, keeping what it was given."""
+
+        config, dtype = engine.components.vae.config, engine.components.vae.dtype
+
+        def __init__(self) -> None:
+            self.given: list[torch.Tensor] = []
+
+        def decode(self, latents, return_dict):
+            self.given.append(latents)
+            return engine.components.vae.decode(latents, return_dict=return_dict)
+
+    latents, rows = torch.randn(9, 4, 8, 8), [0, 1, 2, 3, 4, 5, 6, 8]
+    all_stay, some_stay = Watched(), Watched()
+    with torch.no_grad():
+        whole = dict(decode_rows(all_stay, latents, rows, [True] * 9))
+        some = dict(decode_rows(some_stay, latents, rows, [True, False, True, True, *[False] * 5]))
+    assert list(whole) == rows
+    assert list(some) == [0, 2, 3]
+    assert all(np.array_equal(some[row], whole[row]) for row in some)
+    assert [len(given) for given in all_stay.given] == [4, 4]
+    assert len(some_stay.given) == 1  # the second group has nobody left
+    assert torch.equal(some_stay.given[0], all_stay.given[0])
+
+
+def test_samplers_prepared_once_do_not_remember_a_run(engine):
+    first = engine.run([job(steps=3)])[0]
+    engine.run([job(seed=8, steps=3)])
+    assert np.array_equal(engine.run([job(steps=3)])[0].latents, first.latents)

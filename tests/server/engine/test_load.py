@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_what_cannot_be_served_says_why(arguments, says):
     if arguments.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert says in refused(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("widths", "channels", "says"),
+    [((8, 8, 8), 3, "3 latent channels; this model needs 4"), ((8, 8), 4, "2 times the latent's size; .* needs 4")],
+)
+def test_a_vae_of_another_shape_is_refused(widths, channels, says, tmp_path, tiny_folder):
+    from diffusers import AutoencoderTiny
+
+    blocks = (1,) * len(widths)
+    AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks, latent_channels=channels,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert re.search(says, refused(model=str(tiny_folder), vae=str(tmp_path)))
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):

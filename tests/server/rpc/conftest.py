@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import grpc
 import pytest
@@ -29,8 +30,32 @@ class Running:
 
 
 @pytest.fixture
-def fake() -> FakeEngine:
-    return FakeEngine()
+def log_lines(caplog):
+    """What the server logs, as it logs it: a dict for each event."""
+
+    class Lines(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[dict] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.seen.append(record.msg)
+
+    lines = Lines()
+    logger = logging.getLogger("turbolens")
+    logger.addHandler(lines)
+    with caplog.at_level(logging.INFO, "turbolens"):
+        yield lines.seen
+    logger.removeHandler(lines)
+
+
+@pytest.fixture
+def fake():
+    engine = FakeEngine()
+    yield engine
+    # A test that failed half-way must not leave a thread waiting.
+    engine.gate.set()
+    engine.decode_gate.set()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from turbolens_server.engine.engine import EngineInfo, SaeInfo
-from turbolens_server.engine.types import FeaturesReady, HookPoint, Result, SparseCodes, StepDone
+from turbolens_server.engine.memory import MemoryNeed
+from turbolens_server.engine.types import FeaturesReady, HookPoint, NotFinite, Result, SparseCodes, StepDone
 from turbolens_server.sae.bundle import Bundle, FeatureStats, SaeWeights
 
 D_SAE = 16
@@ -61,6 +62,8 @@ def an_info(**changes) -> EngineInfo:
         device="cpu",
         dtype="float32",
         versions={"turbolens": "0"},
+        memory=MemoryNeed(weights=4, saes=3, activations=2, available=100),
+        load_s=1.5,
     )
     return dataclasses.replace(info, **changes)
 
@@ -70,50 +73,74 @@ class FakeEngine:
 
     def __init__(self, info: EngineInfo | None = None) -> None:
         self.info = info or an_info()
+        self.pipelined = False
         self.gate = threading.Event()
         self.gate.set()
+        self.decode_gate = threading.Event()
+        self.decode_gate.set()
         self.started = threading.Event()
         self.stopped = threading.Event()
         """A batch ended because all of its jobs were cancelled."""
         self.fails: Exception | None = None
+        self.warm_up_fails: Exception | None = None
+        self.not_finite: set[int] = set()
+        """Seeds that come to values that are not finite."""
         self.peak = 1.5
         """Largest activation."""
         self.batches: list[list[int]] = []
-        """Seeds of every call."""
+        """Seeds of every batch."""
         self.threads: set[str] = set()
+        self.warmed_up: list[int] = []
 
     def embed_text(self, texts):
         self.threads.add(threading.current_thread().name)
         vectors = np.array([[len(t), sum(map(ord, t)), ord((t or "a")[0])] for t in texts], np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def run(self, jobs, *, on_event=None, cancelled=None):
+    def warm_up(self, max_batch):
+        if self.warm_up_fails:
+            raise self.warm_up_fails
+        self.warmed_up.append(max_batch)
+
+    def denoise(self, jobs, *, on_event, cancelled):
         self.threads.add(threading.current_thread().name)
         self.batches.append([job.seed for job in jobs])
         self.started.set()
         if self.fails:
             raise self.fails
         features = [[] for _ in jobs]
+        live = [True] * len(jobs)
         for step in range(jobs[0].steps):
             while not self.gate.is_set() and not all(cancelled(i) for i in range(len(jobs))):
                 time.sleep(0.002)
-            if all(cancelled(i) for i in range(len(jobs))):
+            live = [alive and not cancelled(i) for i, alive in enumerate(live)]
+            if not any(live):
                 self.stopped.set()
-                return [None] * len(jobs)
+                break
             for i, job in enumerate(jobs):
+                if live[i] and job.seed in self.not_finite:
+                    live[i] = False
+                    on_event(NotFinite(i, "U-Net", step, "float32"))
+                if not live[i]:
+                    continue
                 for sae in job.saes:
                     features[i].append(self.codes(sae, step, job))
                     on_event(FeaturesReady(i, features[i][-1]))
                 wanted = job.previews and step < job.steps - 1
                 on_event(StepDone(i, step, job.steps, self.picture(job) if wanted else None))
-        results = []
+        return jobs, live, features
+
+    def decode(self, denoised, *, on_event, cancelled):
+        self.threads.add(threading.current_thread().name)
+        self.decode_gate.wait()
+        jobs, live, features = denoised
         for i, job in enumerate(jobs):
+            if not live[i] or cancelled(i):
+                continue
             cut = max(0, len(job.prompt.split()) - TOKENS)
             latents = np.full((4, job.height // 8, job.width // 8), job.seed % 7, np.float32)
             picture = self.picture(job) if job.picture else None
-            results.append(Result(i, picture, latents, tuple(features[i]), cut))
-            on_event(results[-1])
-        return results
+            on_event(Result(i, picture, latents, tuple(features[i]), cut, len(jobs)))
 
     def codes(self, sae, step, job) -> SparseCodes:
         """Positions take 0, 1, 2, 0, 1, 2, ... entries."""

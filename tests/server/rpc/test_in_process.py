@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import generation_service_pb2_grpc
 from turbolens_server import embedded
 from turbolens_server.engine.load import LoadError
-from turbolens_server.logs import configure_logging
+from turbolens_server.logs import configure_logging, get_logger
 
 
 @pytest.fixture
@@ -53,18 +54,33 @@ def test_what_cannot_be_loaded_is_told(monkeypatch):
 
 
 @pytest.fixture
-def _own_logging():
+def _logger_restored():
+    logger = logging.getLogger("turbolens")
+    before = (list(logger.handlers), logger.propagate, logger.level)
     yield
-    structlog.reset_defaults()
+    logger.handlers, logger.propagate, logger.level = before
+    logger.manager._clear_cache()
 
 
-@pytest.mark.usefixtures("_own_logging")
+@pytest.mark.usefixtures("_logger_restored")
 def test_logs_are_json_lines_above_their_level(capsys):
     configure_logging("auto", "warning")
-    log = structlog.get_logger("turbolens").bind(request_id="r")
+    log = get_logger().bind(request_id="r")
     log.info("unseen")
     log.warning("seen", code="OK")
     (line,) = capsys.readouterr().err.splitlines()
     told = json.loads(line)
     assert (told["event"], told["level"], told["request_id"], told["code"]) == ("seen", "warning", "r", "OK")
     assert told["timestamp"].endswith("Z")
+
+
+def test_the_hosts_logging_is_left_alone(loads):
+    def state():
+        loggers = [logging.getLogger(), logging.getLogger("turbolens")]
+        return [(list(one.handlers), one.level, one.propagate) for one in loggers], structlog.get_config()
+
+    before = state()
+    with embedded.start("fake"):
+        assert state() == before
+    with pytest.raises(TypeError, match="getLogger"):
+        embedded.start("fake", log_level="info")

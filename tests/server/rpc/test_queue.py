@@ -9,10 +9,14 @@ import grpc
 import pytest
 from fake_engine import FakeEngine, an_info
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
+from turbolens_server.engine.types import Job, NotFinite, Result
+from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
 
 
 def ask(running, seed: int, **options) -> asyncio.Future:
@@ -45,6 +49,9 @@ async def test_a_full_queue_says_when_to_come_back_and_then_takes_more(running):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await ask(running, 3)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    health = health_pb2_grpc.HealthStub(running.channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest(service="turbolens.v1.GenerationService"))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
     trailing = dict(caught.value.trailing_metadata())
     assert int(trailing["grpc-retry-pushback-ms"]) == 1000
     retry, info = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
@@ -56,7 +63,7 @@ async def test_a_full_queue_says_when_to_come_back_and_then_takes_more(running):
     running.engine.gate.set()
     await asyncio.gather(*calls)
     await ask(running, 4)
-    assert running.engine.batches == [[0], [1], [2], [4]]
+    assert running.engine.batches == [[0], [1, 2], [4]]
 
 
 async def test_a_deadline_that_passes_in_the_queue_frees_the_place(running):
@@ -151,3 +158,201 @@ async def test_searches_are_bounded_too(running):
     await first
     codes = [answer.code() for answer in await answers if isinstance(answer, grpc.aio.AioRpcError)]
     assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
+
+
+# Shared batches
+
+
+def a_job(seed: int, steps: int = 1) -> Job:
+    return Job("", seed, steps, 64, 64)
+
+
+@pytest.fixture
+async def scheduler(fake):
+    """A queue on an engine that waits for its gate."""
+    made = Scheduler(fake, QueueLimits(max_batch=4, batch_wait_s=0, max_queue=32, max_queue_pictures=64))
+    fake.gate.clear()
+    yield made
+    fake.gate.set()
+    fake.decode_gate.set()
+    await made.close()
+
+
+async def busy(scheduler, fake, seed: int = 0) -> asyncio.Task:
+    """A request that runs until the gate opens."""
+    task = asyncio.create_task(scheduler.run([a_job(seed)]))
+    await until(fake.started.is_set)
+    return task
+
+
+async def queued(scheduler, jobs, **options) -> asyncio.Task:
+    """A request that waits."""
+    before = scheduler.waiting
+    task = asyncio.create_task(scheduler.run(jobs, **options))
+    await until(lambda: scheduler.waiting == before + 1)
+    return task
+
+
+async def test_callers_share_a_batch_and_are_told(running):
+    running.engine.gate.clear()
+    calls = [ask(running, 0)]
+    await started(running)
+    for seed in (1, 2):
+        calls.append(ask(running, seed))
+    await until(lambda: waiting(running) == 2)
+    running.engine.gate.set()
+    answers = await asyncio.gather(*calls)
+    assert [answer.generations[0].batch_size for answer in answers] == [1, 2, 2]
+    assert [answer.generations[0].seed for answer in answers] == [0, 1, 2]
+
+
+async def test_other_steps_are_another_batch(scheduler, fake):
+    tasks = [await busy(scheduler, fake)]
+    for seed, steps in ((1, 1), (2, 2), (3, 1)):
+        tasks.append(await queued(scheduler, [a_job(seed, steps)]))
+    fake.gate.set()
+    await asyncio.gather(*tasks)
+    assert fake.batches == [[0], [1, 3], [2]]
+
+
+async def test_a_large_request_lets_a_small_one_in(scheduler, fake):
+    tasks = [await busy(scheduler, fake)]
+    tasks.append(await queued(scheduler, [a_job(seed) for seed in range(10, 22)]))
+    tasks.append(await queued(scheduler, [a_job(1)]))
+    fake.gate.set()
+    _, large, _ = await asyncio.gather(*tasks)
+    assert 1 in fake.batches[1]
+    assert [result.job for result in large] == list(range(12))
+
+
+async def test_a_row_that_leaves_is_nobody_elses_loss(scheduler, fake):
+    first = await busy(scheduler, fake)
+    leaver, stayer = await queued(scheduler, [a_job(1)]), await queued(scheduler, [a_job(2)])
+    fake.started.clear()
+    first.cancel()  # the gate stays closed: the next batch is held at its first step
+    await until(fake.started.is_set)
+    leaver.cancel()
+    fake.gate.set()
+    assert (await stayer)[0].batch_size == 2
+
+
+async def test_a_deadline_that_passed_in_the_queue_costs_nothing(scheduler, fake):
+    first = await busy(scheduler, fake)
+    late = await queued(scheduler, [a_job(1)], deadline=asyncio.get_running_loop().time() + 0.05)
+    alive = await queued(scheduler, [a_job(2)], deadline=asyncio.get_running_loop().time() + 60)
+    await asyncio.sleep(0.06)
+    fake.gate.set()
+    await asyncio.gather(first, alive)
+    with pytest.raises(RpcError) as caught:
+        await late
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED_IN_QUEUE")
+    assert fake.batches == [[0], [2]]
+
+
+async def test_pictures_that_wait_are_counted_too(scheduler, fake):
+    first = await busy(scheduler, fake)
+    calls = [await queued(scheduler, [a_job(seed) for seed in range(16)]) for _ in range(4)]
+    with pytest.raises(RpcError, match="4 requests with 64 pictures") as caught:
+        await scheduler.run([a_job(1)])
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for call in calls:
+        call.cancel()
+    await until(lambda: scheduler.waiting == 0)
+    fake.gate.set()
+    await first
+
+
+async def test_the_time_to_come_back_is_that_of_what_waits(scheduler, fake):
+    fake.gate.set()
+    await scheduler.run([a_job(0)])
+    scheduler._batcher._job_s = dict.fromkeys(scheduler._batcher._job_s, 0.5)
+    fake.gate.clear()
+    fake.started.clear()
+    first = await busy(scheduler, fake)
+    waits = await queued(scheduler, [a_job(seed) for seed in range(64)])
+    with pytest.raises(RpcError) as caught:
+        await scheduler.run([a_job(1)])
+    assert caught.value.retry_after_s == pytest.approx(65 * 0.5)
+    waits.cancel()
+    fake.gate.set()
+    await first
+
+
+async def test_a_row_that_is_not_finite_fails_alone(running):
+    running.engine.not_finite = {1}
+    running.engine.gate.clear()
+    calls = [ask(running, 0)]
+    await started(running)
+    calls += [ask(running, seed) for seed in (1, 2)]
+    await until(lambda: waiting(running) == 2)
+    running.engine.gate.set()
+    _, bad, mate = await asyncio.gather(*calls, return_exceptions=True)
+    assert bad.code() is grpc.StatusCode.INTERNAL
+    assert "picture 0 (seed 1): the U-Net at step 0 gave values that are not finite in float32" in bad.details()
+    info = error_details_pb2.ErrorInfo()
+    trailing = dict(bad.trailing_metadata())
+    details = status_pb2.Status.FromString(trailing["grpc-status-details-bin"]).details
+    assert any(detail.Unpack(info) for detail in details)
+    assert (info.reason, info.metadata["request_id"]) == ("NON_FINITE", trailing["x-request-id"])
+    assert mate.generations[0].batch_size == 2
+
+
+async def test_a_stream_gives_the_pictures_that_came_out_and_then_the_error(running):
+    running.engine.not_finite = {1}
+    request = gs.GenerateRequest(prompt={"text": ""}, seeds=[1, 2])
+    pictures = []
+
+    async def read() -> None:
+        async for event in running.generation.StreamGenerate(gs.StreamGenerateRequest(request=request)):
+            if event.WhichOneof("event") == "picture":
+                pictures.append(event.picture.generation.seed)
+
+    with pytest.raises(grpc.aio.AioRpcError, match="seed 1"):
+        await read()
+    assert pictures == [2]
+
+
+async def test_a_pipelined_engine_denoises_while_it_decodes_and_no_further(fake):
+    scheduler = Scheduler(fake, QueueLimits(max_batch=1, batch_wait_s=0), pipelined=True)
+    fake.decode_gate.clear()
+    tasks = [asyncio.create_task(scheduler.run([a_job(seed)])) for seed in range(3)]
+    await until(lambda: len(fake.batches) == 2)
+    await asyncio.sleep(0.1)
+    assert fake.batches == [[0], [1]]  # one decodes, one waits for it; the third can still gain mates
+    assert scheduler.waiting == 1
+    fake.decode_gate.set()
+    results = await asyncio.gather(*tasks)
+    assert [result.latents[0, 0, 0] for (result,) in results] == [0, 1, 2]
+    assert len(fake.threads) == 2
+    await scheduler.close()
+
+
+async def test_after_a_shared_batch_the_next_one_waits_a_little(fake):
+    scheduler = Scheduler(fake, QueueLimits(max_batch=4, batch_wait_s=0.3))
+    fake.gate.clear()
+    tasks = [await busy(scheduler, fake)]
+    tasks += [await queued(scheduler, [a_job(1)]), await queued(scheduler, [a_job(2)])]
+    fake.gate.set()
+    await asyncio.gather(*tasks)
+    start = asyncio.get_running_loop().time()
+    await scheduler.run([a_job(3)])
+    assert asyncio.get_running_loop().time() - start > 0.2
+    await asyncio.gather(scheduler.run([a_job(4)]), scheduler.run([a_job(5)]))
+    assert fake.batches[2:] in ([[3], [4, 5]], [[3], [4], [5]])
+    await scheduler.close()
+
+
+async def test_events_of_a_shared_batch_reach_their_own_caller(scheduler, fake):
+    fake.not_finite = {12}
+    tasks = [await busy(scheduler, fake)]
+    other = asyncio.create_task(events_of(scheduler, [a_job(11), a_job(12)]))
+    await until(lambda: scheduler.waiting == 1)
+    tasks.append(await queued(scheduler, [a_job(21)]))
+    fake.gate.set()
+    await asyncio.gather(*tasks)
+    events = [event for event in await other if isinstance(event, Result | NotFinite)]
+    assert sorted((event.job, type(event).__name__) for event in events) == [(0, "Result"), (1, "NotFinite")]
+
+
+async def events_of(scheduler, jobs) -> list:
+    return [event async for event in scheduler.stream(jobs)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import grpc
 import pytest
-import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -35,39 +38,38 @@ def details_of(error: grpc.aio.AioRpcError, kind):
     raise AssertionError(f"no {kind}")
 
 
-async def test_a_line_of_log_for_each_call_without_its_prompt(running):
-    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
-        await running.generation.Generate(a_request(seeds=[1, 2]), metadata=[("x-request-id", "from-metadata")])
-        await running.generation.Generate(a_request(request_id="mine"), metadata=[("x-request-id", "from-metadata")])
-        stream = running.generation.StreamGenerate(gs.StreamGenerateRequest(request=a_request()))
-        assert [event async for event in stream]
-        running.engine.fails = RuntimeError("boom")
-        with pytest.raises(grpc.aio.AioRpcError):
-            await running.generation.Generate(a_request(request_id="bad"))
-    calls = [line for line in lines if line["event"] == "rpc"]
+async def test_a_line_of_log_for_each_call_without_its_prompt(running, log_lines):
+    await running.generation.Generate(a_request(seeds=[1, 2]), metadata=[("x-request-id", "from-metadata")])
+    await running.generation.Generate(a_request(request_id="mine"), metadata=[("x-request-id", "from-metadata")])
+    stream = running.generation.StreamGenerate(gs.StreamGenerateRequest(request=a_request()))
+    assert [event async for event in stream]
+    running.engine.fails = RuntimeError("boom")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.generation.Generate(a_request(request_id="bad"))
+    calls = [line for line in log_lines if line["event"] == "rpc"]
     assert [(c["request_id"], c["pictures"], c["code"]) for c in calls if len(c["request_id"]) < 32] == [
         ("from-metadata", 2, "OK"), ("mine", 1, "OK"), ("bad", 1, "INTERNAL"),
     ]  # fmt: skip
     assert [c["method"].rpartition("/")[2] for c in calls] == ["Generate", "Generate", "StreamGenerate", "Generate"]
-    assert all(c["duration_ms"] > 0 and c["peer"] for c in calls)
-    (trouble,) = [line for line in lines if line["event"] == "unexpected"]
+    assert all(c["duration_ms"] > 0 and c["peer"] and c["queue_ms"] >= 0 for c in calls)
+    assert [c["batch_size"] for c in calls] == [2, 1, 1, 1]
+    (trouble,) = [line for line in log_lines if line["event"] == "unexpected"]
     assert isinstance(trouble["exc_info"], RuntimeError)
     assert trouble["request_id"] == "bad"
-    assert "secret" not in str(lines)
+    assert "secret" not in str(log_lines)
 
 
-async def test_a_deadline_is_not_a_cancellation_in_the_log(running):
+async def test_a_deadline_is_not_a_cancellation_in_the_log(running, log_lines):
     running.engine.gate.clear()
-    with structlog.testing.capture_logs() as lines:
-        with pytest.raises(grpc.aio.AioRpcError):
-            await running.generation.Generate(a_request(), timeout=0.2)
-        call = running.generation.Generate(a_request())
-        await asyncio.sleep(0.2)
-        call.cancel()
-        async with asyncio.timeout(5):
-            while len([line for line in lines if line["event"] == "rpc"]) < 2:
-                await asyncio.sleep(0.01)
-    codes = [line["code"] for line in lines if line["event"] == "rpc"]
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.generation.Generate(a_request(), timeout=0.2)
+    call = running.generation.Generate(a_request())
+    await asyncio.sleep(0.2)
+    call.cancel()
+    async with asyncio.timeout(5):
+        while len([line for line in log_lines if line["event"] == "rpc"]) < 2:
+            await asyncio.sleep(0.01)
+    codes = [line["code"] for line in log_lines if line["event"] == "rpc"]
     assert codes == ["DEADLINE_EXCEEDED", "CANCELLED"]
 
 
@@ -135,17 +137,42 @@ async def test_a_grace_that_passes_ends_what_runs(running):
     assert running.engine.stopped.is_set()
 
 
-async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch):
+async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, log_lines):
     monkeypatch.setattr(serving, "load_from", lambda config: fake)
-    with structlog.testing.capture_logs() as lines:
-        program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1)))
-        async with asyncio.timeout(5):
-            while not any(line["event"] == "ready" for line in lines):
-                await asyncio.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGTERM)
-            await program
-    assert [line["event"] for line in lines] == ["listening", "ready", "stopping", "stopped"]
-    assert lines[0]["address"].startswith("127.0.0.1:")
+    program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1)))
+    async with asyncio.timeout(5):
+        while not any(line["event"] == "ready" for line in log_lines):
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not await program  # nothing was left loading
+    assert [line["event"] for line in log_lines] == ["listening", "ready", "stopping", "stopped"]
+    assert log_lines[0]["address"].startswith("127.0.0.1:")
+    assert (log_lines[1]["load_s"], fake.warmed_up) == (1.5, [8])
+
+
+async def test_a_model_that_warms_up_to_nothing_is_no_model(loading, fake):
+    fake.warm_up_fails = FloatingPointError("the U-Net gave values that are not finite")
+    with pytest.raises(LoadError, match="fake: the U-Net gave"):
+        await loading.serving.make_ready(fake)
+
+
+SLOW_LOAD = """
+import sys, time
+from turbolens_server import app, serving
+serving.load_from = lambda config: time.sleep(60)
+app.main(["--port", "0", "--log-format", "json"])
+"""
+
+
+def test_a_program_told_to_stop_while_it_loads_stops_at_once():
+    with subprocess.Popen([sys.executable, "-c", SLOW_LOAD], stderr=subprocess.PIPE, text=True) as program:
+        events = (json.loads(line)["event"] for line in program.stderr if line.startswith("{"))
+        assert next(events) == "listening"
+        start = time.monotonic()
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 0
+        assert time.monotonic() - start < 2
+        assert list(events) == ["stopping", "stopped"]
 
 
 async def test_a_taken_port_is_one_clear_line(running):

@@ -33,6 +33,12 @@ async def test_the_model_is_told_with_every_limit(running):
     limits = model.limits
     assert (limits.max_prompt_chars, limits.max_seeds, limits.max_steps) == (4000, 16, 4)
     assert limits.max_message_bytes == 64 * 2**20
+    assert (limits.max_batch, limits.max_queue, limits.max_queue_pictures) == (8, 2, 256)
+    unset = [field.name for field in ms.Limits.DESCRIPTOR.fields if not getattr(limits, field.name)]
+    assert not unset
+    memory = model.memory
+    assert (memory.weights_bytes, memory.sae_bytes, memory.activation_bytes, memory.available_bytes) == (4, 3, 2, 100)
+    assert model.load_seconds == 1.5
     assert [(s.width, s.height) for s in limits.sizes] == [(64, 64), (64, 32)]
 
 

@@ -1,0 +1,133 @@
+"""What to run next: jobs of many requests put together into batches. Pure policy; it knows neither threads nor clocks.
+
+Jobs that share a `BatchKey` can run together. Each job gets its *place* when it arrives and keeps it: the number of
+its request plus its position within it. The next batch starts with the job of the lowest place, and the jobs of the
+same key that follow in order of place fill it up. Hence
+
+- the first job of a request is never overtaken by a request that came later, whatever their shapes;
+- job i of a request is overtaken by at most i later requests: a large request shares the engine with small ones that
+  come after it, and still advances by one place with each of them;
+- how many jobs run before a job is bounded when it arrives, so no stream of newcomers can starve it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from turbolens_server.engine.types import Job
+
+R = TypeVar("R", bound=Hashable)
+
+MAX_BATCH: Final = 8
+"""Jobs that run together, unless the operator says otherwise."""
+_NEWEST_WEIGHT: Final = 0.25
+"""Of the newest batch in the moving average of how long a job takes."""
+
+
+class BatchKey(NamedTuple):
+    """What jobs of one batch share."""
+
+    height: int
+    width: int
+    steps: int
+
+
+def batch_key(job: Job) -> BatchKey:
+    """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
+    return BatchKey(job.height, job.width, job.steps)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot(Generic[R]):
+    """One job of a request, waiting or running."""
+
+    request: R
+    index: int
+    """Position of the job in its request."""
+    job: Job
+    place: tuple[int, int]
+    """Order in the queue: the request's number plus `index`, then the request's number."""
+
+
+class Batcher(Generic[R]):
+    """The queue of jobs. Times are seconds of any clock that does not go back."""
+
+    def __init__(self, max_batch: int, wait_s: float) -> None:
+        """Make an empty queue.
+
+        Args:
+            max_batch: jobs of a batch, at most.
+            wait_s: how long after a shared batch a smaller one waits for the callers just answered to come back.
+        """
+        self._max_batch = max_batch
+        self._wait_s = wait_s
+        self._slots: list[Slot[R]] = []  # in order of place
+        self._requests = 0
+        self._shared_until: tuple[float, int] | None = None
+        self._job_s: dict[BatchKey, float] = {}
+
+    def __len__(self) -> int:
+        """Jobs that wait."""
+        return len(self._slots)
+
+    @property
+    def waiting(self) -> frozenset[R]:
+        """Requests with a job that waits."""
+        return frozenset(slot.request for slot in self._slots)
+
+    def add(self, request: R, jobs: Sequence[Job]) -> None:
+        """Queue the jobs of a request, in order."""
+        number, self._requests = self._requests, self._requests + 1
+        for index, job in enumerate(jobs):
+            bisect.insort(self._slots, Slot(request, index, job, (number + index, number)), key=lambda slot: slot.place)
+
+    def drop(self, request: R) -> int:
+        """Take out the jobs of a request that wait; returns how many there were."""
+        before = len(self._slots)
+        self._slots = [slot for slot in self._slots if slot.request != request]
+        return before - len(self._slots)
+
+    def start_at(self) -> float | None:
+        """When the next batch may start, if nothing runs: 0 for at once, None where nothing waits.
+
+        A batch waits only after one that several requests shared, only while it is smaller than that one, and only
+        for `wait_s` from that one's end: the callers just answered are likely to ask again. An idle queue, and a
+        caller who is alone, never wait.
+        """
+        if not self._slots:
+            return None
+        if self._shared_until is None or len(self._next()) >= self._shared_until[1]:
+            return 0.0
+        return self._shared_until[0]
+
+    def take(self) -> list[Slot[R]]:
+        """Take out the next batch, in order of place; empty where nothing waits."""
+        batch = self._next()
+        taken = {slot.place for slot in batch}
+        self._slots = [slot for slot in self._slots if slot.place not in taken]
+        return batch
+
+    def _next(self) -> list[Slot[R]]:
+        if not self._slots:
+            return []
+        key = batch_key(self._slots[0].job)
+        return [slot for slot in self._slots if batch_key(slot.job) == key][: self._max_batch]
+
+    def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
+        """A batch that ran from `started` to `now` is done."""
+        shared = len({slot.request for slot in batch}) > 1
+        self._shared_until = (now + self._wait_s, len(batch)) if shared else None
+        key, newest = batch_key(batch[0].job), (now - started) / len(batch)
+        known = self._job_s.get(key, newest)
+        self._job_s[key] = known + _NEWEST_WEIGHT * (newest - known)
+
+    def drain_s(self, running: Iterable[Slot[R]] = ()) -> float | None:
+        """About how long all that waits and runs will take, from the batches so far; None where no batch has ended."""
+        if not self._job_s:
+            return None
+        typical = sum(self._job_s.values()) / len(self._job_s)
+        jobs = (slot.job for slot in (*self._slots, *running))
+        return sum(self._job_s.get(batch_key(job), typical) for job in jobs)

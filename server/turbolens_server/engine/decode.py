@@ -1,0 +1,51 @@
+"""From latents to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+MAX_DECODE: Final = 4
+"""Latents decoded at once: a VAE works at the picture's full size, so it takes far more memory a picture than the
+U-Net, and gains little from more."""
+
+Picture = npt.NDArray[np.uint8]
+"""[height, width, 3]"""
+
+
+def decode_latents(vae: Any, latents: Tensor) -> list[Picture | None]:
+    """Latents [B, C, h, w] as pictures; None where the VAE's output is not finite, which half precision can cause."""
+    config = vae.config
+    latents = latents.to(vae.dtype)
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (torch.tensor(v, device=latents.device, dtype=latents.dtype)[None, :, None, None]
+                     for v in (config.latents_mean, config.latents_std))  # fmt: skip
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+    decoded = vae.decode(latents, return_dict=False)[0].float()  # [B, 3, height, width]
+    finite = torch.isfinite(decoded).flatten(1).all(1).tolist()
+    pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    pictures = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [picture if good else None for picture, good in zip(pictures, finite, strict=True)]
+
+
+def decode_rows(
+    vae: Any, latents: Tensor, rows: Sequence[int], live: Sequence[bool]
+) -> Iterator[tuple[int, Picture | None]]:
+    """Decode some rows of a batch [B, C, h, w], at most `MAX_DECODE` at once; yields (row, picture) of live ones.
+
+    Which rows are decoded together depends on `rows` alone, not on who is still there, so that a cancelled row leaves
+    its mates bit-equal; a group with nobody left is skipped.
+    """
+    for start in range(0, len(rows), MAX_DECODE):
+        group = list(rows[start : start + MAX_DECODE])
+        if any(live[row] for row in group):
+            for row, picture in zip(group, decode_latents(vae, latents[group]), strict=True):
+                if live[row]:
+                    yield row, picture

@@ -1,0 +1,225 @@
+"""How much memory serving takes, told before the first request instead of found out by a crash.
+
+Activations are not guessed by a formula: the model's own code runs once on PyTorch's `meta` device, where tensors
+have shapes and no contents, and the bytes that are alive at the same time are counted. The slow twin of that count is
+a real run, which the tests hold it to.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from turbolens_server.engine.decode import MAX_DECODE
+
+_SLACK: Final = 1.25
+"""Over the counted activations: kernels have scratch space of their own, and allocators round up."""
+_GIB: Final = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryNeed:
+    """What serving takes, in bytes, beside what was free."""
+
+    weights: int
+    """Of the model's parts."""
+    saes: int
+    """Weights of the SAEs."""
+    activations: int
+    """Estimated, of the largest batch; on a pipelined device that of its U-Net and of its VAE together."""
+    available: int | None
+    """Free when loading began; None where the platform does not tell."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.saes + self.activations
+
+    def refusal(self, where: str, batch: str) -> str | None:
+        """Why this does not fit, with both numbers and the way out; None where it fits or nothing is known.
+
+        Args:
+            where: the device.
+            batch: the largest batch in words.
+        """
+        if self.available is None or self.total <= self.available:
+            return None
+        parts = (("weights", self.weights), ("SAEs", self.saes), (batch, self.activations))
+        shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts)
+        return (
+            f"needs about {self.total / _GIB:.2f} GiB ({shown}), and {self.available / _GIB:.2f} GiB are free on "
+            f"{where}; lower --max-batch, serve fewer --sae, or use --dtype float16 or bfloat16"
+        )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations have made and that are still referred to."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On `meta`, attention would be spelt out with its scores; every device that is served fuses it without them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query: Tensor = args[0]
+            return torch.empty_like(query)
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Most bytes alive at once of the tensors that `run` makes, `weights` not counted."""
+    counter = _LiveBytes(weights)
+    with torch.no_grad(), counter, _FusedAttention():
+        run()
+    return counter.peak
+
+
+def _twin(module: Any) -> Any:
+    """A copy of a module whose weights have shapes and no contents."""
+    empty: dict[int, Tensor] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    for weight in module.parameters():
+        empty[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    return copy.deepcopy(module, empty)
+
+
+def unet_bytes(unet: Any, batch: int, height: int, width: int, tokens: int) -> int:
+    """Activations of one pass of an SDXL-type U-Net over latents [batch, C, height, width] and `tokens` of text."""
+    twin, options = _twin(unet), {"dtype": unet.dtype, "device": "meta"}
+    text = torch.empty(batch, tokens, unet.config.cross_attention_dim, **options)
+    time_width = 6 * unet.config.addition_time_embed_dim
+    pooled = torch.empty(batch, unet.config.projection_class_embeddings_input_dim - time_width, **options)
+    conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6, **options)}
+    sample = torch.empty(batch, unet.config.in_channels, height, width, **options)
+    timestep = torch.empty((), device="meta")
+    return peak_bytes(
+        lambda: twin(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions), twin.parameters()
+    )
+
+
+def vae_bytes(vae: Any, batch: int, height: int, width: int) -> int:
+    """Activations of decoding latents [batch, C, height, width]."""
+    twin = _twin(vae)
+    latents = torch.empty(batch, vae.config.latent_channels, height, width, dtype=vae.dtype, device="meta")
+    return peak_bytes(lambda: twin.decode(latents), twin.parameters())
+
+
+def memory_need(
+    *,
+    unet: Any,
+    vae: Any,
+    texts: Sequence[Any],
+    saes: Iterable[Iterable[Tensor]],
+    dictionaries: Iterable[tuple[int, int]],
+    max_batch: int,
+    latent_size: tuple[int, int],
+    tokens: int,
+    pipelined: bool,
+    available: int | None,
+) -> MemoryNeed:
+    """What it takes to serve a model.
+
+    Args:
+        unet: the loaded U-Net.
+        vae: the loaded VAE.
+        texts: the loaded text encoders.
+        saes: the tensors of each SAE.
+        dictionaries: (positions, d_sae) of each SAE at that size.
+        max_batch: pictures of a batch.
+        latent_size: (height, width) of the largest latents.
+        tokens: text tokens of a prompt.
+        pipelined: whether a batch is decoded while the next is denoised.
+        available: bytes that were free before anything was loaded.
+    """
+    height, width = latent_size
+    # One SAE is encoded at a time: its pre-activations and what the selection makes of them, in float32.
+    encoding = max((2 * 4 * max_batch * positions * d_sae for positions, d_sae in dictionaries), default=0)
+    denoising = unet_bytes(unet, max_batch, height, width, tokens) + encoding
+    decoding = vae_bytes(vae, min(max_batch, MAX_DECODE), height, width)
+    activations = denoising + decoding if pipelined else max(denoising, decoding)
+    return MemoryNeed(
+        weights=sum(_size(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
+        saes=sum(_size(tensor) for tensors in saes for tensor in tensors),
+        activations=int(activations * _SLACK),
+        available=available,
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory free on a device; None where the platform does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return available_host_bytes(Path("/"))
+
+
+def available_host_bytes(root: Path) -> int | None:
+    """Memory that this process may still take: what the machine has, within what its control group allows.
+
+    Args:
+        root: of the file system.
+    """
+    meminfo = _read(root / "proc/meminfo")
+    if meminfo is None:
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit_file, used_file, stat_file, reclaimable in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        folder = root / "sys/fs/cgroup"
+        limit, used = _read(folder / limit_file), _read(folder / used_file)
+        if limit is None or used is None or not limit.strip().isdecimal():
+            continue
+        stat = dict(line.split() for line in (_read(folder / stat_file) or "").splitlines())
+        free = min(free, int(limit) - int(used) + int(stat.get(reclaimable, 0)))
+    return free
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

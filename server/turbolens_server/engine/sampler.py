@@ -1,0 +1,64 @@
+"""The model's own sampler, with a fresh state for every batch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Run:
+    """One batch on its way from noise to latents."""
+
+    scheduler: Any
+    latents: Tensor  # [B, C, h, w]
+    generators: list[torch.Generator] | None
+    """One for each row; None where the sampler adds no noise on the way."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Timestep of each step, [steps]."""
+        timesteps: Tensor = self.scheduler.timesteps
+        return timesteps
+
+    def scaled(self, t: Tensor) -> Tensor:
+        """What the U-Net takes at timestep `t`, [B, C, h, w]."""
+        scaled: Tensor = self.scheduler.scale_model_input(self.latents, t)
+        return scaled
+
+    def advance(self, prediction: Tensor, t: Tensor) -> Tensor:
+        """Take one step; returns the model's estimate of the clean latents, [B, C, h, w]."""
+        extra = {} if self.generators is None else {"generator": self.generators}
+        stepped = self.scheduler.step(prediction, t, self.latents, **extra)
+        self.latents = stepped.prev_sample
+        estimate: Tensor = stepped.pred_original_sample
+        return estimate
+
+
+class Sampler:
+    """Starts runs. Timesteps and sigmas are computed once for each number of steps."""
+
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        self._scheduler = scheduler
+        self._device = device
+        self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
+        self._prepared: dict[int, Any] = {}
+
+    def start(self, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> Run:
+        """First noise and a sampler for a batch; `shape` is that of one latent, (C, h, w)."""
+        if steps not in self._prepared:
+            fresh = type(self._scheduler).from_config(self._scheduler.config)
+            fresh.set_timesteps(steps, device=self._device)
+            self._prepared[steps] = fresh
+        scheduler = copy.deepcopy(self._prepared[steps])  # a run moves its own; some samplers keep past outputs too
+        # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
+        return Run(scheduler, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)

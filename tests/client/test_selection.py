@@ -1,0 +1,85 @@
+"""Which features are asked for, and in which precision."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+
+import turbolens as tl
+from turbolens_proto.v1 import feature_service_pb2 as fs
+from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import run_pb2 as run
+from turbolens_proto.v1 import steering_pb2 as steering
+
+ONE, OTHER = steering.FeatureRef(sae="up.0.1", index=3), steering.FeatureRef(sae="down.2.1", index=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        ({}, None),
+        ({"features": False}, None),
+        ({"features": True}, run.FeatureSelection()),
+        ({"features": "up.0.1"}, run.FeatureSelection(saes=["up.0.1"])),
+        ({"only": "up.0.1/3"}, run.FeatureSelection(saes=["up.0.1"], only=[ONE])),
+        ({"only": ("up.0.1", 3)}, run.FeatureSelection(saes=["up.0.1"], only=[ONE])),
+        (
+            {"only": [tl.feature("up.0.1", 3), "down.2.1/0", "up.0.1/3"]},
+            run.FeatureSelection(saes=["up.0.1", "down.2.1"], only=[ONE, OTHER, ONE]),
+        ),
+        ({"features": True, "only": ["up.0.1/3"]}, run.FeatureSelection(only=[ONE])),
+        (
+            {"features": ["up.0.1"], "float32": True},
+            run.FeatureSelection(saes=["up.0.1"], value_type=run.VALUE_TYPE_FLOAT32),
+        ),
+    ],
+)
+def test_of_a_picture(arguments, sent, client, fake):
+    client.generate("x", seed=1, **arguments)
+    list(client.stream_generate("x", seed=1, **arguments))
+    single, streamed = fake.last(gs.GenerateRequest), fake.last(gs.StreamGenerateRequest).request
+    for request in (single, streamed):
+        assert request.HasField("features") == (sent is not None)
+        assert request.features == (sent or run.FeatureSelection())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        ({}, run.FeatureSelection()),
+        ({"saes": ["up.0.1"]}, run.FeatureSelection(saes=["up.0.1"])),
+        ({"only": "up.0.1/3"}, run.FeatureSelection(saes=["up.0.1"], only=[ONE])),
+        ({"float32": True}, run.FeatureSelection(value_type=run.VALUE_TYPE_FLOAT32)),
+    ],
+)
+def test_of_an_extraction(arguments, sent, client, fake):
+    client.extract("x", seed=1, **arguments)
+    list(client.stream_features("x", seed=1, **arguments))
+    assert fake.last(fs.ExtractFeaturesRequest).features == sent
+    assert fake.last(fs.StreamFeaturesRequest).request.features == sent
+
+
+@pytest.mark.parametrize("arguments", [{"features": False, "only": "up.0.1/3"}, {"float32": True}])
+def test_more_about_features_that_are_not_asked_for_is_a_mistake(arguments, client, fake):
+    with pytest.raises(ValueError, match="ask for features too"):
+        client.generate("x", **arguments)
+    assert not fake.requests
+
+
+def test_what_is_no_feature_is_said(client):
+    with pytest.raises(ValueError, match="BLOCK/INDEX"):
+        client.extract("x", only=["up"])
+
+
+def test_every_call_that_returns_features_takes_both():
+    for name in ("generate", "stream_generate", "extract", "stream_features"):
+        assert {"only", "float32"} <= set(inspect.signature(getattr(tl.Lens, name)).parameters)
+
+
+def test_float32_values_are_read_as_such(client, fake):
+    block = client.extract("x", seed=1, float32=True)["up.0.1"]
+    exact = client.extract("x", seed=1)["up.0.1"]
+    assert block.values.dtype == np.float32
+    assert np.array_equal(block.to_dense(), exact.to_dense())

@@ -1,0 +1,97 @@
+"""What memory serving takes: counted without contents, and held to a real run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbolens_server.engine import load, memory
+from turbolens_server.engine.memory import MemoryNeed, available_host_bytes, peak_bytes, unet_bytes, vae_bytes
+
+
+def test_the_count_is_that_of_a_real_run(engine):
+    unet, vae = engine.components.unet, engine.components.vae
+    config = unet.config
+    sample, text = torch.randn(2, config.in_channels, 16, 16), torch.randn(2, 5, config.cross_attention_dim)
+    pooled = torch.randn(2, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    conditions = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
+
+    def real() -> None:
+        unet(sample, torch.tensor(999.0), encoder_hidden_states=text, added_cond_kwargs=conditions)
+
+    with torch.no_grad(), memory._LiveBytes(unet.parameters()) as counted:
+        real()
+    assert unet_bytes(unet, 2, 16, 16, 5) == pytest.approx(counted.peak, rel=0.05)
+    with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
+        vae.decode(torch.randn(2, vae.config.latent_channels, 16, 16))
+    assert vae_bytes(vae, 2, 16, 16) == pytest.approx(counted.peak, rel=0.05)
+
+
+def test_what_is_alive_at_once_is_what_counts():
+    def two_at_a_time() -> None:
+        for _ in range(5):
+            one = torch.empty(1000, device="meta")
+            two = one + 1
+            del one, two
+
+    assert peak_bytes(two_at_a_time, ()) == 8000
+    weight = torch.empty(100, 100, device="meta")
+    assert peak_bytes(weight.t, [weight]) == 0
+
+
+def test_a_need_that_does_not_fit_names_both_numbers_and_the_way_out():
+    gib = 2**30
+    need = MemoryNeed(weights=6 * gib, saes=gib // 2, activations=2 * gib, available=5 * gib)
+    text = need.refusal("cuda:0", "a batch of 8 at 512x512")
+    assert "needs about 8.50 GiB" in text
+    assert "5.00 GiB are free on cuda:0" in text
+    assert "a batch of 8 at 512x512 2.00" in text
+    assert "--max-batch" in text
+    assert "--dtype" in text
+    assert MemoryNeed(1, 1, 1, available=3).refusal("cpu", "") is None
+    assert MemoryNeed(1, 1, 1, available=None).refusal("cpu", "") is None
+
+
+def test_a_start_without_room_is_refused_and_one_with_room_tells(monkeypatch, engine):
+    told = engine.info.memory
+    assert told.weights > 10 * 2**20
+    assert told.saes > 2**20
+    assert told.available > told.total
+    monkeypatch.setattr(load, "available_bytes", lambda device: told.total // 2)
+    with pytest.raises(load.LoadError, match=r"mini: needs about .* lower --max-batch"):
+        load.load_engine()
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemAvailable:    500 kB\n"
+
+
+def files(root: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "expected"),
+    [
+        ({}, 500 * 1024),
+        ({"memory.max": "max", "memory.current": "7"}, 500 * 1024),
+        ({"memory.max": "9000", "memory.current": "5000"}, 4000),
+        ({"memory.max": "9000", "memory.current": "5000", "memory.stat": "file 9\ninactive_file 1000"}, 5000),
+        ({"memory/memory.limit_in_bytes": "9000", "memory/memory.usage_in_bytes": "8000"}, 1000),
+        ({"memory.max": "99999999999", "memory.current": "1"}, 500 * 1024),
+    ],
+)
+def test_free_memory_is_the_machines_within_the_control_groups(cgroup, expected, tmp_path):
+    files(tmp_path, proc__meminfo=MEMINFO)
+    files(tmp_path / "sys/fs/cgroup", **cgroup)
+    assert available_host_bytes(tmp_path) == expected
+
+
+def test_a_platform_that_does_not_tell_is_not_guessed(tmp_path):
+    assert available_host_bytes(tmp_path) is None
+    assert available_host_bytes(files(tmp_path, proc__meminfo="MemTotal: 5 kB\n")) is None
