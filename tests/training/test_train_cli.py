@@ -46,7 +46,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("mini", "sae", "labels", "dose", "rebuild"))
+    assert all(name in shown for name in ("mini", "sae", "labels", "dose", "eval", "riebench", "rebuild"))
 
 
 def test_a_bad_model_is_one_line() -> None:
