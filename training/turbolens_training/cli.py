@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from turbolens_training.catalog.config import BuildConfig
-from turbolens_training.evaluation.config import DoseConfig
+from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
 
@@ -48,6 +48,8 @@ Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
+    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[RieBenchConfig, tyro.conf.subcommand("riebench")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
 )
 
@@ -79,6 +81,14 @@ def run(command: Command) -> None:
             from turbolens_training.evaluation.dose import measure_dose
 
             measure_dose(command)
+        case EvalConfig():
+            from turbolens_training.evaluation.evaluate import evaluate
+
+            evaluate(command)
+        case RieBenchConfig():
+            from turbolens_training.evaluation.riebench import run_riebench
+
+            run_riebench(command)
         case RebuildConfig():
             rebuild(command)
 

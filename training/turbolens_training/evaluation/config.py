@@ -1,4 +1,4 @@
-"""Settings of `turbolens train dose`; the docstrings are the command's help."""
+"""Settings of `turbolens train dose`, `eval` and `riebench`; the docstrings are the commands' help."""
 
 from __future__ import annotations
 
@@ -34,3 +34,94 @@ class DoseConfig:
     """Strengths of the curve, in each feature's mean activation."""
     batch: int = 32
     """Pictures of a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Measure the SAEs of a model that draws captioned scenes against the truth, and write one folder of results.
+
+    The folder holds every table as JSON and Markdown, every figure as PNG, and report.html with all of it in one file.
+    """
+
+    model: str = "mini"
+    """Model that the SAEs belong to: `mini`, or a `diffusers` folder of its kind."""
+    saes: Path = Path("runs/sae/bundles")
+    """Folder of the bundles, one for each hook point."""
+    seeds: tuple[Path, ...] = ()
+    """Folders of bundles trained alike from other seeds, for `stability`."""
+    out: Path = Path("runs/eval")
+    """Folder of the results."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    seed: int = 0
+    """Seed of every scene and every random choice."""
+    parts: tuple[str, ...] = ("quality", "stability", "splice", "probes", "blocks", "edits", "locality")
+    """What to measure; see docs/evaluation.md."""
+    concepts: tuple[str, ...] = ()
+    """What `blocks` and `edits` edit towards, each `attribute=value`; empty: every value of every attribute."""
+    steps: int = 1
+    """Denoising steps of `splice`, `blocks` and `edits`; `probes` and `locality` take one, `quality` one to four."""
+    batch: int = 32
+    """Pictures of a batch."""
+    quality_pictures: int = 256
+    """Held-out pictures of `quality`, half of them in one step, the rest in two to four."""
+    splice_scenes: int = 64
+    """Held-out scenes of `splice`."""
+    probe_pictures: int = 768
+    """Held-out pictures of `probes`: one half to choose features on, the other to score them."""
+    pairs: int = 3
+    """Pairs of captions for each value of each attribute, in `blocks` and `edits`."""
+    choice_pairs: int = 3
+    """Other pairs for each value, from which `edits` takes its mean differences."""
+    features: tuple[int, ...] = (4, 16, 64)
+    """Numbers of features that `edits` transfers, and as many removed, pooled over all blocks."""
+    multipliers: tuple[float, ...] = (1.0, 2.0)
+    """Factors on what is transferred."""
+    strengths: tuple[float, ...] = (4.0, 8.0, 16.0)
+    """Strengths of adding one labelled feature, in its mean activation."""
+    locality_features: int = 8
+    """Random live features of each block that `locality` adds to one half of the picture."""
+    locality_scenes: int = 8
+    """Scenes that it adds each of them to."""
+    locality_strength: float = 0.5
+    """How much it adds, as a share of the update's usual norm, so that blocks compare."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RieBenchConfig:
+    """Edit pictures by transferring features between the runs of two prompts, by the protocol of RIEBench.
+
+    The items are read from a file that you give; nothing is shipped or downloaded.
+    """
+
+    items: Path
+    """JSON list of items, each with `id`, `editing_type_id` (1 to 9), `original_prompt` and `editing_prompt`."""
+    model: str = "stabilityai/sdxl-turbo"
+    """Model: a hub id, a `diffusers` folder, or `mini`."""
+    saes: tuple[str, ...] = ()
+    """SAEs, one for each hook point to edit: bundles, folders of bundles, or published reference folders."""
+    masks: Path | None = None
+    """Folder of grey PNGs, ID_original.png and ID_edited.png, where to take from and where to put; left out: the whole
+    picture."""
+    out: Path = Path("runs/riebench")
+    """Folder of the results."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    dtype: str = "auto"
+    """`float32`, `float16`, `bfloat16`, or `auto`: float16 on a GPU. The published runs used float32."""
+    seed: int = 42
+    """Seed of every picture."""
+    steps: int = 4
+    """Denoising steps."""
+    batch: int = 4
+    """Pairs of a batch."""
+    limit: int | None = None
+    """Only so many items of each edit type; left out: all."""
+    features: tuple[int, ...] = (80, 160, 320, 640)
+    """Numbers of features that are transferred, and as many removed, pooled over all blocks."""
+    multipliers: tuple[float, ...] = (1.0, 2.0)
+    """Factors on what is transferred."""
+    dense_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    """Factors on the dense difference of the updates, the baseline."""
+    examples: int = 9
+    """Items whose pictures are shown."""

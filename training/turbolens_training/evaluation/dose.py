@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +73,18 @@ class Concept:
 
     def __str__(self) -> str:
         return f"{self.attribute}={self.value}"
+
+
+def pick_concepts(names: Sequence[str]) -> list[Concept]:
+    """The named concepts, each `attribute=value`, in the world's order; all of them for no name.
+
+    Raises:
+        ValueError: there is no such concept.
+    """
+    everything = list(Concept.all())
+    if unknown := set(names) - set(map(str, everything)):
+        raise ValueError(f"no such concept: {', '.join(sorted(unknown))}; there are {', '.join(map(str, everything))}")
+    return [concept for concept in everything if not names or str(concept) in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +253,7 @@ def measure_dose(config: DoseConfig) -> None:
     sources = [str(config.saes)]
     engine = load_engine(model=config.model, device=config.device, saes=sources)
     labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
-    concepts = [c for c in Concept.all() if not config.concepts or str(c) in config.concepts]
-    if unknown := set(config.concepts) - {str(concept) for concept in concepts}:
-        raise ValueError(
-            f"no such concept: {', '.join(sorted(unknown))}; there are {', '.join(map(str, Concept.all()))}"
-        )
+    concepts = pick_concepts(config.concepts)
     trials, curves, chosen = [], [], []
     for concept in tqdm(concepts, desc="dose", unit="concept"):
         tried = choose(engine, labels, concept, config)

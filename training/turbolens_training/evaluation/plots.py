@@ -37,7 +37,7 @@ def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.legend(fontsize=6)
     axes[0][0].set_ylabel("share")
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def contact_strip(
@@ -56,10 +56,11 @@ def contact_strip(
         row[0].set_ylabel(name, fontsize=6)
         row[0].text(0, 1.25, prompt, transform=row[0].transAxes, fontsize=6)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG and let go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

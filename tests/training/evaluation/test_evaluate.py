@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turbolens_training import cli
+from turbolens_training.evaluation.edits import NOTHING, PROMPT
+
+FAST = (
+    "--device cpu --quality-pictures 4 --splice-scenes 4 --probe-pictures 8 --batch 4 --pairs 1 --choice-pairs 1 "
+    "--concepts color=blue background=night --features 4 --multipliers 1 --strengths 8 "
+    "--locality-features 1 --locality-scenes 2"
+)
+
+
+def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ["--model", str(tiny_folder), "--saes", str(random_saes), "--seeds", str(random_saes), "--out", str(out)]
+    cli.main(["eval", *common, *FAST.split()])
+
+    tables = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert {row["block"] for row in tables["quality"]} == {"down.2.1", "mid.0", "up.0.0", "up.0.1"}
+    for row in tables["quality"]:
+        assert row["fvu"] == pytest.approx(1 - row["explained_variance"], abs=2e-4)
+        assert row["l0_p99"] <= 4
+    assert all(row["mean_cosine"] == 1.0 and row["chance"] < 0.9 for row in tables["stability"])
+    assert [row["block"] for row in tables["splice"]] == ["down.2.1", "mid.0", "up.0.0", "up.0.1", "all"]
+    assert all(0 <= row["auroc"] <= 1 for row in tables["probes"])
+    assert {row["label"] for row in tables["detectors"]} == {"color=blue"}
+    sites = ["none", "down.2.1", "mid.0", "up.0.0", "up.0.1", "all", "prompt"]
+    assert [row["block"] for row in tables["blocks"] if row["attribute"] == "color"] == sites
+    methods = [NOTHING, "transfer", "random features", "add one labelled", "mean difference", "dense transfer", "patch"]
+    assert [row["method"] for row in tables["scene_edit_all"]] == [*methods, PROMPT]
+    assert len(tables["scene_edit"]) == 8 * 3
+    assert len(tables["locality"]) == 4
+    assert tables["run"]["seconds"].keys() == {
+        "quality",
+        "stability",
+        "splice",
+        "probes",
+        "blocks",
+        "edits",
+        "locality",
+    }
+    page = (out / "report.html").read_text()
+    figures = sorted(path.name for path in out.glob("*.png"))
+    assert page.count("data:image/png;base64,") == len(figures) == 8
+    for text in (page, (out / "report.md").read_text(), json.dumps(tables["run"])):
+        assert str(tmp_path) not in text
+
+
+def test_unknown_parts_are_refused() -> None:
+    with pytest.raises(SystemExit, match="parts: no speed; there are quality, stability"):
+        cli.main(["eval", "--parts", "speed"])

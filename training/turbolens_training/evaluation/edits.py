@@ -1,0 +1,132 @@
+"""Edit pictures towards another caption by every method alike: run the two captions, intervene, run again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from turbolens_server.engine.engine import Engine
+from turbolens_server.sae.masks import Mask
+from turbolens_server.sae.sae import Sae
+from turbolens_training.evaluation.interventions import shift
+from turbolens_training.evaluation.sampling import Intervention, Run, device_of, sample
+from turbolens_training.evaluation.transfer import (
+    EncodedRun,
+    choose_features,
+    choose_random_active,
+    dense_deltas,
+    normalized_mean_difference,
+    transfer_deltas,
+)
+
+NOTHING: Final = "nothing"
+"""The floor: the base caption's picture as it is."""
+PROMPT: Final = "prompt change"
+"""The ceiling: the picture of the edited caption."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionPairs:
+    """Pictures to edit, and what they should become."""
+
+    captions: list[str]
+    edited: list[str]
+    seeds: list[int]
+    """Of both pictures."""
+    masks: list[tuple[Mask, Mask]] | None = None
+    """For each pair the masks of the caption's and of the edited caption's picture; None: all of both."""
+
+    def __getitem__(self, rows: slice) -> CaptionPairs:
+        masks = None if self.masks is None else self.masks[rows]
+        return CaptionPairs(self.captions[rows], self.edited[rows], self.seeds[rows], masks)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a method may look at: both runs of one batch."""
+
+    saes: Mapping[str, Sae]
+    rows: slice
+    """Of the batch in all pairs."""
+    base: EncodedRun
+    reference: EncodedRun
+
+
+Method = Callable[[Material], Intervention]
+
+
+def transfer(n: int, multiplier: float) -> Method:
+    """Feature transfer as RIEBench does it; see `turbolens_training.evaluation.transfer`."""
+
+    def method(m: Material) -> Intervention:
+        choice = choose_features(normalized_mean_difference(m.saes, m.reference, m.base), n)
+        return shift(transfer_deltas(m.saes, m.reference, m.base, choice, multiplier))
+
+    return method
+
+
+def transfer_random(n: int, multiplier: float, seed: int) -> Method:
+    """The same with random features among the active ones."""
+
+    def method(m: Material) -> Intervention:
+        generator = torch.Generator().manual_seed(seed + m.rows.start)
+        choice = choose_random_active(m.saes, m.reference, m.base, n, generator)
+        return shift(transfer_deltas(m.saes, m.reference, m.base, choice, multiplier))
+
+    return method
+
+
+def transfer_dense(multiplier: float) -> Method:
+    """The dense difference of both runs' updates, position by position and step by step."""
+    return lambda m: shift(dense_deltas(m.reference, m.base, multiplier))
+
+
+def _grids(engine: Engine, masks: Sequence[Mask]) -> dict[str, Tensor]:
+    """Masks on every hook point's grid, [N, P]."""
+    grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
+    return {
+        block: torch.stack([torch.from_numpy(mask.on_grid(*grid)).flatten() for mask in masks]).to(device_of(engine))
+        for block, grid in grids.items()
+    }
+
+
+@torch.inference_mode()
+def edit_pictures(
+    engine: Engine,
+    saes: Mapping[str, Sae],
+    pairs: CaptionPairs,
+    methods: Mapping[str, Method],
+    *,
+    steps: int,
+    batch: int,
+    title: str,
+) -> dict[str, Tensor]:
+    """Latents [N, C, h, w] of every method by name, and of `NOTHING` and `PROMPT`, the unedited runs."""
+    latents: dict[str, list[Tensor]] = {name: [] for name in (NOTHING, PROMPT, *methods)}
+    with tqdm(total=len(pairs) * len(latents), desc=title, unit="picture") as progress:
+        for start in range(0, len(pairs), batch):
+            rows = slice(start, min(start + batch, len(pairs)))
+            some = pairs[rows]
+
+            def run(captions: list[str], intervene: Intervention | None = None, some: CaptionPairs = some) -> Run:
+                found = sample(engine, captions, some.seeds, steps, intervene=intervene, keep=intervene is None)
+                progress.update(len(captions))
+                return found
+
+            base, reference = run(some.captions), run(some.edited)
+            masks = (None, None) if some.masks is None else (_grids(engine, m) for m in zip(*some.masks, strict=True))
+            encoded = [EncodedRun.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True)]
+            material = Material(saes, rows, *encoded)
+            latents[NOTHING].append(base.latents.cpu())
+            latents[PROMPT].append(reference.latents.cpu())
+            for name, method in methods.items():
+                latents[name].append(run(some.captions, method(material)).latents.cpu())
+    return {name: torch.cat(parts) for name, parts in latents.items()}

@@ -1,0 +1,94 @@
+"""SceneEdit: pairs of captions that differ in one value, on the same noise, so that the exact edited picture is known.
+
+A picture is judged beside two renderings with the same jitter: s of the scene as it was, t of the scene as it should
+become. Its *progress* is how far it went along the line between them, <p - s, t - s> / |t - s|^2: 0 at s, 1 at t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from turbolens_server.engine.engine import Engine
+from turbolens_training.evaluation.dose import Concept, Scenes, draw_scenes, judge
+from turbolens_training.evaluation.edits import CaptionPairs
+from turbolens_training.mini.captions import plain_caption
+from turbolens_training.mini.evaluate import psnr
+from turbolens_training.mini.render import render
+from turbolens_training.mini.scenes import decode_scenes, jitter_from_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The pairs of one concept: scenes of another value of its attribute, and the same scenes with that value."""
+
+    concept: Concept
+    scenes: Scenes
+
+    @property
+    def target(self) -> Tensor:
+        """The edited scenes, [N, CODE_DIM]."""
+        codes = self.scenes.codes.clone()
+        codes[:, self.concept.column] = self.concept.code
+        return codes
+
+    def exact(self, size: int) -> tuple[Tensor, Tensor]:
+        """The exact pictures before and after the edit, each [N, 3, size, size]."""
+        jitter = jitter_from_noise(self.scenes.noise)
+        return render(self.scenes.codes, jitter, size)[0], render(self.target, jitter, size)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class EditScore:
+    """What became of some pairs, each a mean over them."""
+
+    progress: float
+    """0: the picture as it was; 1: the edited one."""
+    nearer: float
+    """Share of pictures nearer to the edited one."""
+    psnr: float
+    """To the exact edited picture, dB."""
+    others: float
+    """Share of the other attributes that are right."""
+
+    @classmethod
+    def mean(cls, scores: Sequence[EditScore]) -> EditScore:
+        """Mean of scores, each counting the same."""
+        rows = torch.tensor([dataclasses.astuple(score) for score in scores], dtype=torch.float64)
+        return cls(*rows.mean(0).tolist())
+
+
+def draw_pairs(engine: Engine, concepts: Sequence[Concept], per_concept: int, key: str) -> list[Group]:
+    """Pairs for each concept; `key` names the draw."""
+    return [Group(concept, draw_scenes(engine, concept, per_concept, key)) for concept in concepts]
+
+
+def caption_pairs(groups: Sequence[Group]) -> CaptionPairs:
+    """The plain captions of all pairs, group after group: the two of a pair differ in one value and nothing else."""
+    captions = [plain_caption(scene) for group in groups for scene in decode_scenes(group.scenes.codes)]
+    edited = [plain_caption(scene) for group in groups for scene in decode_scenes(group.target)]
+    return CaptionPairs(captions, edited, [seed for group in groups for seed in group.scenes.seeds])
+
+
+def split(groups: Sequence[Group], pictures: Tensor) -> Iterator[tuple[Group, Tensor]]:
+    """Each group with its part of what was made of `caption_pairs`."""
+    yield from zip(groups, pictures.split([len(group.scenes.seeds) for group in groups]), strict=True)
+
+
+def score_group(group: Group, pictures: Tensor) -> EditScore:
+    """Score the edited pictures [N, 3, h, w] of one group."""
+    effect = judge(group.scenes, group.concept, pictures)
+    target = group.exact(pictures.shape[-1])[1]
+    return EditScore((1 + effect.margin) / 2, effect.moved, psnr(pictures, target).mean().item(), effect.others)
+
+
+def score_edits(groups: Sequence[Group], pictures: Tensor) -> dict[str, EditScore]:
+    """Scores by attribute, each a mean over its values, and under `all` the mean over attributes."""
+    by_attribute: dict[str, list[EditScore]] = {}
+    for group, some in split(groups, pictures):
+        by_attribute.setdefault(group.concept.attribute, []).append(score_group(group, some))
+    scores = {attribute: EditScore.mean(found) for attribute, found in by_attribute.items()}
+    return {**scores, "all": EditScore.mean(list(scores.values()))}

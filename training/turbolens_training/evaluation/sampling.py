@@ -1,0 +1,110 @@
+"""The sampler with a hand on every hook point: an intervention is one function of step, block and update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from turbolens_server.engine.decode import decode_rows
+from turbolens_server.engine.engine import Engine
+from turbolens_server.sae.sae import Sae
+from turbolens_server.unet.tapped import tapped_forward
+from turbolens_training.activations.text import encode_captions
+from turbolens_training.mini.model import SCALING_FACTOR
+
+Intervention = Callable[[int, str, Tensor], Tensor]
+"""(step, hook point, update [N, P, d_model]) -> the update to add instead, in any float type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one batch of captions and seeds came to."""
+
+    latents: Tensor  # [N, C, h, w], the final ones
+    updates: dict[str, Tensor]
+    """By hook point: [T, N, P, d_model] float32, each before its own intervention; empty where not kept."""
+
+
+@torch.inference_mode()
+def sample(
+    engine: Engine,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    *,
+    intervene: Intervention | None = None,
+    keep: bool = False,
+) -> Run:
+    """Run the sampler as `Engine.run` does, with one intervention on the whole batch.
+
+    Args:
+        engine: the model.
+        captions: one for each picture.
+        seeds: likewise.
+        steps: denoising steps.
+        intervene: called at every step and hook point.
+        keep: keep the updates.
+    """
+    parts, info = engine.components, engine.info
+    hidden, pooled = encode_captions(parts.text, list(captions))
+    device, dtype = hidden.device, hidden.dtype
+    size = info.default_size
+    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=device).repeat(len(captions), 1)
+    scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
+    scheduler.set_timesteps(steps, device=device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (len(captions), parts.unet.config.in_channels, *(edge // parts.vae_downscale for edge in size))
+    latents = randn_tensor(shape, generator=generators, device=device, dtype=dtype) * scheduler.init_noise_sigma
+    kept: dict[str, list[Tensor]] = {point.name: [] for point in info.hook_points}
+    at = frozenset(kept) if keep or intervene else frozenset()
+
+    for step, t in enumerate(scheduler.timesteps):
+
+        def tap(name: str, update: Tensor, _: tuple[int, int], step: int = step) -> Tensor:
+            if keep:
+                kept[name].append(update.float())
+            return update if intervene is None else intervene(step, name, update).to(update.dtype)
+
+        scaled = scheduler.scale_model_input(latents, t)
+        prediction = tapped_forward(parts.unet, scaled, t, hidden, pooled, time_ids, tap=tap, at=at)
+        latents = scheduler.step(prediction, t, latents, generator=generators).prev_sample
+    return Run(latents, {name: torch.stack(updates) for name, updates in kept.items()} if keep else {})
+
+
+def thumbnails(latents: Tensor) -> Tensor:
+    """Pictures [N, 3, h, w] in [-1, 1] at the latents' resolution; `mini`'s first channels are RGB by construction."""
+    return (latents[:, :3].float().cpu() / SCALING_FACTOR).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def decode(engine: Engine, latents: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] by the model's VAE, as they are served: in 8 bits."""
+    rows = range(len(latents))
+    pictures = [picture for _, picture in decode_rows(engine.components.vae, latents, rows, [True] * len(latents))]
+    finite = [picture for picture in pictures if picture is not None]
+    if len(finite) < len(pictures):
+        raise FloatingPointError(f"{len(pictures) - len(finite)} of {len(pictures)} pictures are not finite")
+    return torch.from_numpy(np.stack(finite)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def device_of(engine: Engine) -> torch.device:
+    """Where the model is."""
+    device: torch.device = next(engine.components.unet.parameters()).device
+    return device
+
+
+def saes_by_block(engine: Engine) -> dict[str, Sae]:
+    """The engine's SAEs by hook point.
+
+    Raises:
+        ValueError: there is none, or a hook point has two.
+    """
+    blocks = [info.hook_point for info in engine.info.saes.values()]
+    if not blocks or len(set(blocks)) < len(blocks):
+        raise ValueError(f"one SAE at each hook point is needed; found {', '.join(engine.info.saes) or 'none'}")
+    return {info.hook_point: engine.saes[name] for name, info in engine.info.saes.items()}
