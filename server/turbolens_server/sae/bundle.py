@@ -4,7 +4,8 @@ Folders that other projects made are read by `turbolens_server.sae.formats`.
 
 cfg.json                     SAELens' configuration; ours in `metadata`
 sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in];
-                             JumpReLU adds threshold [d_sae]
+                             JumpReLU adds threshold [d_sae]. SAELens has no word for `turbolens-matryoshka`,
+                             a TopK whose k and width are chosen when it is served
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
 features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
 provenance.json              recipe, data, measured quality                              (optional)
@@ -16,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT_VERSION: Final = 1
-ARCHITECTURES: Final = ("topk", "jumprelu")
+Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka"]
+ARCHITECTURES: Final[tuple[Architecture, ...]] = get_args(Architecture)
 _MEANINGS: Final = {
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
@@ -75,15 +77,25 @@ class FeatureStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Nesting:
+    """How much smaller than itself a Matryoshka SAE may be served."""
+
+    k_max: int
+    """Largest k it was trained at; every k up to it may be served."""
+    prefixes: tuple[int, ...]
+    """Numbers of first features that are an SAE of their own, rising; the last is the whole."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Bundle:
     """One SAE with everything in its folder."""
 
     name: str
     """What requests call it; the hook point's name for a default SAE."""
     hook_point: str
-    architecture: Literal["topk", "jumprelu"]
+    architecture: Architecture
     k: int | None
-    """Features active at a position, at most; None for JumpReLU."""
+    """Features active at a position, at most; None for JumpReLU. Of a Matryoshka, unless a request says otherwise."""
     weights: SaeWeights
     stats: FeatureStats | None
     hash: str
@@ -92,6 +104,8 @@ class Bundle:
     """Hash of the U-Net it was trained on; None where the folder does not say."""
     provenance: dict[str, Any]
     folder: Path | None = None
+    nesting: Nesting | None = None
+    """Of a Matryoshka; None for the others, which have one k and one width."""
 
     @property
     def d_in(self) -> int:
@@ -135,12 +149,13 @@ def save_bundle(
     hook_module: str,
     model_name: str | None,
     model_hash: str | None,
-    architecture: Literal["topk", "jumprelu"],
+    architecture: Architecture,
     k: int | None,
     weights: SaeWeights,
     stats: FeatureStats | None,
     provenance: dict[str, Any],
     name: str | None = None,
+    nesting: Nesting | None = None,
 ) -> None:
     """Write a bundle; `features.parquet` is the catalog's to add."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +182,10 @@ def save_bundle(
             },
         },
     }
-    if architecture == "topk":
+    if k is not None:
         config |= {"k": k, "rescale_acts_by_decoder_norm": False}
+    if nesting is not None:
+        config |= dataclasses.asdict(nesting)
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, folder / "sae_weights.safetensors")
     if stats is not None:
@@ -214,9 +231,10 @@ def load_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}; fold it into the weights first")
     weights = SaeWeights(**{name: tensor.float() for name, tensor in tensors.items()})
     check_weights(weights, str(folder))
-    k = config.get("k") if architecture == "topk" else None
-    if architecture == "topk" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
+    k = None if architecture == "jumprelu" else config.get("k")
+    if architecture != "jumprelu" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
+    nesting = _read_nesting(config, folder, weights.W_enc.shape[1]) if architecture == "turbolens-matryoshka" else None
     metadata = config.get("metadata") or {}
     ours = metadata.get("turbolens") or {}
     hook_point = ours.get("hook_point")
@@ -234,7 +252,20 @@ def load_bundle(folder: Path) -> Bundle:
         model_hash=ours.get("model_hash"),
         provenance=json.loads(provenance_file.read_text()) if provenance_file.exists() else {},
         folder=folder,
+        nesting=nesting,
     )
+
+
+def _read_nesting(config: dict[str, Any], folder: Path, d_sae: int) -> Nesting:
+    k, k_max, prefixes = config["k"], config.get("k_max"), config.get("prefixes")
+    if not (isinstance(k_max, int) and k <= k_max <= d_sae):
+        raise BundleError(f"{folder}: cfg.json has k_max={k_max!r}, expected {k} to {d_sae}")
+    integers = isinstance(prefixes, list) and all(isinstance(width, int) for width in prefixes)
+    if not (integers and prefixes == sorted({*prefixes}) and prefixes[-1:] == [d_sae] and prefixes[0] >= k_max):
+        raise BundleError(
+            f"{folder}: cfg.json has prefixes={prefixes!r}, expected rising sizes from at least {k_max} up to {d_sae}"
+        )
+    return Nesting(k_max, tuple(prefixes))
 
 
 def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:

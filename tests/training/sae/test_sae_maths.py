@@ -8,11 +8,11 @@ from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
+from turbolens_training.sae.maths import auxk_loss, decode, initial_weights, pre_activations, top_k
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
-from turbolens_training.sae.topk import auxk_loss, gather_decode, initial_weights, pre_activations, top_k
 
-D_MODEL, D_SAE, K = 12, 40, 4
+D_MODEL, D_SAE, K, K_AUX = 12, 40, 4, 6
 
 
 def random_weights(seed: int) -> SaeWeights:
@@ -27,8 +27,7 @@ def as_double(weights: SaeWeights) -> SaeWeights:
 
 
 def reconstruct(weights: SaeWeights, x: torch.Tensor) -> torch.Tensor:
-    values, indices = top_k(pre_activations(weights, x), K)
-    return gather_decode(values, indices, weights.W_dec) + weights.b_dec
+    return decode(top_k(pre_activations(weights, x), K), weights.W_dec) + weights.b_dec
 
 
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.01, 100), offset=st.floats(-50, 50))
@@ -73,7 +72,7 @@ def test_auxk_makes_dead_features_reconstruct_the_residual() -> None:
     encoder, rows = encoder.requires_grad_(), rows.requires_grad_()
     optimizer = torch.optim.Adam([encoder, rows], lr=0.01)
     for _ in range(200):
-        loss = auxk_loss(x @ encoder, residual, rows)
+        loss = auxk_loss(x @ encoder, residual, rows, K_AUX)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,17 +81,16 @@ def test_auxk_makes_dead_features_reconstruct_the_residual() -> None:
 
 
 def _dead_part(pre: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    values, indices = top_k(pre, min(D_MODEL // 2, pre.shape[1]))
-    return gather_decode(values, indices, rows)
+    return decode(top_k(pre, min(K_AUX, pre.shape[1])), rows)
 
 
-@pytest.mark.parametrize("dead", [1, 3, D_MODEL // 2, 9, 30])
+@pytest.mark.parametrize("dead", [1, 3, K_AUX, 9, 30])
 def test_auxk_is_the_share_of_the_residual_that_the_dead_leave_without_a_bias(dead: int) -> None:
     residual, encoder, rows, x = dead_features(dead=dead)
     pre = x @ encoder
     expected = (residual - _dead_part(pre, rows)).square().sum() / residual.square().sum()
-    assert auxk_loss(pre, residual, rows).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert auxk_loss(torch.full_like(pre, -1.0), residual, rows).item() == pytest.approx(1.0)
+    assert auxk_loss(pre, residual, rows, K_AUX).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert auxk_loss(torch.full_like(pre, -1.0), residual, rows, K_AUX).item() == pytest.approx(1.0)
 
 
 def test_auxk_reaches_neither_live_features_nor_those_masked_out() -> None:
@@ -100,7 +98,7 @@ def test_auxk_reaches_neither_live_features_nor_those_masked_out() -> None:
     residual.requires_grad_()
     pre = (x @ encoder).requires_grad_()
     masked = torch.arange(pre.shape[1]) < 3
-    auxk_loss(pre.masked_fill(masked, -torch.inf), residual, rows).backward()
+    auxk_loss(pre.masked_fill(masked, -torch.inf), residual, rows, K_AUX).backward()
     assert residual.grad is None
     assert pre.grad is not None
     assert torch.isfinite(pre.grad).all()
@@ -142,8 +140,8 @@ def test_the_server_encodes_as_the_trainer_does() -> None:
     sae = Sae(Bundle("b", "b", "topk", K, weights, None, "", None, {}), torch.device("cpu"))
     x = torch.randn(100, D_MODEL)
     served = sae.encode(x)
-    values, indices = top_k(pre_activations(weights, x), K)
-    trained = torch.zeros(100, D_SAE).scatter(1, indices, values)
+    active = top_k(pre_activations(weights, x), K)
+    trained = torch.zeros(100, D_SAE).scatter(1, active.features.view(100, K), active.values.view(100, K))
     dense = torch.zeros(100, D_SAE).scatter(1, served.indices, served.values)
     assert (trained - dense).abs().max() < 1e-5
     assert ((served.values > 0).sum(1) <= K).all()

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from turbolens_training.sae.config import SaeConfig
-from turbolens_training.sae.topk import gather_decode, top_k
+from turbolens_training.sae.maths import decode, pre_activations, top_k
+from turbolens_training.sae.run import terminated
 from turbolens_training.sae.trainer import SaeRun
 
 CPU = torch.device("cpu")
@@ -42,21 +48,93 @@ def flat(state: object) -> list[torch.Tensor]:
     return [torch.tensor(state)] if isinstance(state, int | float) and not isinstance(state, bool) else []
 
 
-def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path: Path) -> None:
-    whole = SaeRun(CONFIG, Sparse(), CPU)
-    whole.train(60)
+@pytest.fixture(scope="module")
+def whole() -> SaeRun:
+    """A run that never stopped."""
+    run = SaeRun(CONFIG, Sparse(), CPU)
+    run.train(60)
+    return run
 
+
+@pytest.mark.parametrize("stop", random.Random(0).sample(range(1, 60), 3))
+def test_a_run_resumed_at_any_step_is_bit_equal_to_one_that_never_stopped(
+    whole: SaeRun, stop: int, tmp_path: Path
+) -> None:
     first = SaeRun(CONFIG, Sparse(), CPU)
-    first.train(30, checkpoint=tmp_path / "state.pt")
+    first.train(60, checkpoint=tmp_path / "state.pt", stop=lambda: first.step == stop)
     second = SaeRun(CONFIG, Sparse(), CPU)
     second.resume(tmp_path / "state.pt")
-    second.train(60)
+    assert second.step == stop
+    second.train(60, checkpoint=tmp_path / "state.pt")
 
     ours, theirs = flat(whole.state_dict()), flat(second.state_dict())
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    # The comparison means something: AuxK was on when the run stopped.
-    assert any(len(trainer["dead"]) for trainer in first.state_dict()["trainers"].values())
+    # The comparison means something: AuxK is on.
+    assert any(len(trainer["dead"]) for trainer in whole.state_dict()["trainers"].values())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["block"]) for line in lines] == [(25, "a"), (25, "b"), (50, "a"), (50, "b")]
+    assert all(line["l0"] <= CONFIG.k and 0 <= line["dead"] <= 1 for line in lines)
+
+
+def test_the_log_loses_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    run = SaeRun(CONFIG, Sparse(), CPU)
+    run.train(20, checkpoint=tmp_path / "state.pt")
+    (tmp_path / "log.jsonl").write_text('{"step": 10}\n{"step": 30}\n')
+    SaeRun(CONFIG, Sparse(), CPU).resume(tmp_path / "state.pt")
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
+
+
+class Signalling(Sparse):
+    """Tokens, and a SIGTERM with one of the chunks."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def tokens(self, index: int, per_image: int) -> dict[str, torch.Tensor]:
+        if index == self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().tokens(index, per_image)
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, 0), (8, 15)])
+def test_sigterm_leaves_a_checkpoint(chunk: int, steps: int, tmp_path: Path) -> None:
+    """Also while the reservoirs fill, when there is nothing to keep yet."""
+    checkpoint = tmp_path / "state.pt"
+    run = SaeRun(CONFIG, Signalling(chunk), CPU)
+    before = signal.getsignal(signal.SIGTERM)
+    with terminated() as stop:
+        run.train(60, checkpoint=checkpoint, stop=stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run.step == steps
+    assert checkpoint.exists() == (steps > 0)
+    if steps:
+        second = SaeRun(CONFIG, Sparse(), CPU)
+        second.resume(checkpoint)
+        assert second.step == steps
+
+
+class Broken(Sparse):
+    """Tokens, with a NaN in those of block b from some chunk on."""
+
+    def tokens(self, index: int, per_image: int) -> dict[str, torch.Tensor]:
+        found = super().tokens(index, per_image)
+        if index >= 6:
+            found["b"][:, 3] = torch.nan
+        return found
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path: Path) -> None:
+    run = SaeRun(CONFIG, Broken(), CPU)
+    with pytest.raises(ArithmeticError, match=r"b, step \d+: the loss is not finite; its batch is in .*safetensors"):
+        run.train(60, checkpoint=tmp_path / "state.pt")
+    (path,) = tmp_path.glob("not-finite-b-*.safetensors")
+    batch = load_file(path)["batch"]
+    assert batch.shape == (CONFIG.batch, 24)
+    assert batch.isnan().any()
+    assert run.step > 0
+    assert all(tensor.isfinite().all() for tensor in run.trainers["b"].export().weights.tensors().values())
 
 
 def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path: Path) -> None:
@@ -79,12 +157,11 @@ def test_training_explains_the_data_with_unit_rows_and_k_features() -> None:
         progress = trainer.progress()
         assert progress.l0 <= CONFIG.k
         assert progress.explained > max(0.5, start)
-        weights = trainer.folded()
+        weights = trainer.export().weights
         assert (weights.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
         # Folded weights work on tokens as they come.
         x = Sparse().tokens(10_000, 8)[name]
-        values, indices = top_k((x - weights.b_dec) @ weights.W_enc + weights.b_enc, CONFIG.k)
-        error = x - gather_decode(values, indices, weights.W_dec) - weights.b_dec
+        error = x - decode(top_k(pre_activations(weights, x), CONFIG.k), weights.W_dec) - weights.b_dec
         assert error.square().sum() < 0.5 * (x - x.mean(0)).square().sum()
 
 

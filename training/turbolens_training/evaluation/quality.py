@@ -16,7 +16,6 @@ from torch import Tensor
 from turbolens_server.sae.bundle import FeatureStats
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_training.activations.stream import Updates
-from turbolens_training.sae.topk import gather_decode
 
 
 @dataclasses.dataclass
@@ -146,7 +145,5 @@ def measure(saes: Mapping[str, Sae], data: Iterable[Updates]) -> dict[str, SaeMe
                 codes = sae.encode(x)
                 if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
                     raise AssertionError(f"{name}: more than k={sae.bundle.k} features are active")
-                reconstruction = gather_decode(codes.values, codes.indices, sae.W_dec)
-                reconstruction = reconstruction + sae.bundle.weights.b_dec.to(x.device)
-                found[name].add(timestep, x, codes, reconstruction)
+                found[name].add(timestep, x, codes, sae.decode(codes))
     return found

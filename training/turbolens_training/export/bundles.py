@@ -38,6 +38,7 @@ def write_bundles(
     for local in ("out", "work", "model", "device", "checkpoint_steps", *OF_EXPORT):
         del recipe[local]
     for point in info.hook_points:
+        export = run.trainers[point.name].export()
         provenance: dict[str, Any] = {
             "recipe": recipe,
             "data": {"kind": "captioned procedural scenes", "seed": run.config.seed, "steps": run.step},
@@ -52,9 +53,10 @@ def write_bundles(
             hook_module=point.module,
             model_name=Path(info.model).name,
             model_hash=info.model_hash,
-            architecture="topk",
-            k=run.config.k,
-            weights=run.trainers[point.name].folded(),
+            architecture=export.architecture,
+            k=export.k,
+            weights=export.weights,
+            nesting=export.nesting,
             stats=None if stats is None else stats[point.name],
             provenance=provenance,
         )

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from turbolens_training.export.config import Gates
 
 OF_EXPORT: Final = ("gates", "allow_below_gates")
 """Settings that decide whether a result is exported, not what it is."""
+OF_VARIANT: Final = {
+    "bandwidth": "jumprelu",
+    "l0_coefficient": "jumprelu",
+    "nested_k": "matryoshka",
+    "prefixes": "matryoshka",
+}
+"""Settings that only one variant has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SaeConfig:
-    """Train a TopK SAE with AuxK (Gao et al., arXiv 2406.04093) on the update of every hook point, all in one run.
+    """Train an SAE with AuxK (Gao et al., arXiv 2406.04093) on the update of every hook point, all in one run.
 
     The published recipe for SDXL Turbo (Surkov et al., arXiv 2410.22366: d_sae 5120 on 1280 dimensions, k 10, batch
     4096, dead after 10 M tokens) scaled to the embedded model's 128 dimensions.
@@ -30,10 +37,22 @@ class SaeConfig:
     """Seed of weights, data and batches."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    variant: Literal["topk", "batch-topk", "jumprelu", "matryoshka"] = "topk"
+    """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
+    JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
+    when it is served."""
     d_sae: int = 1024
     """Features of each SAE."""
     k: int = 10
-    """Features active at a position, at most."""
+    """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`)."""
+    nested_k: tuple[int, ...] = (4, 16)
+    """Other k that a `matryoshka` is trained at; every k up to the largest can be served."""
+    prefixes: tuple[int, ...] = (64, 256)
+    """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all."""
+    bandwidth: float = 0.5
+    """Width of the kernel by which a `jumprelu` estimates the gradient of its thresholds, on normalised updates."""
+    l0_coefficient: float = 1.0
+    """Weight of a `jumprelu`'s penalty (L0 / k - 1)^2."""
     steps: int = 3000
     """Training steps."""
     batch: int = 2048
@@ -46,6 +65,8 @@ class SaeConfig:
     """Share of the steps at the end in which the rate falls to 0."""
     auxk_coefficient: float = 1 / 32
     """Weight of the loss in which dead features learn from the residual."""
+    k_aux: int | None = None
+    """Dead features that learn from the residual at a position; None: half of d_model."""
     dead_tokens: int = 200_000
     """A feature is dead once it was not active on so many tokens in a row."""
     images: int = 32
@@ -68,6 +89,29 @@ class SaeConfig:
     """What an SAE must reach to be exported."""
     allow_below_gates: bool = False
     """Export SAEs that fail a gate too; their provenance says which."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained, and settings that would do nothing."""
+        for name in ("d_sae", "k", "steps", "batch", "images", "steps_per_chunk", "tokens_per_image", "dead_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.k > self.d_sae:
+            raise ValueError(f"k={self.k}, expected 1 to d_sae={self.d_sae}")
+        if self.reservoir < self.batch:
+            raise ValueError(f"reservoir={self.reservoir}, expected at least batch={self.batch}")
+        for field in dataclasses.fields(self):
+            variant = OF_VARIANT.get(field.name, self.variant)
+            if variant != self.variant and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} is a setting of variant {variant}, and this is {self.variant}")
+        if self.variant == "matryoshka":
+            k_max = max(self.k, *self.nested_k)
+            if not all(1 <= k <= self.d_sae for k in self.nested_k):
+                raise ValueError(f"nested_k={self.nested_k}, expected each 1 to d_sae={self.d_sae}")
+            if [*self.prefixes, self.d_sae] != sorted({*self.prefixes, self.d_sae}) or min(self.prefixes) < k_max:
+                raise ValueError(
+                    f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
+                    f"d_sae={self.d_sae}"
+                )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""

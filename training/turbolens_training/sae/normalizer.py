@@ -34,9 +34,10 @@ class Normalizer:
     def fold(self, weights: SaeWeights) -> SaeWeights:
         """Weights that do on x what `weights` do on the normalised x, with activations `scale` times as large.
 
-        TopK, ReLU and the decoder are positively homogeneous, so only biases change:
+        TopK, ReLU and the decoder are positively homogeneous, so only biases and thresholds change:
         scale * (W_enc ((x - mean) / scale - b_dec) + b_enc) = W_enc (x - (scale b_dec + mean)) + scale b_enc.
         """
         b_dec = weights.b_dec.double() * self.scale + self.mean.double()
         b_enc = weights.b_enc.double() * self.scale
-        return dataclasses.replace(weights, b_enc=b_enc.float(), b_dec=b_dec.float())
+        threshold = None if weights.threshold is None else (weights.threshold.double() * self.scale).float()
+        return dataclasses.replace(weights, b_enc=b_enc.float(), b_dec=b_dec.float(), threshold=threshold)

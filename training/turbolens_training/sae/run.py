@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from turbolens_server.engine.engine import Engine
@@ -28,11 +32,28 @@ def stream(engine: Engine, config: SaeConfig, split: str) -> SceneStream:
     )
 
 
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM does not end the process; what is yielded says whether it came."""
+    received = False
+
+    def receive(*_: object) -> None:
+        nonlocal received
+        received = True
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield lambda: received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def train_saes(config: SaeConfig) -> Path:
     """Train the SAEs of every hook point, going on from a checkpoint; returns the bundles' folder.
 
     Raises:
         BelowGatesError: an SAE fails a gate; the checkpoint and the table of quality are there to look at.
+        SystemExit: SIGTERM came. The checkpoint is written, and the same command goes on from there.
     """
     engine = load_engine(model=config.model, device=config.device, saes=[])
     device = next(engine.components.unet.parameters()).device
@@ -40,7 +61,11 @@ def train_saes(config: SaeConfig) -> Path:
     checkpoint = config.work / "state.pt"
     if checkpoint.exists():
         run.resume(checkpoint)
-    run.train(config.steps, checkpoint=checkpoint)
+    with terminated() as stop:
+        run.train(config.steps, checkpoint=checkpoint, stop=stop)
+    if run.step < config.steps:
+        print(f"stopped at step {run.step} of {config.steps}; run again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
     # Measured as served, through folders that the server would load; what passes the gates is then put in place.
     trial = config.work / "trial"

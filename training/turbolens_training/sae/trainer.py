@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.reservoir import Reservoir
+from turbolens_training.sae.architectures import build_architecture
+from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.config import OF_EXPORT, SaeConfig
+from turbolens_training.sae.maths import auxk_loss, reconstruction_loss
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
-from turbolens_training.sae.topk import (
-    auxk_loss,
-    gather_decode,
-    initial_weights,
-    pre_activations,
-    reconstruction_loss,
-    top_k,
-)
 
 _LOOK_EVERY: Final = 25
 """Steps between looks at the device's counters, each of which waits for the device."""
+
+
+LOG: Final = "log.jsonl"
+"""Beside the checkpoint."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss that is not finite, with the batch that gave it, [N, d_model] as the U-Net made it."""
+
+    def __init__(self, batch: Tensor) -> None:
+        super().__init__("the loss is not finite")
+        self.batch = batch
 
 
 class TokenSource(Protocol):
@@ -60,43 +70,45 @@ class SaeTrainer:
         self._config = config
         self.normalizer = normalizer
         generator = torch.Generator().manual_seed(seed)
-        initial = initial_weights(normalizer(tokens), config.d_sae, generator)
-        tensors = {name: tensor.requires_grad_() for name, tensor in initial.tensors().items()}
+        self._architecture = build_architecture(config)
+        self.weights = self._architecture.initial_weights(normalizer(tokens), config.d_sae, generator)
+        self._parameters = [tensor.requires_grad_() for tensor in self._architecture.trainable(self.weights).values()]
+        self._optimizer = UnitRowAdam(self._parameters, self.weights.W_dec, lr=config.rate(0))
         device = tokens.device
-        self.weights = SaeWeights(**tensors)
-        self._optimizer = UnitRowAdam(tensors.values(), self.weights.W_dec, lr=config.rate(0))
         self._idle = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since last active
         self._dead = torch.zeros(0, dtype=torch.int64, device=device)  # features dead at the last look
         self._last = torch.zeros(2, device=device)  # FVU and L0 of the last batch
 
     def step(self, x: Tensor, step: int) -> None:
-        """Learn from updates x [N, d_model], not yet normalised."""
+        """Learn from updates x [N, d_model], not yet normalised.
+
+        Raises:
+            NonFiniteLoss: the loss is not finite; the weights are those from before the step.
+        """
         config, weights = self._config, self.weights
-        x = self.normalizer(x)
-        pre = pre_activations(weights, x)
-        values, indices = top_k(pre, config.k)
-        reconstruction = gather_decode(values, indices, weights.W_dec) + weights.b_dec
-        fvu = reconstruction_loss(x, reconstruction)
-        loss = fvu
+        normal = self.normalizer(x)
+        done = self._architecture.run(weights, normal)
+        loss = done.loss
+        residual = normal - done.reconstruction
         if len(self._dead):
             # Some may have come back to life since the last look.
             alive = self._idle[self._dead] < config.dead_tokens
-            dead_pre = pre[:, self._dead].masked_fill(alive, -torch.inf)
-            auxk = auxk_loss(dead_pre, x - reconstruction, weights.W_dec[self._dead])
+            dead_pre = done.pre[:, self._dead].masked_fill(alive, -torch.inf)
+            auxk = auxk_loss(dead_pre, residual, weights.W_dec[self._dead], config.k_aux or x.shape[1] // 2)
             loss = loss + config.auxk_coefficient * auxk
+        if not torch.isfinite(loss):  # waits for the device, which a run that goes on with NaN would not repay
+            raise NonFiniteLoss(x)
         self._optimizer.param_groups[0]["lr"] = config.rate(step)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(weights.tensors().values()), 1.0)
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
 
         with torch.no_grad():
-            active = values > 0
-            # Counted on the device, in tokens: nothing here waits for it. Padding indices scatter a 0, which is
-            # harmless beside the maximum.
-            fired = torch.zeros_like(self._idle).scatter_reduce_(0, indices.flatten(), active.flatten().long(), "amax")
-            self._idle = (self._idle + len(x)) * (1 - fired)
-            self._last = torch.stack([fvu.detach(), active.sum(1).float().mean()])
+            self._architecture.observe(weights, done)
+            counts = done.active.counts(config.d_sae)
+            self._idle = (self._idle + len(x)) * (counts == 0)
+            self._last = torch.stack([reconstruction_loss(normal, done.reconstruction), counts.sum() / len(x)])
             if (step + 1) % _LOOK_EVERY == 0:
                 self._dead = (self._idle >= config.dead_tokens).nonzero()[:, 0]
 
@@ -105,11 +117,11 @@ class SaeTrainer:
         """Tokens since each feature was last active, [d_sae]."""
         return self._idle
 
-    def folded(self) -> SaeWeights:
-        """The weights as they are served: on updates as the U-Net makes them, on the CPU."""
+    def export(self) -> Export:
+        """The SAE as it is served: on updates as the U-Net makes them, on the CPU."""
         detached = {name: tensor.detach().cpu() for name, tensor in self.weights.tensors().items()}
         normalizer = dataclasses.replace(self.normalizer, mean=self.normalizer.mean.cpu())
-        return normalizer.fold(SaeWeights(**detached))
+        return self._architecture.export(normalizer.fold(SaeWeights(**detached)))
 
     def progress(self) -> Progress:
         fvu, l0 = self._last.tolist()
@@ -134,6 +146,11 @@ class SaeTrainer:
         self._dead = state["dead"].to(self._dead.device)
 
 
+def _summary(progress: Mapping[str, Progress]) -> str:
+    """EV, L0 and dead share of each block, short."""
+    return ", ".join(f"{name} EV {p.explained:.3f} L0 {p.l0:.1f} dead {p.dead:.1%}" for name, p in progress.items())
+
+
 class SaeRun:
     """The whole run: the SAEs, their reservoirs, the position in the data and the generator of every draw."""
 
@@ -148,32 +165,66 @@ class SaeRun:
         self.trainers: dict[str, SaeTrainer] = {}
         """By hook point; none before the reservoirs are full."""
 
-    def train(self, until: int, *, checkpoint: Path | None = None) -> None:
-        """Train up to step `until`, with a checkpoint now and then and at the end."""
+    def train(self, until: int, *, checkpoint: Path | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train up to step `until`, or until `stop` says so, with a checkpoint now and then and at the end.
+
+        Beside the checkpoint lies the log, `log.jsonl`: a line for each SAE now and then.
+
+        Raises:
+            ArithmeticError: a loss is not finite. The batch is saved beside the checkpoint, which stays as it was.
+        """
         if not self.trainers:
-            self._fill()
+            self._fill(stop)
+        if not self.trainers:  # stopped before there was anything to keep
+            return
         with tqdm(total=until, initial=self.step, desc="SAEs", unit="step", smoothing=0.05) as bar:
             while self.step < until:
                 if self.step % self.config.steps_per_chunk == self.config.steps_per_chunk - 1:
                     self._take_chunk()
                 for name, trainer in self.trainers.items():
-                    trainer.step(self._reservoirs[name].draw(self.config.batch, self._generator), self.step)
+                    batch = self._reservoirs[name].draw(self.config.batch, self._generator)
+                    try:
+                        trainer.step(batch, self.step)
+                    except NonFiniteLoss as error:
+                        raise self._failure(name, error, checkpoint) from error
                 self.step += 1
                 bar.update()
                 if self.step % _LOOK_EVERY == 0:
-                    bar.set_postfix_str(self._summary())
-                if checkpoint and (self.step % self.config.checkpoint_steps == 0 or self.step == until):
+                    progress = {name: trainer.progress() for name, trainer in self.trainers.items()}
+                    bar.set_postfix_str(_summary(progress))
+                    if checkpoint:
+                        self._log(checkpoint.with_name(LOG), progress)
+                ends = self.step == until or stop()
+                if checkpoint and (ends or self.step % self.config.checkpoint_steps == 0):
                     self.save(checkpoint)
+                if ends:
+                    break
 
-    def _summary(self) -> str:
-        """EV, L0 and dead share of each block, short."""
-        each = ((name, trainer.progress()) for name, trainer in self.trainers.items())
-        return ", ".join(f"{name} EV {p.explained:.3f} L0 {p.l0:.1f} dead {p.dead:.0%}" for name, p in each)
+    def _log(self, path: Path, progress: Mapping[str, Progress]) -> None:
+        """Add a line for each SAE."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rate = self.config.rate(self.step - 1)
+        with path.open("a") as log:
+            for name, state in progress.items():
+                line = {"step": self.step, "block": name, "rate": rate, **dataclasses.asdict(state)}
+                log.write(json.dumps(line) + "\n")
 
-    def _fill(self) -> None:
+    def _failure(self, name: str, error: NonFiniteLoss, checkpoint: Path | None) -> ArithmeticError:
+        """What to raise for a loss that is not finite, with its batch saved."""
+        where = ""
+        if checkpoint:
+            path = checkpoint.with_name(f"not-finite-{name}-{self.step}.safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"batch": error.batch.contiguous()}, path)
+            where = f"; its batch is in {path}"
+        return ArithmeticError(f"{name}, step {self.step}: {error}{where}")
+
+    def _fill(self, stop: Callable[[], bool]) -> None:
         """Fill the reservoirs; their first contents set mean and scale."""
         with tqdm(desc="filling", unit="chunk") as bar:
             while not all(reservoir.full for reservoir in self._reservoirs.values()):
+                if stop():
+                    return
                 self._take_chunk()
                 bar.update()
         self._build({name: Normalizer.fit(reservoir.rows) for name, reservoir in self._reservoirs.items()})
@@ -232,5 +283,9 @@ class SaeRun:
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a file that `save` wrote."""
+        """Go on from a file that `save` wrote; the log loses what came after it."""
         self.load_state_dict(torch.load(path, map_location=self._device, weights_only=True))
+        log = path.with_name(LOG)
+        if log.exists():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            log.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,23 @@
+"""The architectures by the name that `--variant` gives them."""
+
+from __future__ import annotations
+
+from turbolens_training.sae.architectures.base import SaeArchitecture
+from turbolens_training.sae.architectures.batch_topk import BatchTopK
+from turbolens_training.sae.architectures.jump_relu import JumpReLU
+from turbolens_training.sae.architectures.matryoshka import Matryoshka
+from turbolens_training.sae.architectures.topk import TopK
+from turbolens_training.sae.config import SaeConfig
+
+
+def build_architecture(config: SaeConfig) -> SaeArchitecture:
+    """The architecture that a configuration names."""
+    match config.variant:
+        case "topk":
+            return TopK(config.k)
+        case "batch-topk":
+            return BatchTopK(config.k)
+        case "jumprelu":
+            return JumpReLU(config.k, config.bandwidth, config.l0_coefficient)
+        case "matryoshka":
+            return Matryoshka(config.k, config.nested_k, config.prefixes)
