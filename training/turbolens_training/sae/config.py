@@ -64,9 +64,10 @@ class SaeConfig:
     decay_share: float = 0.2
     """Share of the steps at the end in which the rate falls to 0."""
     auxk_coefficient: float = 1 / 32
-    """Weight of the loss in which dead features learn from the residual."""
-    k_aux: int | None = None
-    """Dead features that learn from the residual at a position; None: half of d_model."""
+    """Weight of the loss by which dead features learn."""
+    auxk_share: float = 0.5
+    """Share of the k places of a position, the weakest, that dead features learn to fill. 0: they learn what all k
+    leave over, d_model / 2 of them at a position, as published."""
     dead_tokens: int = 200_000
     """A feature is dead once it was not active on so many tokens in a row."""
     images: int = 32
@@ -97,6 +98,8 @@ class SaeConfig:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
         if self.k > self.d_sae:
             raise ValueError(f"k={self.k}, expected 1 to d_sae={self.d_sae}")
+        if not 0 <= self.auxk_share <= 1:
+            raise ValueError(f"auxk_share={self.auxk_share}, expected 0 to 1")
         if self.reservoir < self.batch:
             raise ValueError(f"reservoir={self.reservoir}, expected at least batch={self.batch}")
         for field in dataclasses.fields(self):

@@ -73,10 +73,15 @@ def fvu(x: Tensor, reconstruction: Tensor) -> float:
     return float(((x - reconstruction) ** 2).sum() / x.numel())
 
 
-def auxk_loss(dead_pre: Tensor, residual: Tensor, dead_rows: Tensor, k_aux: int) -> float:
-    """What share of the residual's square the k_aux strongest dead features of each position leave over."""
-    left = residual - top_k(dead_pre, k_aux) @ dead_rows
-    return float((left**2).sum() / (residual**2).sum())
+def auxk_target(weights: SaeWeights, x: Tensor, strongest: int) -> Tensor:
+    """x without what its `strongest` strongest features reconstruct, [N, d_model]."""
+    return x - top_k(pre_activations(weights, x), strongest) @ weights.W_dec - weights.b_dec
+
+
+def auxk_loss(dead_pre: Tensor, target: Tensor, dead_rows: Tensor, k_aux: int) -> float:
+    """What share of the target's square the k_aux strongest dead features of each position leave over."""
+    left = target - top_k(dead_pre, k_aux) @ dead_rows
+    return float((left**2).sum() / (target**2).sum())
 
 
 def matryoshka_loss(weights: SaeWeights, x: Tensor, k: int, ks: Sequence[int], prefixes: Sequence[int]) -> float:

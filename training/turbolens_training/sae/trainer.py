@@ -18,7 +18,7 @@ from turbolens_training.activations.reservoir import Reservoir
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.config import OF_EXPORT, SaeConfig
-from turbolens_training.sae.maths import auxk_loss, reconstruction_loss
+from turbolens_training.sae.maths import auxk_loss, auxk_target, reconstruction_loss
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
@@ -89,12 +89,13 @@ class SaeTrainer:
         normal = self.normalizer(x)
         done = self._architecture.run(weights, normal)
         loss = done.loss
-        residual = normal - done.reconstruction
         if len(self._dead):
             # Some may have come back to life since the last look.
             alive = self._idle[self._dead] < config.dead_tokens
             dead_pre = done.pre[:, self._dead].masked_fill(alive, -torch.inf)
-            auxk = auxk_loss(dead_pre, residual, weights.W_dec[self._dead], config.k_aux or x.shape[1] // 2)
+            places = round(config.auxk_share * config.k)
+            target = auxk_target(weights, normal, done.pre, config.k - places)
+            auxk = auxk_loss(dead_pre, target, weights.W_dec[self._dead], places or x.shape[1] // 2)
             loss = loss + config.auxk_coefficient * auxk
         if not torch.isfinite(loss):  # waits for the device, which a run that goes on with NaN would not repay
             raise NonFiniteLoss(x)
