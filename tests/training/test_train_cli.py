@@ -11,6 +11,7 @@ from turbolens_server.engine.types import Job
 from turbolens_training import cli
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.export.config import Gates
+from turbolens_training.sae.config import SaeConfig
 
 
 def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
@@ -51,6 +52,25 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
     rows = json.loads((work / "dose" / "dose.json").read_text())
     assert {row["strength"] for row in rows} <= {0.0, 8.0}
     assert {path.name for path in saes.iterdir()} == set(engine.info.saes)
+
+
+def test_settings_come_from_a_file_and_flags_come_on_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr(cli, "run", ran.append)
+    file = tmp_path / "saes.yaml"
+    file.write_text("variant: matryoshka\nk: 6\nnested_k: [2, 8]\nprefixes: [32, 128]\nlearning-rate: 1.0e-3\n")
+    cli.main(["sae", "--config", str(file), "--k", "5", "--work", str(tmp_path)])
+    expected = SaeConfig(
+        variant="matryoshka", k=5, nested_k=(2, 8), prefixes=(32, 128), learning_rate=1e-3, work=tmp_path
+    )
+    assert ran == [expected]
+    for text, message in (("d_sea: 3", "d-sea"), ("k: many", "many"), ("k: 0", "k=0"), ("- k", "expected a mapping")):
+        file.write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["sae", "--config", str(file)])
+        assert message in f"{stopped.value} {''.join(capsys.readouterr())}"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+import yaml
 
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
@@ -56,14 +58,36 @@ Command = (
 
 def main(argv: list[str]) -> None:
     """Entry point of `turbolens train`."""
-    command: Command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
+    if argv[:1] == ["sae"] and "--config" in argv:
+        command: Command = _with_file(argv[1:])
+    else:
+        command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
     from turbolens_server.engine.load import LoadError
 
     try:
         run(command)
-    except (LoadError, ValueError) as error:
+    except (LoadError, ValueError, ArithmeticError) as error:
         sys.exit(f"turbolens train: {error}")
+
+
+def _with_file(argv: list[str]) -> SaeConfig:
+    """The settings of `--config FILE.yaml`, with the other flags on top; both are read and checked alike."""
+    files = argparse.ArgumentParser(prog="turbolens train sae", add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path, required=True)
+    known, flags = files.parse_known_args(argv)
+    try:
+        settings = yaml.safe_load(known.config.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"turbolens train: --config {known.config}: unreadable ({error})")
+    if not isinstance(settings, dict):
+        sys.exit(f"turbolens train: --config {known.config}: expected a mapping of settings to values")
+    written = []
+    for name, value in settings.items():
+        written.append(f"--{str(name).replace('_', '-')}")
+        written += map(str, value if isinstance(value, list) else [value])
+    prog = f"turbolens train sae --config {known.config}"
+    return tyro.cli(SaeConfig, args=flags, default=tyro.cli(SaeConfig, args=written, prog=prog), prog=prog)
 
 
 def run(command: Command) -> None:

@@ -260,12 +260,12 @@ def _read_nesting(config: dict[str, Any], folder: Path, d_sae: int) -> Nesting:
     k, k_max, prefixes = config["k"], config.get("k_max"), config.get("prefixes")
     if not (isinstance(k_max, int) and k <= k_max <= d_sae):
         raise BundleError(f"{folder}: cfg.json has k_max={k_max!r}, expected {k} to {d_sae}")
-    integers = isinstance(prefixes, list) and all(isinstance(width, int) for width in prefixes)
-    if not (integers and prefixes == sorted({*prefixes}) and prefixes[-1:] == [d_sae] and prefixes[0] >= k_max):
+    widths = [width for width in prefixes if isinstance(width, int)] if isinstance(prefixes, list) else []
+    if not (widths and widths == prefixes == sorted({*widths}) and widths[-1] == d_sae and widths[0] >= k_max):
         raise BundleError(
             f"{folder}: cfg.json has prefixes={prefixes!r}, expected rising sizes from at least {k_max} up to {d_sae}"
         )
-    return Nesting(k_max, tuple(prefixes))
+    return Nesting(k_max, tuple(widths))
 
 
 def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:

@@ -42,7 +42,7 @@ class BuildConfig:
     least_score: float = 0.6
     """Lowest selectivity that makes a label; a feature without one has an empty label."""
     least_z: float = 5.0
-    """Lowest z of AUROC: of 40 candidates for 1,024 features, chance takes none so far."""
+    """Lowest z of AUROC: of 40 candidates for each feature, chance takes none so far."""
     least_active: int = 20
     """Units of the candidate's split at which a feature must be active; fewer prove nothing."""
 

@@ -25,6 +25,8 @@ class SaeConfig:
 
     The published recipe for SDXL Turbo (Surkov et al., arXiv 2410.22366: d_sae 5120 on 1280 dimensions, k 10, batch
     4096, dead after 10 M tokens) scaled to the embedded model's 128 dimensions.
+
+    `--config FILE.yaml` reads settings from a file, by the names below with `_` or `-`; flags come on top.
     """
 
     model: str = "mini"
@@ -41,7 +43,7 @@ class SaeConfig:
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
     when it is served."""
-    d_sae: int = 1024
+    d_sae: int = 512
     """Features of each SAE."""
     k: int = 10
     """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`)."""
@@ -58,7 +60,7 @@ class SaeConfig:
     batch: int = 2048
     """Tokens of a step, for each block."""
     learning_rate: float = 3e-3
-    """Peak rate of Adam. The usual law, 2e-4 / sqrt(d_sae / 2^14), gives 8e-4, too slow for 3,000 steps."""
+    """Peak rate of Adam. The usual law, 2e-4 / sqrt(d_sae / 2^14), gives 1.1e-3, too slow for 3,000 steps."""
     warm_up: int = 100
     """Steps in which the rate rises from 0."""
     decay_share: float = 0.2

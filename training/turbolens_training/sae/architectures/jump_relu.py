@@ -57,7 +57,9 @@ def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Active:
     gradient there moves the threshold.
     """
     positions, features = (pre.detach() > threshold.detach() - bandwidth / 2).nonzero(as_tuple=True)
-    values = _JumpReLU.apply(pre[positions, features], threshold[features], bandwidth)
+    values: Tensor = _JumpReLU.apply(  # type: ignore[no-untyped-call]
+        pre[positions, features], threshold[features], bandwidth
+    )
     return Active(values, features, starts(positions.bincount(minlength=len(pre))))
 
 
@@ -82,7 +84,8 @@ class JumpReLU(SaeArchitecture):
         return jump_relu(pre, _threshold(weights), self.bandwidth)
 
     def loss(self, weights: SaeWeights, x: Tensor, pre: Tensor, active: Active, reconstruction: Tensor) -> Tensor:
-        l0 = _Step.apply(pre, _threshold(weights), self.bandwidth).sum() / len(x)
+        gates: Tensor = _Step.apply(pre, _threshold(weights), self.bandwidth)  # type: ignore[no-untyped-call]
+        l0 = gates.sum() / len(x)
         return reconstruction_loss(x, reconstruction) + self.coefficient * (l0 / self.k - 1).square()
 
     def export(self, weights: SaeWeights) -> Export:
