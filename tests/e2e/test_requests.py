@@ -93,9 +93,10 @@ def test_latents_on_request(lens):
 def test_features_beside_a_picture_are_those_of_extract(lens):
     with_picture = lens.generate(PROMPT, seed=7, steps=2, features=True).features
     alone = lens.extract(PROMPT, seed=7, steps=2)
-    assert list(with_picture) == list(alone) == [sae.name for sae in lens.model().saes]
-    for sae in alone:
-        assert alone[sae].shape == (2, 8, 8, 1024)
+    sizes = {sae.name: sae.d_sae for sae in lens.model().saes}
+    assert list(with_picture) == list(alone) == list(sizes)
+    for sae, d_sae in sizes.items():
+        assert alone[sae].shape == (2, 8, 8, d_sae)
         assert np.array_equal(alone[sae].to_dense(), with_picture[sae].to_dense())
     only = lens.generate(PROMPT, seed=7, features=["up.0.1"]).features
     assert list(only) == ["up.0.1"]

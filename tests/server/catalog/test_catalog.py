@@ -18,16 +18,16 @@ def catalog(engine):
     return Catalog(engine.info.saes, engine.embed_text)
 
 
-def test_pages_hold_every_feature_once(catalog):
-    token, seen = "", []
+def test_pages_hold_every_feature_once(catalog, engine):
+    token, seen, d_sae = "", [], engine.info.saes["mid.0"].bundle.d_sae
     while True:
         page = catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_size=300, page_token=token))
         seen += [feature.ref.index for feature in page.features]
-        assert page.total_size == 1024
+        assert page.total_size == d_sae
         token = page.next_page_token
         if not token:
             break
-    assert seen == list(range(1024))
+    assert seen == list(range(d_sae))
 
 
 def test_filters_and_orders(lens):
