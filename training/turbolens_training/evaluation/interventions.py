@@ -8,7 +8,6 @@ from torch import Tensor
 
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_training.evaluation.sampling import Intervention
-from turbolens_training.sae.topk import gather_decode
 
 
 def zero(blocks: Collection[str]) -> Intervention:
@@ -49,11 +48,9 @@ def splice(saes: Mapping[str, Sae]) -> Intervention:
 
 def decode_codes(sae: Sae, codes: Codes) -> Tensor:
     """Sum of decoder rows by activation, without b_dec: codes [..., K] -> [..., d_model]."""
-    width = codes.values.shape[-1]
-    rows = gather_decode(codes.values.reshape(-1, width), codes.indices.reshape(-1, width), sae.W_dec)
-    return rows.reshape(*codes.values.shape[:-1], -1)
+    return sae.decode(codes) - sae.b_dec
 
 
 def reconstruct(sae: Sae, x: Tensor) -> Tensor:
     """The SAE's reconstruction of updates x [..., d_model], float32."""
-    return decode_codes(sae, sae.encode(x)) + sae.bundle.weights.b_dec.to(x.device)
+    return sae.decode(sae.encode(x))
