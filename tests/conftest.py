@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,59 @@ def tiny_engine(tiny_folder: Path):
     from turbolens_server.engine.load import load_engine
 
     return load_engine(model=str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random model of one block a level with random SAEs at two of them: (folder, folder of SAEs)."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    from turbolens_server.engine.load import hash_unet
+    from turbolens_server.sae.bundle import SaeWeights, save_bundle
+    from turbolens_training.mini import model as parts
+
+    torch.manual_seed(1)
+    changes = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1),
+        "attention_head_dim": (1, 1),
+        "use_linear_projection": False,
+        "sample_size": 16,
+    }
+    first, second = parts.build_text_encoders()
+    pipeline = StableDiffusionXLPipeline(
+        vae=parts.build_vae(),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=parts.build_tokenizer(),
+        tokenizer_2=parts.build_tokenizer(pad_token="!"),
+        unet=UNet2DConditionModel.from_config({**parts.build_unet().config, **changes}),
+        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing"),
+        add_watermarker=False,
+    )
+    folder, saes = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("small-saes")
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for block, module in (("mid.0", "mid_block.attentions.0"), ("up.0.1", "up_blocks.0.attentions.1")):
+        W_dec = torch.nn.functional.normalize(torch.randn(96, 64), dim=-1)
+        weights = SaeWeights(W_dec.T.contiguous(), torch.zeros(96), W_dec, torch.zeros(64))
+        save_bundle(
+            saes / block, hook_point=block, hook_module=module, model_name="small", model_hash=hash_unet(folder),
+            architecture="topk", k=6, weights=weights, stats=None, provenance={},
+        )  # fmt: skip
+    return folder, saes
+
+
+@pytest.fixture(scope="session")
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Exported graphs and engines that several tests share."""
+    # Exports log every symbolic step at a level that only pytest's capture would format.
+    trace = logging.getLogger("torch.__trace")
+    before, trace.disabled = trace.disabled, True
+    yield tmp_path_factory.mktemp("graphs")
+    trace.disabled = before
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ from tyro.conf import Positional
 import turbolens as tl
 
 COMMANDS: Final = "turbolens.commands"
-_EXTRAS: Final = {"serve": "server", "bench": "server", "sae": "server", "catalog": "training", "train": "training"}
+_EXTRAS: Final = {
+    "serve": "server", "engine": "server", "bench": "server", "sae": "server", "catalog": "training", "train": "training",
+}  # fmt: skip
 # One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -243,6 +245,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens generate "a blue ring ..."  make a picture, steered or not
   turbolens extract "a blue ring ..."   show the features behind a picture
   turbolens features search blue        find features by words; also: list, show
+  turbolens engine build                build a TensorRT engine; also: list, verify, prune
   turbolens train ...                   train the embedded model and SAEs
   turbolens sae import SRC OUT          make bundles of SAEs that another project trained
   turbolens catalog ...                 measure and name the features of bundles: build, import-labels

@@ -36,6 +36,11 @@ class ServerConfig:
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: str = "auto"
     """`auto` (float16 on a GPU, else float32), `float32`, `float16` or `bfloat16`."""
+    backend: Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"] = "auto"
+    """What runs the U-Net; all but `torch` and `torch-compile` need an extra. What is asked for runs or the start
+    fails; `tensorrt` needs an engine from `turbolens engine build`."""
+    cache: str = ""
+    """Folder of exported graphs and TensorRT engines; empty: ~/.cache/turbolens."""
     variant: str | None = None
     """Variant of the weight files, such as `fp16`."""
     vae: str | None = None

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 import time
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -59,6 +60,8 @@ def load_from(config: ServerConfig) -> Engine:
         force_sae=config.force_sae,
         max_steps=config.max_steps,
         max_batch=config.max_batch,
+        backend=config.backend,
+        cache=Path(config.cache).expanduser() if config.cache else None,
     )
 
 
@@ -145,6 +148,7 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
     engine = await asyncio.wrap_future(loaded)
     await serving.make_ready(engine)
     info, gib = engine.info, 2**30
+    get_logger().info("backend", name=info.backend, why=info.backend_reason)
     get_logger().info(
         "ready",
         model=info.model,

@@ -58,6 +58,7 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    BACKEND_REASON_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -70,6 +71,8 @@ class Model(_message.Message):
     """Where."""
     dtype: _builtins.str
     """In which precision."""
+    backend_reason: _builtins.str
+    """Why this backend runs the U-Net."""
     load_seconds: _builtins.float
     """Seconds that loading took."""
     @_builtins.property
@@ -119,12 +122,13 @@ class Model(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        backend_reason: _builtins.str = ...,
         memory: Global___Memory | None = ...,
         load_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

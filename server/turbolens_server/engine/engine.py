@@ -30,7 +30,7 @@ from turbolens_server.engine.types import (
 )
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.sae import Sae
-from turbolens_server.unet.tapped import tapped_forward
+from turbolens_server.unet.backend import UNetBackend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,9 @@ class EngineInfo:
     sizes: tuple[tuple[int, int], ...]
     max_prompt_tokens: int
     backend: str
+    """What runs the U-Net."""
+    backend_reason: str
+    """Why it is this one."""
     device: str
     dtype: str
     versions: dict[str, str]
@@ -118,9 +121,12 @@ class Engine:
     encoded prompts and prepared timesteps.
     """
 
-    def __init__(self, components: Components, info: EngineInfo, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, components: Components, unet: UNetBackend, info: EngineInfo, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.info = info
         self._parts = components
+        self._unet = unet
         self._device = device
         self._dtype = dtype
         self._saes = {name: Sae(sae.bundle, device) for name, sae in info.saes.items()}
@@ -199,11 +205,7 @@ class Engine:
             if not any(live):
                 break
             tap = StepTap(plan, step)
-            prediction = tapped_forward(
-                parts.unet, run.scaled(t), t, text.hidden, text.pooled, time_ids, tap=tap, at=tap.at
-            )
-            if prediction is None:
-                raise AssertionError("only a walk that stops early predicts nothing")
+            prediction = self._unet.predict(run.scaled(t), t, text.hidden, text.pooled, time_ids, tap)
             estimate = run.advance(prediction, t)
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(run.latents).flatten(1).all(1).tolist()

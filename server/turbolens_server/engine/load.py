@@ -26,6 +26,10 @@ from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
 from turbolens_server.sae.bundle import BundleError, hash_file
 from turbolens_server.sae.formats.read import find_saes, read_sae
+from turbolens_server.unet.artifacts import ArtifactCache, default_cache
+from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.choose import open_backend
+from turbolens_server.unet.graph import GraphSpec
 from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, check_supported, find_hook_points
 
 EMBEDDED: Final = "mini"
@@ -69,6 +73,8 @@ def load_engine(
     force_sae: bool = False,
     max_steps: int = 4,
     max_batch: int = MAX_BATCH,
+    backend: str = "auto",
+    cache: Path | None = None,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -85,6 +91,8 @@ def load_engine(
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
         max_batch: pictures that run together at most, for which there must be memory.
+        backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
+        cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
 
     Raises:
         LoadError: with one clear line.
@@ -140,25 +148,34 @@ def load_engine(
         (encoders[0].to(torch_device), encoders[1].to(torch_device)),
         torch_device,
     )
-    unet, decoder = unet.to(torch_device), decoder.to(torch_device)
+    decoder = decoder.to(torch_device)
+    hook_points = tuple(points[name] for name in order)
+    spec = GraphSpec.of(unet, hook_points, downscale, text.max_tokens)
+    artifacts = ArtifactCache(cache or default_cache())
+    try:
+        runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
+    except BackendError as error:
+        raise LoadError(f"--backend {backend}: {error}") from error
     info = EngineInfo(
         model=model,
         model_hash=model_hash,
-        hook_points=tuple(points[name] for name in order),
+        hook_points=hook_points,
         saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
         default_steps=1,
         max_steps=max_steps,
         default_size=size,
         sizes=(size,),
         max_prompt_tokens=text.max_tokens,
-        backend="torch",
+        backend=runner.name,
+        backend_reason=reason,
         device=_describe(torch_device),
         dtype=str(torch_dtype).removeprefix("torch."),
-        versions=versions(),
+        versions=versions() | more,
         memory=memory,
         load_s=time.monotonic() - start,
     )
-    return Engine(Components(text, unet, decoder, pipeline.scheduler, downscale), info, torch_device, torch_dtype)
+    parts = Components(text, unet, decoder, pipeline.scheduler, downscale)
+    return Engine(parts, runner, info, torch_device, torch_dtype)
 
 
 def load_pipeline(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbolens_server.engine.types import Edit, Job, SparseCodes, Unit
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_server.sae.steering import ResolvedEdit, needs_codes, steer
+from turbolens_server.sae.steering import ResolvedEdit, affine, needs_codes, steer
 
 if TYPE_CHECKING:
     from turbolens_server.engine.engine import EngineInfo
@@ -29,6 +29,7 @@ class BatchPlan:
         timesteps: Sequence[float],
     ) -> None:
         self.saes = saes
+        self.rows = len(jobs)
         self._timesteps = timesteps
         self._device = device
         self._info = info
@@ -90,6 +91,12 @@ class StepTap:
             point for point, names in plan.saes_at.items() if any(plan.wanted.get(n) or self._edits[n] for n in names)
         )
         """Hook points with something to do; where there is none, the U-Net runs as if it had no taps."""
+        self.closed = frozenset(
+            point
+            for point, names in plan.saes_at.items()
+            if any(needs_codes(edits) for n in names for edits in self._edits[n].values())
+        )
+        """Hook points with an edit that depends on the activations of this pass."""
 
     def __call__(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
         """Read and steer the update [B, P, d_model] of one hook point."""
@@ -97,18 +104,47 @@ class StepTap:
         edited = False
         for name in self._plan.saes_at[point]:
             sae, edits = self._plan.saes[name], self._edits[name]
-            wanted = self._plan.wanted.get(name, [])
-            encode = sorted({*wanted, *(row for row, row_edits in edits.items() if needs_codes(row_edits))})
-            codes = self._encode(sae, update, encode)
-            if wanted:
-                kept = [encode.index(row) for row in wanted]
-                self._read.append((name, grid, wanted, Codes(codes.values[kept], codes.indices[kept])))
+            closed = [row for row, row_edits in edits.items() if needs_codes(row_edits)]
+            codes = self._codes(name, update, grid, closed)
             for row, row_edits in edits.items():
-                at = encode.index(row) if row in encode else None
-                own = None if at is None else Codes(codes.values[at], codes.indices[at])
-                steered[row] = steer(steered[row], row_edits, sae.W_dec, own)
+                steered[row] = steer(steered[row], row_edits, sae.W_dec, codes.get(row))
                 edited = True
         return torch.stack(steered) if edited else update
+
+    def read(self, point: str, update: Tensor, grid: tuple[int, int]) -> None:
+        """Read the update [B, P, d_model] of one hook point."""
+        for name in self._plan.saes_at[point]:
+            self._codes(name, update, grid, [])
+
+    def affine(self, point: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The edits at a hook point without closed ones: gain [B, 1, h, w] and bias [B, d_model, h, w], float32.
+
+        None where nothing is edited.
+        """
+        names = [name for name in self._plan.saes_at[point] if self._edits[name]]
+        if not names:
+            return None
+        positions = grid[0] * grid[1]
+        rows = []
+        for row in range(self._plan.rows):
+            gain, bias = affine([], self._plan.saes[names[0]].W_dec, positions)
+            for name in names:
+                more, shift = affine(self._edits[name].get(row, []), self._plan.saes[name].W_dec, positions)
+                gain, bias = more * gain, more * bias + shift
+            rows.append((gain, bias))
+        gains, biases = (torch.stack(parts).transpose(1, 2) for parts in zip(*rows, strict=True))
+        return gains.unflatten(2, grid), biases.unflatten(2, grid)
+
+    def _codes(self, name: str, update: Tensor, grid: tuple[int, int], rows: list[int]) -> dict[int, Codes]:
+        """Codes of `rows` by one SAE; those of the rows whose features are wanted are kept for `collect`."""
+        wanted = self._plan.wanted.get(name, [])
+        encode = sorted({*wanted, *rows})
+        codes = self._encode(self._plan.saes[name], update, encode)
+        if wanted:
+            kept = [encode.index(row) for row in wanted]
+            self._read.append((name, grid, wanted, Codes(codes.values[kept], codes.indices[kept])))
+        places = {row: encode.index(row) for row in rows}
+        return {row: Codes(codes.values[at], codes.indices[at]) for row, at in places.items()}
 
     @staticmethod
     def _encode(sae: Sae, update: Tensor, rows: list[int]) -> Codes:

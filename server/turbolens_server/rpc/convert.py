@@ -189,6 +189,7 @@ def model(
         edit_kinds=["add", "scale", "set", "replace"],
         sources=["prompt"],
         backend=info.backend,
+        backend_reason=info.backend_reason,
         device=info.device,
         dtype=info.dtype,
         versions=info.versions,

@@ -52,21 +52,35 @@ def steer(x: Tensor, edits: Sequence[ResolvedEdit], W_dec: Tensor, codes: Codes 
     """
     if not edits:
         return x
-    gain = torch.ones(len(x), 1, device=x.device)
-    delta = torch.zeros(x.shape, device=x.device)
-    for edit in edits:
-        if edit.kind == "replace":
-            gain = gain - edit.mask[:, None]
-            delta = delta + edit.mask[:, None] * (edit.amounts @ W_dec[edit.features])
-    rest = [edit for edit in edits if edit.kind != "replace"]
-    if not needs_codes(rest):
-        for edit in rest:
-            delta = delta + edit.mask[:, None] * (edit.amounts @ W_dec[edit.features])
+    if not needs_codes(edits):
+        gain, delta = affine(edits, W_dec, len(x))
     else:
         if codes is None:
             raise ValueError("scale and set need the activations of this pass")
+        gain, delta = affine([edit for edit in edits if edit.kind == "replace"], W_dec, len(x))
         delta = delta + _closed_loop(edits, W_dec, codes, gain)
     return (gain * x.float() + delta).to(x.dtype)
+
+
+def affine(edits: Sequence[ResolvedEdit], W_dec: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Edits that need no activation (`add`, `replace`) as `gain * x + bias`.
+
+    Args:
+        edits: as for :func:`steer`, none of which needs codes.
+        W_dec: [d_sae, d_model] float32.
+        positions: P, of the grid.
+
+    Returns:
+        gain [P, 1] and bias [P, d_model], float32.
+    """
+    gain = torch.ones(positions, 1, device=W_dec.device)
+    bias = torch.zeros(positions, W_dec.shape[1], device=W_dec.device)
+    for edit in edits:
+        if edit.kind == "replace":
+            gain = gain - edit.mask[:, None]
+    for edit in sorted(edits, key=lambda edit: edit.kind != "replace"):  # `replace` first, then in list order
+        bias = bias + edit.mask[:, None] * (edit.amounts @ W_dec[edit.features])
+    return gain, bias
 
 
 def _closed_loop(edits: Sequence[ResolvedEdit], W_dec: Tensor, codes: Codes, gain: Tensor) -> Tensor:

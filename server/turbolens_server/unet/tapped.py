@@ -21,7 +21,7 @@ from turbolens_server.engine.types import HookPoint
 DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 """The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
 
-Tap = Callable[[str, Tensor, tuple[int, int]], Tensor]
+OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
 """(hook point, update [B, height * width, d_model], (height, width)) -> the update to add instead."""
 
 
@@ -78,7 +78,7 @@ def tapped_forward(
     pooled: Tensor,
     time_ids: Tensor,
     *,
-    tap: Tap | None = None,
+    tap: OnUpdate | None = None,
     at: frozenset[str] = frozenset(),
     stop_after: str | None = None,
 ) -> Tensor | None:
@@ -147,7 +147,7 @@ def tapped_forward(
     return prediction
 
 
-def _tapped_attention(name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: Tap) -> Tensor:
+def _tapped_attention(name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: OnUpdate) -> Tensor:
     """`Transformer2DModel.forward` with the update, which is `proj_out`'s output, passed through `tap`."""
     batch, _, height, width = hidden.shape
     tokens, inner = attention._operate_on_continuous_inputs(hidden)

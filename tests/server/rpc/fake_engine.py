@@ -59,6 +59,7 @@ def an_info(**changes) -> EngineInfo:
         sizes=((64, 64), (32, 64)),
         max_prompt_tokens=TOKENS,
         backend="fake",
+        backend_reason="no other fits",
         device="cpu",
         dtype="float32",
         versions={"turbolens": "0"},

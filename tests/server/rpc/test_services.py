@@ -25,6 +25,7 @@ def a_request(**fields) -> gs.GenerateRequest:
 async def test_the_model_is_told_with_every_limit(running):
     model = (await running.models.GetModel(ms.GetModelRequest())).model
     assert (model.name, model.hash, model.backend, model.dtype) == ("fake", "hash of fake", "fake", "float32")
+    assert model.backend_reason == "no other fits"
     assert [(p.name, p.height, p.width) for p in model.hook_points] == [("mid.0", 4, 4), ("up.0.1", 4, 4)]
     assert [list(sae.units) for sae in model.saes] == [
         [steering.UNIT_RAW, steering.UNIT_MEAN, steering.UNIT_NORM],

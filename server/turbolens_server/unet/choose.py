@@ -1,0 +1,71 @@
+"""Choose what runs the U-Net. What is asked for runs, or the start fails and says why: nothing falls back."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from turbolens_server.unet.artifacts import ArtifactCache
+from turbolens_server.unet.backend import BackendError, UNetBackend, need
+from turbolens_server.unet.export import GRAPH_FILE, ensure_graph, graph_key
+from turbolens_server.unet.graph import GraphSpec, GraphUNet
+from turbolens_server.unet.onnx_unet import OnnxRunner
+from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
+from turbolens_server.unet.tensorrt_unet import TensorRTRunner, find_engine
+from turbolens_server.unet.torch_unet import CompiledTorchUNet, TorchUNet
+
+BackendName = Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"]
+AUTO: Final = "torch"
+"""What `auto` takes on every device, until a measurement shows that another is faster there."""
+AUTO_REASON: Final = "auto: needs nothing but PyTorch and steers in one pass; no other is measured to be faster"
+
+
+def open_backend(
+    name: str,
+    unet: UNet2DConditionModel,
+    spec: GraphSpec,
+    model_hash: str,
+    device: torch.device,
+    cache: ArtifactCache,
+) -> tuple[UNetBackend, str, dict[str, str]]:
+    """A backend for a U-Net that is still on the CPU.
+
+    Args:
+        name: one of BackendName.
+        unet: in the type to run in. Afterwards it is on `device` where the backend runs its modules, else on "meta":
+            the backend has the weights, and a second copy would only take memory.
+        spec: of the graph that the other backends run.
+        model_hash: of the U-Net's weights.
+        device: to run on.
+        cache: of exported graphs and engines.
+
+    Returns:
+        The backend, why it is this one, and the versions of what it runs on.
+
+    Raises:
+        BackendError: it cannot run.
+    """
+    reason = AUTO_REASON if name == "auto" else f"asked for: {name}"
+    match AUTO if name == "auto" else name:
+        case "torch":
+            return TorchUNet(unet.to(device)), reason, {}
+        case "torch-compile":
+            return CompiledTorchUNet(unet.to(device), spec, mode="reduce-overhead"), reason, {}
+        case "onnx":
+            runtime = need("onnxruntime", "onnx")
+            graph = ensure_graph(cache, unet, spec, model_hash)
+            unet.to("meta")
+            runner = OnnxRunner(graph.folder / GRAPH_FILE, device)
+            return GraphUNet("onnx", spec, runner), reason, {"onnxruntime": runtime.__version__}
+        case "tensorrt":
+            if device.type != "cuda" or (target := current_target(device)) is None:
+                raise BackendError(f"TensorRT engines run on a GPU, not on {device}")
+            tensorrt = find_tensorrt()
+            dtype = next(unet.parameters()).dtype
+            engine = find_engine(cache, graph_key(unet, spec, model_hash, dtype), tensorrt, target)
+            unet.to("meta")
+            compiled = TensorRTRunner(tensorrt, engine, spec, device, dtype)
+            return GraphUNet("tensorrt", spec, compiled), reason, {tensorrt.flavour: tensorrt.version}
+    raise BackendError(f"no such backend; use {', '.join(get_args(BackendName))}")

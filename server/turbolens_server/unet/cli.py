@@ -1,0 +1,184 @@
+"""`turbolens engine`: build TensorRT engines ahead of time, and look after the folder they are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cached:
+    cache: str = ""
+    """Folder of exported graphs and engines; empty: ~/.cache/turbolens."""
+
+    def root(self) -> Path:
+        """The folder."""
+        from turbolens_server.unet.artifacts import default_cache
+
+        return Path(self.cache).expanduser() if self.cache else default_cache()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Build(_Cached):
+    """Export the U-Net to ONNX, check it against PyTorch, and build a TensorRT engine from it.
+
+    Give the model and SAEs that will be served: their hook points are part of the engine. TensorRT builds for the GPU
+    of this machine; TensorRT-RTX also without a GPU, for a --target.
+
+    Example: turbolens engine build --model ./sdxl-turbo --sae ./sdxl-saes --target sm89 --batches 1 4 8
+    """
+
+    model: str = "mini"
+    """As for `turbolens serve`."""
+    sae: tuple[str, ...] = ()
+    """As for `turbolens serve`."""
+    force_sae: bool = False
+    """As for `turbolens serve`."""
+    variant: str | None = None
+    """As for `turbolens serve`."""
+    dtype: str = "float16"
+    """Type of the graph: `float16` or `float32`."""
+    target: str = ""
+    """Compute capability to build for, such as `sm89`; empty: that of this machine's GPU."""
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    """Batch sizes to build for; a batch between two runs as the larger."""
+    size: tuple[int, int] | None = None
+    """Height and width of the pictures in pixels; left out: the model's own."""
+
+    def run(self) -> None:
+        from turbolens_server.engine.load import load_engine
+        from turbolens_server.unet.artifacts import ArtifactCache
+        from turbolens_server.unet.backend import BackendError
+        from turbolens_server.unet.export import MAX_BATCH, ensure_graph
+        from turbolens_server.unet.graph import GraphSpec
+        from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
+        from turbolens_server.unet.tensorrt_build import Bucket, ensure_engine
+
+        if not self.batches or not all(1 <= batch <= MAX_BATCH for batch in self.batches):
+            raise ValueError(f"--batches {' '.join(map(str, self.batches))}: name one or more, from 1 to {MAX_BATCH}")
+        tensorrt = find_tensorrt()
+        if not (target := self.target or current_target()):
+            raise BackendError("this machine has no GPU to build for; name a compute capability by --target")
+        cache = ArtifactCache(self.root())
+        engine = load_engine(
+            model=self.model, device="cpu", dtype=self.dtype, variant=self.variant, saes=self.sae or None,
+            force_sae=self.force_sae, backend="torch",
+        )  # fmt: skip
+        info, parts = engine.info, engine.components
+        spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+        height, width = self.size or info.default_size
+        cell = parts.vae_downscale * spec.stride
+        if height % cell or width % cell or min(height, width) < 2 * cell:
+            raise ValueError(f"--size {height} {width}: both must be multiples of {cell}, from {2 * cell}")
+        shape = height // parts.vae_downscale, width // parts.vae_downscale
+        start = time.monotonic()
+        graph = ensure_graph(cache, parts.unet, spec, info.model_hash)
+        print(f"graph   {graph.folder}  {_size(graph.size)}  {time.monotonic() - start:.0f} s")
+        del engine, parts  # the build takes several times the weights
+        gc.collect()
+        start = time.monotonic()
+        buckets = [Bucket(batch, *shape) for batch in self.batches]
+        built = ensure_engine(cache, graph, spec, tensorrt, target, buckets, lambda: print("waiting for the cache"))
+        print(f"engine  {built.folder}  {_size(built.size)}  {time.monotonic() - start:.0f} s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class List(_Cached):
+    """List what the folder holds.
+
+    Example: turbolens engine list
+    """
+
+    def run(self) -> None:
+        from turbolens_server.unet.artifacts import ArtifactCache
+        from turbolens_server.unet.backend import BackendError
+
+        cache = ArtifactCache(self.root())
+        for folder in cache.entries():
+            try:
+                entry = cache.verify(folder, contents=False)
+            except BackendError as error:
+                print(f"{folder.parent.name[:-1]:7} {folder.name}  damaged: {error}")
+                continue
+            key = entry.key
+            if entry.kind == "graphs":
+                what = f"opset {key['opset']}, {key['dtype']}, model {key['model'][:12]}, {' '.join(key['points'])}"
+            else:
+                shapes = " ".join("x".join(map(str, bucket)) for bucket in key["buckets"])
+                graph = key["graph"]
+                what = f"{key['tensorrt']} {key['version']}, {key['target']}, {graph['dtype']}, "
+                what += f"model {graph['model'][:12]}, batch x latent {shapes}"
+            print(f"{entry.kind[:-1]:7} {folder.name}  {_size(entry.size):>10}  {what}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(_Cached):
+    """Check every file in the folder against the hash it was written with.
+
+    Example: turbolens engine verify
+    """
+
+    def run(self) -> None:
+        from turbolens_server.unet.artifacts import ArtifactCache
+        from turbolens_server.unet.backend import BackendError
+
+        cache = ArtifactCache(self.root())
+        damaged = 0
+        for folder in cache.entries():
+            try:
+                print(f"  ok  {cache.verify(folder).folder}")
+            except BackendError as error:
+                damaged += 1
+                print(f"fail  {error}")
+        if damaged:
+            sys.exit(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune(_Cached):
+    """Remove what is damaged and what a killed build left.
+
+    Example: turbolens engine prune
+    """
+
+    everything: bool = False
+    """Remove whole entries too."""
+
+    def run(self) -> None:
+        from turbolens_server.unet.artifacts import ArtifactCache
+
+        for folder in ArtifactCache(self.root()).prune(everything=self.everything):
+            print(f"removed {folder}")
+
+
+Command = Annotated[
+    Annotated[Build, tyro.conf.subcommand("build")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Prune, tyro.conf.subcommand("prune")],
+    tyro.conf.subcommand("engine"),
+]
+_PROG: Final = "turbolens engine"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; what cannot be done is one line and exit code 1."""
+    command: Build | List | Verify | Prune = tyro.cli(Command, args=argv, prog=_PROG)
+    # Imported late: a command's help and a mistyped setting must not wait for torch.
+    from turbolens_server.engine.load import LoadError
+    from turbolens_server.unet.backend import BackendError
+
+    try:
+        command.run()
+    except (BackendError, LoadError, ValueError) as error:
+        sys.exit(f"{_PROG}: {error}")

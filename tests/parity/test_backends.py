@@ -1,0 +1,112 @@
+"""ONNX Runtime makes the pictures and features of PyTorch, for any mix of edits in a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.sae.masks import Box, BoxMask
+
+PIXELS = 2  # of 255
+VALUES = 1e-3  # of a feature's largest activation
+LEFT = BoxMask((Box(0, 0, 0.5, 1),))
+
+
+@pytest.fixture(scope="module")
+def small(small_model, graph_cache):
+    """A random small model: the engines on PyTorch and on ONNX Runtime."""
+    folder, saes = small_model
+    model = {"model": str(folder), "saes": [str(saes)]}
+    return load_engine(**model, backend="torch"), load_engine(**model, backend="onnx", cache=graph_cache)
+
+
+@pytest.fixture(scope="module")
+def mini(engine, graph_cache):
+    """The embedded model: the engines on PyTorch and on ONNX Runtime."""
+    return engine, load_engine(backend="onnx", cache=graph_cache)
+
+
+@pytest.fixture
+def pair(request):
+    return request.getfixturevalue(request.param)
+
+
+def mixed_jobs(info, count: int, steps: int) -> list[Job]:
+    """`count` jobs that between them hold every kind of edit, masks, step ranges, and none."""
+    first, *_, last = info.saes
+
+    def edit(kind, sae, amount, *features, **more):
+        return Edit(kind, tuple(WeightedFeature(sae, index) for index in features), amount, Unit.RAW, **more)
+
+    edits = [
+        (edit("scale", first, 0.0, *range(0, 90, 2)), edit("set", last, 3.0, 5, mask=LEFT)),
+        (edit("add", first, 4.0, 3, 7, mask=LEFT), edit("add", last, -2.0, 11)),
+        (),
+        (edit("replace", last, 2.0, 8, mask=LEFT), edit("scale", last, 1.5, *range(40))),
+        (edit("replace", first, 1.0, 2),),
+        (edit("set", first, 2.0, 9, steps=(steps - 1, steps)), edit("add", first, 3.0, 9)),
+        (edit("add", last, 5.0, 60),),
+        (edit("scale", last, 0.5, *range(90)),),
+    ]
+    size = info.default_size
+    return [
+        Job(f"a big red star {row}", 7 + row, steps, *size, edits=edits[row], saes=tuple(info.saes))
+        for row in range(count)
+    ]
+
+
+def dense(codes) -> np.ndarray:
+    out = np.zeros((len(codes.counts), codes.d_sae), np.float32)
+    out[np.repeat(np.arange(len(codes.counts)), codes.counts), codes.indices] = codes.values
+    return out
+
+
+def assert_alike(a, b) -> None:
+    assert np.abs(a.picture.astype(int) - b.picture).max() <= PIXELS
+    assert [(c.sae, c.step) for c in a.features] == [(c.sae, c.step) for c in b.features]
+    for ours, theirs in zip(a.features, b.features, strict=True):
+        one, other = dense(ours), dense(theirs)
+        swapped = (one > 0) != (other > 0)
+        # Only what is as good as tied with the k-th may be in one set and not in the other.
+        tied = np.where(one > 0, one, np.inf).min(-1, keepdims=True) * (1 + VALUES) + VALUES
+        assert (np.maximum(one, other)[swapped] <= np.broadcast_to(tied, one.shape)[swapped]).all()
+        assert swapped.sum() <= 0.002 * (one > 0).sum()
+        assert np.abs(np.where(swapped, 0, one - other)).max() <= VALUES * one.max()
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("pair", ["small", "mini"], indirect=True)
+def test_onnx_gives_what_torch_gives(pair, count):
+    torch_engine, onnx_engine = pair
+    jobs = mixed_jobs(torch_engine.info, count, steps=2)
+    expected = torch_engine.run(jobs)
+    for a, b in zip(expected, onnx_engine.run(jobs), strict=True):
+        assert_alike(a, b)
+    assert np.ptp([result.latents.mean() for result in expected]) > 0 or count == 1
+
+
+@pytest.mark.parametrize("pair", ["small", "mini"], indirect=True)
+def test_a_request_does_not_depend_on_its_batch_mates(pair):
+    onnx_engine = pair[1]
+    jobs = mixed_jobs(onnx_engine.info, 5, steps=1)
+    together = onnx_engine.run(jobs)
+    for row in (0, 2, 3):
+        assert_alike(onnx_engine.run([jobs[row]])[0], together[row])
+
+
+def test_the_edits_of_the_test_change_pictures(small):
+    torch_engine = small[0]
+    for job in mixed_jobs(torch_engine.info, 8, steps=1):
+        plain = torch_engine.run([Job(job.prompt, job.seed, 1, job.height, job.width)])[0]
+        changed = np.abs(torch_engine.run([job])[0].latents - plain.latents).max()
+        assert changed > 1e-2 if job.edits else changed == 0
+
+
+def test_an_engine_tells_what_runs_it(small):
+    torch_engine, onnx_engine = small
+    assert (torch_engine.info.backend, torch_engine.info.backend_reason) == ("torch", "asked for: torch")
+    assert onnx_engine.info.backend == "onnx"
+    assert "onnxruntime" in onnx_engine.info.versions
+    assert next(onnx_engine.components.unet.parameters()).is_meta, "the weights are in memory twice"
