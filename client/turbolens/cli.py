@@ -18,8 +18,13 @@ import turbolens as tl
 
 COMMANDS: Final = "turbolens.commands"
 _EXTRAS: Final = {
-    "serve": "server", "engine": "server", "bench": "server", "sae": "server", "catalog": "training", "train": "training",
-}  # fmt: skip
+    "serve": "server",
+    "engine": "server",
+    "bench": "server",
+    "sae": "server",
+    "catalog": "training",
+    "train": "training",
+}
 # One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
