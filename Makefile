@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop lint protos unasync rebuild bench bench-full kernels bench-kernels clean
+.PHONY: help setup setup-dev demo test test-interop test-ray lint protos unasync rebuild bench bench-full kernels bench-kernels clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -39,6 +39,11 @@ $(STAMP)interop: $(STAMP)dev
 	@$(PIP) --editable '.[server,training,dev,interop]'
 	@touch $@
 
+$(STAMP)ray: $(STAMP)dev
+	@echo "Installing Ray"
+	@$(PIP) --editable '.[server,training,dev,ray]'
+	@touch $@
+
 setup: $(STAMP)run       ## Install the server and the SDK into .venv
 setup-dev: $(STAMP)dev   ## Install everything into .venv
 
@@ -46,10 +51,13 @@ demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contac
 	@$(PY) examples/demo.py --out demo
 
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -m 'not interop'
+	@$(PY) -m pytest -m 'not interop and not ray'
 
 test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare
 	@$(PY) -m pytest -m interop tests/interop
+
+test-ray: $(STAMP)ray    ## Collect activations with a Ray of two workers and compare
+	@$(PY) -m pytest -m ray tests/training/activations
 
 lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(VENV)/bin/ruff format --check .

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 import yaml
 
+from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
 from turbolens_training.mini.config import MiniConfig
@@ -46,9 +47,23 @@ class RebuildConfig:
     """Go on with SAEs that fail a gate of the export; their provenance says which."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Updates kept on disk."""
+
+    action: Annotated[
+        Annotated[FillCacheConfig, tyro.conf.subcommand("fill")]
+        | Annotated[VerifyCacheConfig, tyro.conf.subcommand("verify")]
+        | Annotated[ImportTarsConfig, tyro.conf.subcommand("import-tars")],
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.OmitArgPrefixes,
+    ]
+
+
 Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
+    | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[RieBenchConfig, tyro.conf.subcommand("riebench")]
@@ -101,6 +116,18 @@ def run(command: Command) -> None:
             from turbolens_training.sae.run import train_saes
 
             train_saes(command)
+        case CacheConfig(FillCacheConfig() as action):
+            from turbolens_training.activations.cache_cli import fill
+
+            fill(action)
+        case CacheConfig(VerifyCacheConfig() as action):
+            from turbolens_training.activations.cache_cli import verify
+
+            verify(action)
+        case CacheConfig(ImportTarsConfig() as action):
+            from turbolens_training.activations.cache_cli import import_reference
+
+            import_reference(action)
         case DoseConfig():
             from turbolens_training.evaluation.dose import measure_dose
 

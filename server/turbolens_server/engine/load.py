@@ -27,6 +27,7 @@ from turbolens_server.models.random_sdxl import is_random, random_bundles, rando
 from turbolens_server.sae.bundle import BundleError, hash_file
 from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
+from turbolens_server.unet.attention_taps import list_points, with_attention_points
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.choose import open_backend
 from turbolens_server.unet.graph import GraphSpec
@@ -75,6 +76,7 @@ def load_engine(
     max_batch: int = MAX_BATCH,
     backend: str = "auto",
     cache: Path | None = None,
+    hook_points: Sequence[str] = (),
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -93,6 +95,7 @@ def load_engine(
         max_batch: pictures that run together at most, for which there must be memory.
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
         cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
+        hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
 
     Raises:
         LoadError: with one clear line.
@@ -110,7 +113,7 @@ def load_engine(
     decoder = _vae(vae, pipeline.vae, torch_dtype).eval()
     downscale = pipeline.vae_scale_factor
     encoders = (pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval())
-    points = find_hook_points(unet, downscale)
+    points = with_attention_points(unet, find_hook_points(unet, downscale))
     sources = [str(embedded_saes())] if saes is None and model == EMBEDDED else list(saes or ())
     loaded = [sae for source in sources for sae in _load_saes(source, points.keys(), model_hash, force_sae)]
     if saes is None and is_random(model):
@@ -122,8 +125,10 @@ def load_engine(
     names = [sae.name for sae in loaded]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; give one another name in its cfg.json")
+    if unknown := [name for name in hook_points if name not in points]:
+        raise LoadError(f"{model}: no hook point {', '.join(unknown)}; it has {list_points(points)}")
     used = {
-        *(DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ()),
+        *(hook_points or (DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ())),
         *(sae.hook_point for sae in loaded),
     }
     order = [name for name in points if name in used]
@@ -149,8 +154,8 @@ def load_engine(
         torch_device,
     )
     decoder = decoder.to(torch_device)
-    hook_points = tuple(points[name] for name in order)
-    spec = GraphSpec.of(unet, hook_points, downscale, text.max_tokens)
+    tapped = tuple(points[name] for name in order)
+    spec = GraphSpec.of(unet, tapped, downscale, text.max_tokens)
     artifacts = ArtifactCache(cache or default_cache())
     try:
         runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
@@ -159,7 +164,7 @@ def load_engine(
     info = EngineInfo(
         model=model,
         model_hash=model_hash,
-        hook_points=hook_points,
+        hook_points=tapped,
         saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
         default_steps=1,
         max_steps=max_steps,
@@ -338,7 +343,7 @@ def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[S
     for bundle in bundles:
         if bundle.hook_point not in points:
             raise LoadError(
-                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {', '.join(points)}"
+                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {list_points(points)}"
             )
         foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
         if foreign and not force:

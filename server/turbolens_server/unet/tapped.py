@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from turbolens_server.engine.types import HookPoint
+from turbolens_server.unet.attention_taps import block_of, run_layers
 
 DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 """The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
@@ -93,7 +94,7 @@ def tapped_forward(
         time_ids: SDXL's size conditioning, [B, 6].
         tap: called at every hook point in `at`.
         at: names of hook points.
-        stop_after: end the pass after this hook point, where only updates are wanted.
+        stop_after: end the pass after the block of this hook point, where only updates are wanted.
 
     Returns:
         The prediction [B, C, h, w]; None where the pass was stopped.
@@ -102,11 +103,14 @@ def tapped_forward(
     added = {"text_embeds": pooled, "time_ids": time_ids}
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
 
+    tapped = {block_of(point) for point in at}
+    stop_after = block_of(stop_after) if stop_after else None
+
     def attend(name: str, attention: Transformer2DModel, hidden: Tensor) -> Tensor:
-        if name not in at or tap is None:
+        if name not in tapped or tap is None:
             attended: Tensor = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
             return attended
-        return _tapped_attention(name, attention, hidden, text, tap)
+        return _tapped_attention(name, attention, hidden, text, tap, at)
 
     hidden = unet.conv_in(sample)
     skips = [hidden]
@@ -147,16 +151,20 @@ def tapped_forward(
     return prediction
 
 
-def _tapped_attention(name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: OnUpdate) -> Tensor:
-    """`Transformer2DModel.forward` with the update, which is `proj_out`'s output, passed through `tap`."""
+def _tapped_attention(
+    name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: OnUpdate, at: frozenset[str]
+) -> Tensor:
+    """`Transformer2DModel.forward` with updates passed through `tap`; the block's own is `proj_out`'s output."""
     batch, _, height, width = hidden.shape
+    grid = (height, width)
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
-    for block in attention.transformer_blocks:
-        tokens = block(tokens, encoder_hidden_states=text)
+    tokens = run_layers(name, attention.transformer_blocks, tokens, text, lambda point, x: tap(point, x, grid), at)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)
     else:
-        grid = tokens.reshape(batch, height, width, inner).permute(0, 3, 1, 2).contiguous()
-        update = attention.proj_out(grid).flatten(2).transpose(1, 2)
-    update = tap(name, update, (height, width))
-    return update.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous() + hidden
+        image = tokens.reshape(batch, height, width, inner).permute(0, 3, 1, 2).contiguous()
+        update = attention.proj_out(image).flatten(2).transpose(1, 2)
+    if name in at:
+        update = tap(name, update, grid)
+    added: Tensor = update.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+    return added + hidden

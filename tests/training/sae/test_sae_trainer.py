@@ -25,7 +25,7 @@ CONFIG = SaeConfig(
 class Sparse:
     """Tokens made of a few of many directions, off centre and far from unit scale."""
 
-    identity = "sparse"
+    identity = kind = "sparse"
 
     def __init__(self) -> None:
         self.widths = {"a": 16, "b": 24}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,13 +18,32 @@ from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.unet.tapped import tapped_forward
+from turbolens_training.activations.prompts import PromptSource, ScenePrompts
 from turbolens_training.activations.text import encode_captions
-from turbolens_training.mini.captions import describe
-from turbolens_training.mini.scenes import decode_scenes, sample_codes
 
 TRAINING: Final = "training"
 HELD_OUT: Final = "held out"
 LABELLING: Final = "labelling"
+
+
+class StepUpdates(Protocol):
+    """The updates of one batch of pictures, on a device or on disk."""
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Of the T steps, falling."""
+        ...
+
+    @property
+    def by_block(self) -> Mapping[str, Tensor | tuple[Tensor, ...]]:
+        """By hook point: [T, N, P, d_model], or T of [N, P, d_model]; P positions in row order of the grid."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +104,106 @@ def collect_updates(engine: Engine, captions: Sequence[str], seeds: Sequence[int
     return Updates(tuple(captions), tuple(seeds), noise, timesteps, by_block)
 
 
-class SceneStream:
-    """Updates of random captions of random scenes, a chunk at a time."""
+def sample_tokens(by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int, per_image: int) -> dict[str, Tensor]:
+    """Updates as training data: `per_image` positions of each picture and step, by hook point.
+
+    The blocks of one chunk keep the same positions where their grids agree.
+
+    Args:
+        by_block: by hook point, [T, N, P, d_model] or T of [N, P, d_model].
+        index: of the chunk, which decides the positions.
+        per_image: positions of a picture, at most; all where the grid has no more.
+
+    Returns:
+        By hook point, [T * N * per_image, d_model] float32.
+    """
+    taken = {}
+    for name, updates in by_block.items():
+        images, positions, width = updates[0].shape
+        generator = torch.Generator().manual_seed(index)
+        orders = torch.rand(len(updates) * images, positions, generator=generator).argsort(1)[:, :per_image]
+        picks = orders.unflatten(0, (len(updates), images))[..., None].to(updates[0].device)
+        parts = [at_step.gather(1, pick.expand(-1, -1, width)) for at_step, pick in zip(updates, picks, strict=True)]
+        taken[name] = torch.cat(parts).flatten(0, 1).float()
+    return taken
+
+
+class PromptStream:
+    """Updates of the pictures of many prompts, a chunk at a time."""
+
+    chunks: int | None = None
+    """Without end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptSource,
+        *,
+        seed: int,
+        split: str,
+        images: int,
+        one_step_share: float = 1.0,
+        multi_steps: tuple[int, ...] = (),
+    ) -> None:
+        """Set what every chunk is drawn from.
+
+        Args:
+            engine: the model; its hook points are read.
+            prompts: where prompts come from.
+            seed: of everything random.
+            split: which part of the data; streams of one seed and different splits share no draw.
+            images: pictures of a chunk.
+            one_step_share: share of chunks sampled in one step.
+            multi_steps: the rest take one of these numbers of steps.
+        """
+        self.engine = engine
+        self._prompts = prompts
+        self.split = split
+        self._key = f"{seed}/{split}"
+        self._images = images
+        self._one_step_share = one_step_share
+        self._multi_steps = multi_steps
+        self.widths = {point.name: point.d_model for point in engine.info.hook_points}
+        self.kind = prompts.kind
+        self.identity = "/".join(filter(None, (engine.info.model_hash, prompts.identity)))
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides a chunk beside its index, as plain values."""
+        info = self.engine.info
+        return {
+            "model_hash": info.model_hash,
+            "dtype": info.dtype,
+            "size": list(info.default_size),
+            "hook_points": [point.name for point in info.hook_points],
+            "prompts": self._prompts.identity,
+            "key": self._key,
+            "images": self._images,
+            "one_step_share": self._one_step_share,
+            "multi_steps": list(self._multi_steps),
+        }
+
+    def steps_of(self, index: int) -> int:
+        """Sampling steps of chunk `index`."""
+        rng = random.Random(f"{self._key}/{index}/steps")
+        return 1 if rng.random() < self._one_step_share else rng.choice(self._multi_steps)
+
+    def updates(self, index: int) -> Updates:
+        """Chunk `index`, the same every time."""
+        rng = self._rng(index)
+        captions = self._prompts.draw(index, self._images, rng, held_out=self.split == HELD_OUT)
+        seeds = [rng.getrandbits(62) for _ in captions]
+        return collect_updates(self.engine, captions, seeds, self.steps_of(index))
+
+    def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
+        """Chunk `index` as training data, see :func:`sample_tokens`."""
+        return sample_tokens(self.updates(index).by_block, index, per_image)
+
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"{self._key}/{index}")
+
+
+class SceneStream(PromptStream):
+    """Updates of random captions of random scenes: a stream that knows what its pictures should show."""
 
     def __init__(
         self,
@@ -99,53 +216,22 @@ class SceneStream:
         multi_steps: tuple[int, ...] = (),
         complete: bool = False,
     ) -> None:
-        """Set what every chunk is drawn from.
-
-        Args:
-            engine: the model.
-            seed: of everything random.
-            split: which part of the data; streams of one seed and different splits share no draw.
-            images: pictures of a chunk.
-            one_step_share: share of chunks sampled in one step.
-            multi_steps: the rest take one of these numbers of steps.
-            complete: captions name every value, for measurements against the ground truth.
-        """
-        self._engine = engine
-        self._key = f"{seed}/{split}"
-        self._images = images
-        self._one_step_share = one_step_share
-        self._multi_steps = multi_steps
-        self._complete = complete
-        self.identity = engine.info.model_hash
-        self.widths = {point.name: point.d_model for point in engine.info.hook_points}
-
-    def steps_of(self, index: int) -> int:
-        """Sampling steps of chunk `index`."""
-        rng = random.Random(f"{self._key}/{index}/steps")
-        return 1 if rng.random() < self._one_step_share else rng.choice(self._multi_steps)
+        """As :class:`PromptStream`; `complete`: captions name every value, for measurements against the truth."""
+        self._scenes = ScenePrompts(complete=complete)
+        super().__init__(
+            engine,
+            self._scenes,
+            seed=seed,
+            split=split,
+            images=images,
+            one_step_share=one_step_share,
+            multi_steps=multi_steps,
+        )
 
     def chunk(self, index: int) -> Chunk:
-        """Chunk `index`, the same every time."""
-        rng = random.Random(f"{self._key}/{index}")
-        codes = sample_codes(self._images, torch.Generator().manual_seed(rng.getrandbits(62)))
-        captions = [describe(scene, rng, complete=self._complete) for scene in decode_scenes(codes)]
-        seeds = [rng.getrandbits(62) for _ in captions]
-        return Chunk(codes, collect_updates(self._engine, captions, seeds, self.steps_of(index)))
-
-    def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
-        """Chunk `index` as training data: by hook point, `per_image` positions of each picture and step, [n, d_model].
-
-        The blocks of one chunk keep the same positions where their grids agree.
-        """
-        chunk = self.chunk(index)
-        taken = {}
-        for name, updates in chunk.updates.by_block.items():
-            steps, images, positions, width = updates.shape
-            generator = torch.Generator().manual_seed(index)
-            order = torch.rand(steps * images, positions, generator=generator).argsort(1)[:, :per_image]
-            index_of = order.to(updates.device)[..., None].expand(-1, -1, width)
-            taken[name] = updates.flatten(0, 1).gather(1, index_of).flatten(0, 1)
-        return taken
+        """Chunk `index` with its scenes."""
+        updates = self.updates(index)
+        return Chunk(self._scenes.codes(len(updates.captions), self._rng(index)), updates)
 
 
 def prompt_updates(

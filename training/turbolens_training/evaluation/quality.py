@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turbolens_server.sae.bundle import FeatureStats
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_training.activations.stream import Updates
+from turbolens_training.activations.stream import StepUpdates
 
 
 @dataclasses.dataclass
@@ -131,7 +131,7 @@ class SaeMeasurement:
 
 
 @torch.inference_mode()
-def measure(saes: Mapping[str, Sae], data: Iterable[Updates]) -> dict[str, SaeMeasurement]:
+def measure(saes: Mapping[str, Sae], data: Iterable[StepUpdates]) -> dict[str, SaeMeasurement]:
     """Run served SAEs, by hook point, over the updates of held-out data.
 
     Raises:
@@ -141,7 +141,7 @@ def measure(saes: Mapping[str, Sae], data: Iterable[Updates]) -> dict[str, SaeMe
     for updates in data:
         for name, sae in saes.items():
             for timestep, update in zip(updates.timesteps, updates.by_block[name], strict=True):
-                x = update.flatten(0, 1)
+                x = update.flatten(0, 1).to(sae.W_dec.device, torch.float32)
                 codes = sae.encode(x)
                 if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
                     raise AssertionError(f"{name}: more than k={sae.bundle.k} features are active")

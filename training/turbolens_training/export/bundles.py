@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from turbolens_server.engine.engine import Engine, EngineInfo
+from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.load import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS
-from turbolens_training.sae.config import OF_EXPORT
+from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE
 from turbolens_training.sae.trainer import SaeRun
 
 
@@ -32,16 +32,22 @@ def write_bundles(
     quality: Sequence[Mapping[str, object]] = (),
     gates: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
-    """Write one bundle for each hook point of a run into `folder`, by the hook point's name."""
+    """Write one bundle for each SAE of a run into `folder`, by the hook point's name."""
     recipe = dataclasses.asdict(run.config)
-    # Of the machine, not of the result; the gates have an entry of their own.
-    for local in ("out", "work", "model", "device", "checkpoint_steps", *OF_EXPORT):
-        del recipe[local]
+    for name in (*OF_THE_MACHINE, *OF_EXPORT):  # the gates have an entry of their own
+        del recipe[name]
     for point in info.hook_points:
+        if point.name not in run.trainers:  # of another rank
+            continue
         export = run.trainers[point.name].export()
         provenance: dict[str, Any] = {
             "recipe": recipe,
-            "data": {"kind": "captioned procedural scenes", "seed": run.config.seed, "steps": run.step},
+            "data": {
+                "kind": run.source.kind,
+                "identity": run.source.identity,
+                "seed": run.config.seed,
+                "steps": run.step,
+            },
             "metrics": [row for row in quality if row["block"] == point.name],
             "versions": versions(),
             "synonyms": synonyms(),
@@ -62,6 +68,6 @@ def write_bundles(
         )
 
 
-def read_saes(folder: Path, engine: Engine, device: torch.device) -> dict[str, Sae]:
-    """The bundles in `folder` of an engine's hook points, ready to run, by hook point."""
-    return {point.name: Sae(load_bundle(folder / point.name), device) for point in engine.info.hook_points}
+def read_saes(folder: Path, points: Iterable[str], device: torch.device) -> dict[str, Sae]:
+    """The bundles in `folder` of these hook points, ready to run, by hook point."""
+    return {point: Sae(load_bundle(folder / point), device) for point in points}

@@ -6,10 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Final, Literal
 
+from turbolens_training.activations.config import DataConfig
 from turbolens_training.export.config import Gates
 
 OF_EXPORT: Final = ("gates", "allow_below_gates")
 """Settings that decide whether a result is exported, not what it is."""
+OF_THE_MACHINE: Final = ("model", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps")
+"""Settings that say where things are, and change nothing of what comes out."""
 OF_VARIANT: Final = {
     "bandwidth": "jumprelu",
     "l0_coefficient": "jumprelu",
@@ -20,7 +23,7 @@ OF_VARIANT: Final = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SaeConfig:
+class SaeConfig(DataConfig):
     """Train an SAE with AuxK (Gao et al., arXiv 2406.04093) on the update of every hook point, all in one run.
 
     The published recipe for SDXL Turbo (Surkov et al., arXiv 2410.22366: d_sae 5120 on 1280 dimensions, k 10, batch
@@ -29,16 +32,12 @@ class SaeConfig:
     `--config FILE.yaml` reads settings from a file, by the names below with `_` or `-`; flags come on top.
     """
 
-    model: str = "mini"
-    """Model to train on: `mini`, or a `diffusers` folder."""
+    shards: Path | None = None
+    """Train on the shards of this one cache alone, and make no pictures."""
     out: Path = Path("runs/sae/bundles")
     """Folder of the bundles: one for each hook point, by its name."""
     work: Path = Path("runs/sae")
     """Folder of the checkpoint, from which a run goes on, and of the table of quality."""
-    seed: int = 0
-    """Seed of weights, data and batches."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
     variant: Literal["topk", "batch-topk", "jumprelu", "matryoshka"] = "topk"
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
@@ -72,20 +71,12 @@ class SaeConfig:
     leave over, d_model / 2 of them at a position, as published."""
     dead_tokens: int = 200_000
     """A feature is dead once it was not active on so many tokens in a row."""
-    images: int = 32
-    """Pictures of a chunk of the stream."""
     steps_per_chunk: int = 8
     """Training steps for each chunk: 1 is slowest and never repeats a token."""
     tokens_per_image: int = 64
     """Positions kept of each picture and step."""
     reservoir: int = 65_536
     """Tokens in each block's shuffling reservoir; the first filling also sets mean and scale."""
-    one_step_share: float = 0.7
-    """Share of pictures sampled in one step; the rest cover the later timesteps."""
-    multi_steps: tuple[int, ...] = (2, 3, 4)
-    """Numbers of steps that the rest is sampled in."""
-    held_out_chunks: int = 40
-    """Chunks of the held-out data, on which quality and feature statistics are measured."""
     checkpoint_steps: int = 500
     """Steps between checkpoints; a run goes on from its last one."""
     gates: Gates = dataclasses.field(default_factory=Gates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import signal
 import sys
@@ -11,25 +12,14 @@ from pathlib import Path
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
-from turbolens_training.activations.stream import HELD_OUT, TRAINING, SceneStream
+from turbolens_training.activations.sources import ChunkSource, TokenSource, open_sources
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
 from turbolens_training.export.bundles import read_saes, write_bundles
 from turbolens_training.export.gates import failures, pass_gates, record
 from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
 from turbolens_training.sae.trainer import SaeRun
-
-
-def stream(engine: Engine, config: SaeConfig, split: str) -> SceneStream:
-    """The data of a run: the same mix of steps for training and for what is held out."""
-    return SceneStream(
-        engine,
-        seed=config.seed,
-        split=split,
-        images=config.images,
-        one_step_share=config.one_step_share,
-        multi_steps=config.multi_steps,
-    )
 
 
 @contextlib.contextmanager
@@ -51,28 +41,39 @@ def terminated() -> Iterator[Callable[[], bool]]:
 def train_saes(config: SaeConfig) -> Path:
     """Train the SAEs of every hook point, going on from a checkpoint; returns the bundles' folder.
 
+    Under `torchrun` each rank trains some of them, see `sae/distributed.py`.
+
     Raises:
         BelowGatesError: an SAE fails a gate; the checkpoint and the table of quality are there to look at.
         SystemExit: SIGTERM came. The checkpoint is written, and the same command goes on from there.
     """
-    engine = load_engine(model=config.model, device=config.device, saes=[])
+    with join_ranks(config.device) as (ranks, device):
+        engine = load_engine(model=config.model, device=device, saes=[], hook_points=config.hook_points)
+        training, held_out = open_sources(engine, config, config.shards)
+        _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)
+    return config.out
+
+
+def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSource, held_out: ChunkSource) -> None:
+    """What one rank does."""
     device = next(engine.components.unet.parameters()).device
-    run = SaeRun(config, stream(engine, config, TRAINING), device)
-    checkpoint = config.work / "state.pt"
-    if checkpoint.exists():
+    run = SaeRun(config, training, device, ranks=ranks)
+    folder = config.work if ranks.world == 1 else config.work / f"rank-{ranks.rank}-of-{ranks.world}"
+    checkpoint = folder / "state.pt"
+    if ranks.all(checkpoint.exists()):
         run.resume(checkpoint)
     with terminated() as stop:
-        run.train(config.steps, checkpoint=checkpoint, stop=stop)
+        run.train(config.steps, checkpoint=checkpoint, stop=lambda: ranks.any(stop()))
     if run.step < config.steps:
         print(f"stopped at step {run.step} of {config.steps}; run again to go on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
     # Measured as served, through folders that the server would load; what passes the gates is then put in place.
-    trial = config.work / "trial"
+    trial = folder / "trial"
     write_bundles(trial, engine.info, run)
-    held_out = stream(engine, config, HELD_OUT)
-    saes = read_saes(trial, engine, device)
-    measured = measure(saes, (held_out.chunk(index).updates for index in range(config.held_out_chunks)))
+    saes = read_saes(trial, run.trainers, device)
+    chunks = range(min(config.held_out_chunks, held_out.chunks or config.held_out_chunks))
+    measured = measure(saes, map(held_out.updates, chunks))
     shutil.rmtree(trial)
     rows: list[dict[str, str | float]] = []
     below: dict[str, list[str]] = {}
@@ -88,8 +89,14 @@ def train_saes(config: SaeConfig) -> Path:
             dead=dead,
             gates=config.gates,
         )
-    write_table(config.work / "quality", rows)
-    pass_gates(below, allow_below=config.allow_below_gates)
+    order = [point.name for point in engine.info.hook_points]
+    table = sorted(itertools.chain(*ranks.gather(rows)), key=lambda row: order.index(str(row["block"])))
+    if ranks.rank == 0:
+        write_table(config.work / "quality", table)
+    # Gathered once the table is written, as a rank that fails ends the others. All fail alike: one SAE below its gates
+    # holds back those of every rank.
+    everywhere = dict(itertools.chain(*(of_rank.items() for of_rank in ranks.gather(below))))
+    pass_gates({name: everywhere[name] for name in order}, allow_below=config.allow_below_gates)
     write_bundles(
         config.out,
         engine.info,
@@ -98,4 +105,3 @@ def train_saes(config: SaeConfig) -> Path:
         quality=rows,
         gates={name: record(config.gates, reasons) for name, reasons in below.items()},
     )
-    return config.out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -15,9 +16,11 @@ from tqdm import tqdm
 
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.reservoir import Reservoir
+from turbolens_training.activations.sources import TokenSource
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
-from turbolens_training.sae.config import OF_EXPORT, SaeConfig
+from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
+from turbolens_training.sae.distributed import ALONE, Ranks
 from turbolens_training.sae.maths import auxk_loss, auxk_target, reconstruction_loss
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
@@ -36,19 +39,6 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, batch: Tensor) -> None:
         super().__init__("the loss is not finite")
         self.batch = batch
-
-
-class TokenSource(Protocol):
-    """Where training data comes from: a chunk is a function of its index."""
-
-    widths: dict[str, int]
-    """d_model of each hook point."""
-    identity: str
-    """What the data comes from; a run goes on only with the same."""
-
-    def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
-        """Tokens [n, d_model] of every hook point."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,15 +143,20 @@ def _summary(progress: Mapping[str, Progress]) -> str:
 
 
 class SaeRun:
-    """The whole run: the SAEs, their reservoirs, the position in the data and the generator of every draw."""
+    """The whole run: the SAEs, their reservoirs, the position in the data and the generator of every draw.
 
-    def __init__(self, config: SaeConfig, source: TokenSource, device: torch.device) -> None:
+    Each SAE has its own generator, so that it does not depend on which others are trained beside it.
+    """
+
+    def __init__(self, config: SaeConfig, source: TokenSource, device: torch.device, *, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.step = 0
-        self._source = source
+        self.source = source
         self._device = device
         self._cursor = 0  # the next chunk
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._ranks = ranks
+        self._seeds = {name: random.Random(f"{config.seed}/{name}").getrandbits(62) for name in source.widths}
+        self._generators = {name: torch.Generator().manual_seed(seed) for name, seed in self._seeds.items()}
         self._reservoirs = {name: Reservoir(config.reservoir, width, device) for name, width in source.widths.items()}
         self.trainers: dict[str, SaeTrainer] = {}
         """By hook point; none before the reservoirs are full."""
@@ -183,7 +178,7 @@ class SaeRun:
                 if self.step % self.config.steps_per_chunk == self.config.steps_per_chunk - 1:
                     self._take_chunk()
                 for name, trainer in self.trainers.items():
-                    batch = self._reservoirs[name].draw(self.config.batch, self._generator)
+                    batch = self._reservoirs[name].draw(self.config.batch, self._generators[name])
                     try:
                         trainer.step(batch, self.step)
                     except NonFiniteLoss as error:
@@ -223,7 +218,7 @@ class SaeRun:
     def _fill(self, stop: Callable[[], bool]) -> None:
         """Fill the reservoirs; their first contents set mean and scale."""
         with tqdm(desc="filling", unit="chunk") as bar:
-            while not all(reservoir.full for reservoir in self._reservoirs.values()):
+            while not self._ranks.all(all(reservoir.full for reservoir in self._reservoirs.values())):
                 if stop():
                     return
                 self._take_chunk()
@@ -231,21 +226,20 @@ class SaeRun:
         self._build({name: Normalizer.fit(reservoir.rows) for name, reservoir in self._reservoirs.items()})
 
     def _build(self, normalizers: dict[str, Normalizer]) -> None:
-        for rank, (name, normalizer) in enumerate(normalizers.items()):
-            seed = self.config.seed * 1000 + rank
-            self.trainers[name] = SaeTrainer(self.config, self._reservoirs[name].rows, seed, normalizer)
+        for name, normalizer in normalizers.items():
+            self.trainers[name] = SaeTrainer(self.config, self._reservoirs[name].rows, self._seeds[name], normalizer)
 
     def _take_chunk(self) -> None:
-        for name, tokens in self._source.tokens(self._cursor, self.config.tokens_per_image).items():
-            self._reservoirs[name].put(tokens.to(self._device), self._generator)
+        for name, tokens in self.source.tokens(self._cursor, self.config.tokens_per_image).items():
+            self._reservoirs[name].put(tokens.to(self._device), self._generators[name])
         self._cursor += 1
 
     def _identity(self) -> dict[str, Any]:
         """What decides the result: the data's source, and the settings."""
         settings = dataclasses.asdict(self.config)
-        for name in ("out", "work", "model", "device", "checkpoint_steps", "held_out_chunks", *OF_EXPORT):
+        for name in (*OF_THE_MACHINE, *OF_EXPORT, "held_out_chunks"):
             del settings[name]
-        return {"source": self._source.identity, **settings}
+        return {"source": self.source.identity, **settings}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what follows."""
@@ -253,7 +247,7 @@ class SaeRun:
             "config": self._identity(),
             "step": self.step,
             "cursor": self._cursor,
-            "generator": self._generator.get_state(),
+            "generators": {name: generator.get_state() for name, generator in self._generators.items()},
             "reservoirs": {name: reservoir.state_dict() for name, reservoir in self._reservoirs.items()},
             "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
@@ -269,7 +263,8 @@ class SaeRun:
             changed = [name for name, value in ours.items() if state["config"].get(name) != value]
             raise ValueError(f"the checkpoint is of a run with another {', '.join(changed)}; choose another --work")
         self.step, self._cursor = state["step"], state["cursor"]
-        self._generator.set_state(state["generator"].cpu())
+        for name, generator in self._generators.items():
+            generator.set_state(state["generators"][name].cpu())
         for name, reservoir in self._reservoirs.items():
             reservoir.load_state_dict(state["reservoirs"][name])
         trainers = state["trainers"]
@@ -278,9 +273,10 @@ class SaeRun:
             trainer.load_state_dict(trainers[name])
 
     def save(self, path: Path) -> None:
-        """Write the state; a write that is cut off leaves the last one whole."""
+        """Write the state; a write that is cut off leaves the last one whole, on every rank."""
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(self.state_dict(), path.with_suffix(".tmp"))
+        self._ranks.barrier()
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> None:

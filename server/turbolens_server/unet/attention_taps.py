@@ -1,0 +1,97 @@
+"""Attention layers as hook points: what `attn1` or `attn2` of a transformer layer adds to its input.
+
+`up.0.1.attn2.3` is the cross-attention of layer 3 in block `up.0.1`: the layer's output after its output projection,
+before the residual add. As with blocks, the walk calls the modules that diffusers' own forward calls, in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from turbolens_server.engine.types import HookPoint
+
+_MARK = ".attn"
+
+
+def block_of(point: str) -> str:
+    """The block that a hook point is, or lies in: "up.0.1.attn2.3" -> "up.0.1"."""
+    return point.partition(_MARK)[0]
+
+
+def is_attention(point: str) -> bool:
+    """Whether a hook point is an attention layer within a block."""
+    return _MARK in point
+
+
+def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
+    """The blocks of `find_hook_points` and the attention layers in each, in order of execution."""
+    found = {}
+    for name, block in blocks.items():
+        transformer = unet.get_submodule(block.module)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        for i, layer in enumerate(transformer.transformer_blocks):
+            for kind in ("attn1", "attn2") if _is_known(layer) else ():
+                module = f"{block.module}.transformer_blocks.{i}.{kind}"
+                point = HookPoint(f"{name}.{kind}.{i}", module, width, block.downscale)
+                found[point.name] = point
+        found[name] = block
+    return found
+
+
+def list_points(points: Iterable[str]) -> str:
+    """The hook points for a message: a large U-Net has hundreds of attention layers."""
+    names = list(points)
+    blocks = [name for name in names if not is_attention(name)]
+    layers = [name for name in names if is_attention(name)]
+    return ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
+
+
+def run_layers(
+    name: str,
+    layers: Any,
+    tokens: Tensor,
+    text: Tensor,
+    tap: Callable[[str, Tensor], Tensor],
+    at: frozenset[str],
+) -> Tensor:
+    """The transformer layers of one block.
+
+    Args:
+        name: of the block.
+        layers: its `transformer_blocks`.
+        tokens: [B, P, width].
+        text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
+        tap: (hook point, update [B, P, width]) -> the update to add instead.
+        at: names of the hook points that are tapped.
+
+    Returns:
+        [B, P, width].
+    """
+    for i, layer in enumerate(layers):
+        if at.isdisjoint((f"{name}.attn1.{i}", f"{name}.attn2.{i}")):
+            tokens = layer(tokens, encoder_hidden_states=text)
+            continue
+        for kind, attention, norm, context in (
+            ("attn1", layer.attn1, layer.norm1, None),
+            ("attn2", layer.attn2, layer.norm2, text),
+        ):
+            update = attention(norm(tokens), encoder_hidden_states=context)
+            point = f"{name}.{kind}.{i}"
+            tokens = (tap(point, update) if point in at else update) + tokens
+        tokens = layer.ff(layer.norm3(tokens)) + tokens
+    return tokens
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether a layer's forward is what `run_layers` does."""
+    return (
+        layer.norm_type == "layer_norm"
+        and layer.attn2 is not None
+        and layer.pos_embed is None
+        and not layer.only_cross_attention
+        and layer._chunk_size is None
+    )

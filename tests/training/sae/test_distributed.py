@@ -1,0 +1,77 @@
+"""Ranks are processes here, as they are under torchrun; they talk by gloo on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.distributed import Ranks, SharedSource
+from turbolens_training.sae.trainer import SaeRun
+
+CPU = torch.device("cpu")
+CONFIG = SaeConfig(
+    d_sae=48, k=4, steps=24, batch=32, warm_up=5, dead_tokens=128, steps_per_chunk=3, tokens_per_image=8, reservoir=100
+)
+TOLERANCE = 1e-6
+"""Of weights near 1, after 24 steps. On one kind of CPU they are bit-equal; threads may add in another order."""
+
+
+class Uneven:
+    """Chunks and blocks of different sizes, so that the reservoirs are not full at the same time."""
+
+    identity = kind = "uneven"
+
+    def __init__(self) -> None:
+        self.widths = {"a": 12, "b": 16, "c": 8}
+        self.made: list[int] = []
+
+    def tokens(self, index: int, per_image: int) -> dict[str, torch.Tensor]:
+        self.made.append(index)
+        found = {}
+        for name, width in self.widths.items():
+            g = torch.Generator().manual_seed(1000 * width + index)
+            images = (1 + index % 3) * (3 if name == "a" else 1)
+            found[name] = 3 * torch.randn(images * per_image, width, generator=g) + 7
+        return found
+
+
+def train(rank: int, world: int, folder: str, steps: int) -> None:
+    """One rank's whole run, going on from a checkpoint where there is one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{steps}", rank=rank, world_size=world)
+    try:
+        source, ranks = Uneven(), Ranks(rank, world)
+        run = SaeRun(CONFIG, SharedSource(source, ranks), CPU, ranks=ranks)
+        checkpoint = Path(folder) / f"state-{rank}.pt"
+        if checkpoint.exists():
+            run.resume(checkpoint)
+        run.train(steps, checkpoint=checkpoint)
+        assert all(index % world == rank for index in source.made)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
+    for steps in (9, 24):  # stopped between, in the middle of a round of chunks
+        mp.spawn(train, (2, str(tmp_path), steps), nprocs=2)
+    alone = SaeRun(CONFIG, Uneven(), CPU)
+    alone.train(24)
+    ours = alone.state_dict()
+    together = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [list(state["trainers"]) for state in together] == [["a", "c"], ["b"]]
+    for state in together:
+        assert state["cursor"] == ours["cursor"]
+        for name, trainer in state["trainers"].items():
+            assert torch.equal(trainer["idle"], ours["trainers"][name]["idle"])
+            for key, weights in trainer["weights"].items():
+                assert (weights - ours["trainers"][name]["weights"][key]).abs().max() <= TOLERANCE
+
+
+def test_more_ranks_than_saes_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 ranks for 3 SAEs; start 3 at most"):
+        Ranks(0, 4).own(["a", "b", "c"])

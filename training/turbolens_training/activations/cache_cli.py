@@ -1,0 +1,47 @@
+"""`turbolens train cache`: fill a cache, check one, import one."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+from turbolens_server.engine.load import load_engine
+from turbolens_training.activations.cache import find_caches
+from turbolens_training.activations.cached import CachedStream
+from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
+from turbolens_training.activations.reference_tars import import_tars
+from turbolens_training.activations.sources import open_streams
+
+
+def fill(config: FillCacheConfig) -> None:
+    """Make what the caches of a run's two parts lack."""
+    if config.workers:
+        from turbolens_training.activations.ray_collect import fill_with_ray
+
+        print(*fill_with_ray(config), sep="\n")
+        return
+    engine = load_engine(model=config.model, device=config.device, saes=[], hook_points=config.hook_points)
+    for stream, chunks in zip(open_streams(engine, config), (config.chunks, config.held_out_chunks), strict=True):
+        cached = CachedStream(stream, config.cache)
+        for index in tqdm(range(chunks), desc=stream.split, unit="chunk"):
+            cached.fill(index)
+        print(cached.cache.folder)
+
+
+def verify(config: VerifyCacheConfig) -> None:
+    """Say everything that is wrong; exit with 1 where something is."""
+    count = 0
+    for cache in find_caches(config.path):
+        for problem in cache.problems():
+            count += 1
+            print(problem)
+        print(f"{cache.folder}: {len(cache.shards())} shards read")
+    if count:
+        sys.exit(f"turbolens train cache verify: {count} problem{'s'[: count > 1]}")
+
+
+def import_reference(config: ImportTarsConfig) -> None:
+    """Make a cache of the reference's tars."""
+    cache = import_tars(config.path, config.cache)
+    print(f"{cache.folder}: {len(cache.shards())} shards; train on them with `turbolens train sae --shards`")

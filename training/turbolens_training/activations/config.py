@@ -1,0 +1,66 @@
+"""Settings of the data and of `turbolens train cache`; the docstrings are the command's help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What pictures to make and where to read their updates."""
+
+    model: str = "mini"
+    """Model to train on: `mini`, or a `diffusers` folder."""
+    hook_points: tuple[str, ...] = ()
+    """Where to read: blocks like `up.0.1`, or attention layers within one like `up.0.1.attn2.0`; the published four
+    where none is named."""
+    prompts: str = "scenes"
+    """What to draw pictures of: `scenes` (the grammar of the embedded model), a text file (a prompt a line), or
+    `FILE[:COLUMN]` of a Parquet, CSV or JSONL file or of a Hugging Face dataset (a folder, or an id as owner/name)."""
+    cache: Path | None = None
+    """Folder that keeps the updates as float16, for the next run on the same pictures; none by default."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    images: int = 32
+    """Pictures of a chunk of the stream."""
+    one_step_share: float = 0.7
+    """Share of pictures sampled in one step; the rest cover the later timesteps."""
+    multi_steps: tuple[int, ...] = (2, 3, 4)
+    """Numbers of steps that the rest is sampled in."""
+    held_out_chunks: int = 40
+    """Chunks of the held-out data, on which quality and feature statistics are measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FillCacheConfig(DataConfig):
+    """Make the pictures of a run beforehand, and keep their updates; what the cache has already is not made again."""
+
+    cache: Path = Path("runs/cache")
+    """Folder that keeps the updates as float16."""
+    chunks: int = 100
+    """Chunks of the training data."""
+    workers: int = 0
+    """Ray workers that share the work, each with a model of its own; 0: this process does it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyCacheConfig:
+    """Read every byte of a cache and compare it with its checksums."""
+
+    path: tyro.conf.Positional[Path]
+    """A cache, or a folder of caches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportTarsConfig:
+    """Turn the tars that the authors of arXiv 2410.22366 collect, one for each block, into a cache to train on."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of the tars."""
+    cache: Path = Path("runs/cache")
+    """Folder that the cache is made in."""

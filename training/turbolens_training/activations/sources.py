@@ -1,0 +1,104 @@
+"""The data of a run, as its settings say: a stream of pictures, a cache over it, or a cache alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from turbolens_server.engine.engine import Engine
+from turbolens_training.activations.cache import ShardCache
+from turbolens_training.activations.cached import CachedStream, ShardSource
+from turbolens_training.activations.config import DataConfig
+from turbolens_training.activations.prompts import SCENES, open_prompts
+from turbolens_training.activations.stream import HELD_OUT, TRAINING, PromptStream, StepUpdates
+
+
+class TokenSource(Protocol):
+    """Where training data comes from: a chunk is a function of its index."""
+
+    widths: dict[str, int]
+    """d_model of each hook point."""
+    identity: str
+    """What the data comes from; a run goes on only with the same."""
+    kind: str
+    """What the data is, in words, for the provenance of what is trained on it."""
+
+    def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
+        """Tokens [n, d_model] of every hook point."""
+        ...
+
+
+class ChunkSource(TokenSource, Protocol):
+    """Training data that is also there in whole chunks, for measurement."""
+
+    @property
+    def chunks(self) -> int | None:
+        """Different chunks there are; None: without end."""
+        ...
+
+    def updates(self, index: int) -> StepUpdates:
+        """Chunk `index`, the same every time."""
+        ...
+
+
+def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, PromptStream]:
+    """The streams of pictures to train on and to hold out: the same mix of steps, and no prompt of a file in both.
+
+    Raises:
+        PromptError: the prompts cannot be read.
+    """
+    prompts = open_prompts(config.prompts, seed=config.seed)
+    if prompts.summary:
+        print(prompts.summary, file=sys.stderr)
+    training, held_out = (
+        PromptStream(
+            engine,
+            prompts,
+            seed=config.seed,
+            split=split,
+            images=config.images,
+            one_step_share=config.one_step_share,
+            multi_steps=config.multi_steps,
+        )
+        for split in (TRAINING, HELD_OUT)
+    )
+    return training, held_out
+
+
+def open_sources(engine: Engine, config: DataConfig, shards: Path | None) -> tuple[ChunkSource, ChunkSource]:
+    """What to train on, and what is held out.
+
+    Args:
+        engine: the model, at whose hook points the data is.
+        config: of the data.
+        shards: a cache to take as it is, instead of making pictures.
+
+    Raises:
+        PromptError: the prompts cannot be read.
+        CacheError: the cache cannot be read or written.
+        ValueError: settings contradict each other, or the shards are of another model.
+    """
+    if shards is not None:
+        if config.cache is not None or config.prompts != SCENES:
+            raise ValueError("--shards is all the data of a run; leave out --cache and --prompts")
+        return _open_shards(engine, ShardCache(shards))
+    streams = open_streams(engine, config)
+    if config.cache is None:
+        return streams
+    training, held_out = (CachedStream(stream, config.cache) for stream in streams)
+    return training, held_out
+
+
+def _open_shards(engine: Engine, cache: ShardCache) -> tuple[ShardSource, ShardSource]:
+    """A cache alone, checked against the model whose SAEs these will be."""
+    training, held_out = (ShardSource(cache, held_out=held_out) for held_out in (False, True))
+    made_by = cache.recipe.get("model_hash")
+    if made_by not in (None, engine.info.model_hash):
+        raise ValueError(f"{cache.folder}: made by model {str(made_by)[:12]}, not {engine.info.model_hash[:12]}")
+    widths = {point.name: point.d_model for point in engine.info.hook_points}
+    if training.widths != widths:
+        raise ValueError(f"{cache.folder}: holds {training.widths}, the model's hook points are {widths}")
+    return training, held_out
