@@ -14,7 +14,9 @@ from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.unet.attention_taps import block_of, list_points, with_attention_points
+from turbolens_server.unet.graph import GraphSpec
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
+from turbolens_server.unet.torch_unet import CompiledTorchUNet
 from turbolens_training.activations.stream import collect_updates
 
 
@@ -95,9 +97,12 @@ def test_steering_one_layer_reaches_the_picture_and_no_earlier_point(tiny_engine
     assert changed == points[points.index(at) + 1 :]
 
 
-def test_training_collects_and_the_server_reads_and_steers_there(tiny_folder: Path, tmp_path: Path) -> None:
-    at = "up.0.0.attn2.1"
-    collecting = load_engine(model=str(tiny_folder), saes=[], hook_points=[at, "mid.0"])
+def test_training_collects_and_the_server_reads_and_steers_there(
+    small_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """On PyTorch as it is, and compiled."""
+    at, model = "up.0.0.attn2.0", str(small_model[0])
+    collecting = load_engine(model=model, saes=[], hook_points=[at, "mid.0"])
     assert [point.name for point in collecting.info.hook_points] == ["mid.0", at]
     updates = collect_updates(collecting, ["a star", "b"], [1, 2], 2)
     update = updates.by_block[at]
@@ -118,7 +123,7 @@ def test_training_collects_and_the_server_reads_and_steers_there(tiny_folder: Pa
         stats=None,
         provenance={},
     )
-    serving = load_engine(model=str(tiny_folder), saes=[str(tmp_path)])
+    serving = load_engine(model=model, saes=[str(tmp_path)])
     size = serving.info.default_size
     edit = Edit("add", (WeightedFeature(at, 0),), 50.0, Unit.RAW)
     jobs = [Job("a star", 1, 2, *size, saes=(at,)), Job("a star", 1, 2, *size, edits=(edit,))]
@@ -126,6 +131,13 @@ def test_training_collects_and_the_server_reads_and_steers_there(tiny_folder: Pa
     assert plain is not None
     assert steered is not None
     assert not np.array_equal(plain.picture, steered.picture)
+    parts, info = serving.components, serving.info
+    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    graph = CompiledTorchUNet(parts.unet, spec, backend="eager")
+    compiled = Engine(parts, graph, info, torch.device("cpu"), torch.float32).run(jobs)
+    for ours, theirs in zip((plain, steered), compiled, strict=True):
+        assert theirs is not None
+        assert np.abs(ours.latents - theirs.latents).max() <= 1e-4
     values = update[0, 0].clamp(min=0)
     assert np.abs(np.sort(plain.features[0].values) - np.sort(values[values > 0].numpy())).max() < 1e-4
 
@@ -134,3 +146,12 @@ def test_a_hook_point_that_is_not_there_is_one_line(tiny_folder: Path, tiny_engi
     with pytest.raises(LoadError, match=r"no hook point up\.0\.0\.attn3\.0; it has .* attention layers from"):
         load_engine(model=str(tiny_folder), saes=[], hook_points=["up.0.0.attn3.0"])
     assert "attn" not in list_points(find_hook_points(tiny_engine.components.unet, 8))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
+def test_a_backend_that_runs_a_graph_refuses_attention_layers(backend: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=f"^--backend {backend}: mid.0.attn2.0: only blocks are exported.*use torch$"):
+        load_engine(
+            model=str(tiny_folder), saes=[], hook_points=["mid.0", "mid.0.attn2.0"], backend=backend, cache=tmp_path
+        )
+    assert not list(tmp_path.iterdir())
