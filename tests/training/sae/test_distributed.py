@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from turbolens_server.sae.bundle import load_bundle
+from turbolens_training.export.gates import BelowGatesError
+from turbolens_training.sae import run as sae_run
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource
 from turbolens_training.sae.trainer import SaeRun
@@ -75,3 +81,38 @@ def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
 def test_more_ranks_than_saes_are_refused() -> None:
     with pytest.raises(ValueError, match="4 ranks for 3 SAEs; start 3 at most"):
         Ranks(0, 4).own(["a", "b", "c"])
+
+
+def free_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+def train_and_export(rank: int, ports: tuple[str, str], model: str, folder: Path) -> None:
+    """One rank of `torchrun turbolens train sae`, whose last SAE is below a gate: held back first, then let through."""
+    torch.set_num_threads(1)
+    sae_run.failures = lambda *_, **__: ["is bad"] if rank == 1 else []
+    for port, allow in zip(ports, (False, True), strict=True):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        config = SaeConfig(
+            model, hook_points=("mid.0", "up.0.1"), device="cpu", images=4, held_out_chunks=2, d_sae=32, k=4, steps=6,
+            batch=16, reservoir=40, warm_up=2, out=folder / "bundles", work=folder / "work", allow_below_gates=allow,
+        )  # fmt: skip
+        if allow:
+            sae_run.train_saes(config)
+            continue
+        with pytest.raises(BelowGatesError, match=r"^not exported: up\.0\.1: is bad \("):
+            sae_run.train_saes(config)
+        assert not config.out.exists()
+
+
+def test_one_sae_below_its_gates_holds_back_those_of_every_rank(tiny_folder: Path, tmp_path: Path) -> None:
+    mp.spawn(train_and_export, ((free_port(), free_port()), str(tiny_folder), tmp_path), nprocs=2)
+    below = {
+        folder.name: load_bundle(folder).provenance["gates"]["below"] for folder in (tmp_path / "bundles").iterdir()
+    }
+    assert below == {"mid.0": [], "up.0.1": ["is bad"]}
+    table = json.loads((tmp_path / "work" / "quality.json").read_text())
+    assert [row["block"] for row in table if row["timestep"] == "all"] == ["mid.0", "up.0.1"]
+    assert not list((tmp_path / "work").glob("**/trial"))
