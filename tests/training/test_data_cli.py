@@ -10,7 +10,10 @@ from turbolens_server.sae.bundle import load_bundle
 from turbolens_training import cli
 from turbolens_training.activations.cache import ShardCache, find_caches
 
-SMALL = "--d-sae 32 --k 4 --steps 6 --batch 16 --images 4 --reservoir 40 --warm-up 2 --hook-points mid.0 --device cpu"
+SMALL = (
+    "--d-sae 32 --k 4 --steps 6 --batch 16 --images 4 --reservoir 40 --warm-up 2 --hook-points mid.0 --device cpu "
+    "--allow-below-gates"
+)
 
 
 def test_prompts_of_a_file_over_a_cache_and_then_the_cache_alone(

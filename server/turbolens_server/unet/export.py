@@ -64,7 +64,7 @@ def check_points(spec: GraphSpec) -> None:
         BackendError: there is one.
     """
     if layers := [point.name for point in spec.points if is_attention(point.name)]:
-        raise BackendError(f"{', '.join(layers)}: only blocks are exported, and not attention layers; use torch")
+        raise BackendError(f"{', '.join(layers)}: only blocks are exported, not attention layers; use --backend torch")
 
 
 def ensure_graph(cache: ArtifactCache, unet: UNet2DConditionModel, spec: GraphSpec, model_hash: str) -> Entry:

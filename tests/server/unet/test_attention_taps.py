@@ -150,7 +150,9 @@ def test_a_hook_point_that_is_not_there_is_one_line(tiny_folder: Path, tiny_engi
 
 @pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
 def test_a_backend_that_runs_a_graph_refuses_attention_layers(backend: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=f"^--backend {backend}: mid.0.attn2.0: only blocks are exported.*use torch$"):
+    with pytest.raises(
+        LoadError, match=f"^--backend {backend}: mid.0.attn2.0: only blocks are exported.*use --backend torch$"
+    ):
         load_engine(
             model=str(tiny_folder), saes=[], hook_points=["mid.0", "mid.0.attn2.0"], backend=backend, cache=tmp_path
         )
