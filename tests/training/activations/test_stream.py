@@ -9,6 +9,7 @@ import torch
 from turbolens_server.engine.engine import Engine, EngineInfo, SaeInfo
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights
+from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.reservoir import Reservoir
 from turbolens_training.activations.stream import SceneStream, collect_updates
 
@@ -67,7 +68,8 @@ def with_identity_saes(engine: Engine) -> Engine:
         bundle = Bundle(point.name, point.name, "topk", d, weights, None, "", None, {})
         infos[point.name] = SaeInfo(point.name, point.name, bundle, False)
     info: EngineInfo = dataclasses.replace(engine.info, saes=infos)
-    return Engine(engine.components, info, torch.device("cpu"), torch.float32)
+    unet = TorchUNet(engine.components.unet)
+    return Engine(engine.components, unet, info, torch.device("cpu"), torch.float32)
 
 
 def test_positions_are_sampled_without_doubles(tiny_engine: Engine) -> None:

@@ -12,6 +12,7 @@ from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
 from turbolens_server.unet.tapped import find_hook_points
+from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates
 from turbolens_training.evaluation.interventions import patch, reconstruct, shift, splice, zero
 from turbolens_training.evaluation.sampling import decode, saes_by_block, sample
@@ -50,7 +51,8 @@ def test_patching_every_block_gives_the_picture_of_the_other_caption(sae_engine:
         unet.add_embedding.linear_1.weight[:, :pooled_width] = 0
     points = find_hook_points(unet, parts.vae_downscale)
     info = dataclasses.replace(sae_engine.info, hook_points=tuple(points.values()), saes={})
-    engine = Engine(dataclasses.replace(parts, unet=unet), info, torch.device("cpu"), torch.float32)
+    parts = dataclasses.replace(parts, unet=unet)
+    engine = Engine(parts, TorchUNet(unet), info, torch.device("cpu"), torch.float32)
     base, wanted = (sample(engine, captions, SEEDS, 2, keep=True) for captions in (CAPTIONS, EDITED))
     apart = (base.latents - wanted.latents).abs().max()
     patched = sample(engine, CAPTIONS, SEEDS, 2, intervene=patch(wanted.updates)).latents

@@ -39,7 +39,7 @@ import turbolens_training
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_training.activations.stream import Chunk, Updates
+from turbolens_training.activations.stream import Updates
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.sae import maths, reference
 from turbolens_training.sae.architectures import build_architecture
@@ -170,11 +170,11 @@ def test_a_topk_that_keeps_more_than_k_is_not_measured(architecture: Any) -> Non
     weights = SaeWeights(**{name: tensor.float() for name, tensor in random_weights(0).tensors().items()})
     bundle = Bundle("a", "a", architecture, K, weights, None, "", None, {})
     x = random_tokens(0).float()
-    chunk = Chunk(torch.zeros(1), Updates(torch.zeros(1), (999,), {"a": x[None, None]}))
-    found = measure({"a": Sae(bundle, CPU)}, [chunk])["a"]
+    updates = Updates(("",), (0,), torch.zeros(1), (999,), {"a": x[None, None]})
+    found = measure({"a": Sae(bundle, CPU)}, [updates])["a"]
     assert found.rows("a", 0.0)[0]["l0_p99"] <= K
     with pytest.raises(AssertionError, match="more than k=4"):
-        measure({"a": _AsReLU(bundle, CPU)}, [chunk])
+        measure({"a": _AsReLU(bundle, CPU)}, [updates])
 
 
 class Source:
