@@ -145,9 +145,9 @@ async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, lo
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         assert not await program  # nothing was left loading
-    assert [line["event"] for line in log_lines] == ["listening", "ready", "stopping", "stopped"]
+    assert [line["event"] for line in log_lines] == ["listening", "backend", "ready", "stopping", "stopped"]
     assert log_lines[0]["address"].startswith("127.0.0.1:")
-    assert (log_lines[1]["load_s"], fake.warmed_up) == (1.5, [8])
+    assert (log_lines[2]["load_s"], fake.warmed_up) == (1.5, [8])
 
 
 async def test_a_model_that_warms_up_to_nothing_is_no_model(loading, fake):
