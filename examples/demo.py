@@ -23,8 +23,8 @@ import turbolens as tl
 
 PROMPT = "a big red circle left of a big red square, sky background"
 SEED = 7
-CONCEPTS = ("blue", "star", "striped", "night", "small")
-STRENGTHS = (-4.0, 4.0, 8.0, 16.0)
+CONCEPTS = ("blue", "star", "neon", "night", "small")
+STRENGTHS = (-2.0, 2.0, 4.0, 6.0)
 MASKED = "blue"
 GROUP = 4
 """Features of a concept that are moved together."""
@@ -82,10 +82,10 @@ def concept_features(lens: tl.Lens, words: str, base: tl.Picture) -> tuple[list[
     """
     best: tuple[list[tl.Match], float] = ([], -1.0)
     for sae in lens.model().saes:
-        found = list(lens.search_features(words, block=sae.name, limit=GROUP))
+        found = [match for match in lens.search_features(words, block=sae.name) if words in match.feature.label][:GROUP]
         if not found:
             continue
-        tried = lens.generate(base.prompt, seed=base.seed, steer=[tl.add(found, 20)])
+        tried = lens.generate(base.prompt, seed=base.seed, steer=[tl.add(found, 6)])
         moved = float(change(base, tried).mean()) * float(np.mean([match.score for match in found]))
         best = max(best, (found, moved), key=lambda pair: pair[1])
     return best
@@ -142,17 +142,18 @@ def explore(lens: tl.Lens, out: Path) -> None:
     sheet.row(f'"{PROMPT}", seed {SEED}, and where the strongest labelled feature of each block fires', tiles)
 
     print("\n2. Concepts found by words, added at several strengths (in means of the feature)")
-    found = {}
+    chosen = {}
     for words in CONCEPTS:
         features, _ = concept_features(lens, words, base)
         if not features:
             print(f"   no feature for {words!r}")
             continue
-        found[words] = features
+        chosen[words] = features
         block = features[0].ref.sae
         show(f"""
-            {words} = lens.search_features("{words}", block="{block}", limit={GROUP})
-            lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 8)])
+            found = lens.search_features("{words}", block="{block}")
+            {words} = [match for match in found if "{words}" in match.feature.label][:{GROUP}]
+            lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 4)])
         """)
         tiles = [("0 (the picture itself)", base.image)]
         for strength in STRENGTHS:
@@ -162,8 +163,8 @@ def explore(lens: tl.Lens, out: Path) -> None:
         sheet.row(f'"{words}" in {block}: {labels[:90]}', tiles)
 
     print("\n3. One edit, masked to the left half")
-    features = found.get(MASKED) or next(iter(found.values()))
-    words = next(name for name, matches in found.items() if matches is features)
+    features = chosen.get(MASKED) or next(iter(chosen.values()))
+    words = next(name for name, matches in chosen.items() if matches is features)
     show(f"lens.generate(base.prompt, seed={SEED}, steer=[tl.add({words}, 5, mask=tl.box(0, 0, 0.5, 1))])")
     masked = lens.generate(PROMPT, seed=SEED, steer=[tl.add(features, 5, mask=tl.box(0, 0, 0.5, 1))])
     difference = change(base, masked)

@@ -42,13 +42,13 @@ class SaeConfig(DataConfig):
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
     when it is served."""
-    d_sae: int = 512
+    d_sae: int = 256
     """Features of each SAE."""
     k: int = 10
     """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`)."""
     nested_k: tuple[int, ...] = (4, 16)
     """Other k that a `matryoshka` is trained at; every k up to the largest can be served."""
-    prefixes: tuple[int, ...] = (64, 256)
+    prefixes: tuple[int, ...] = (64, 128)
     """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all."""
     bandwidth: float = 0.5
     """Width of the kernel by which a `jumprelu` estimates the gradient of its thresholds, on normalised updates."""
@@ -59,7 +59,7 @@ class SaeConfig(DataConfig):
     batch: int = 2048
     """Tokens of a step, for each block."""
     learning_rate: float = 3e-3
-    """Peak rate of Adam. The usual law, 2e-4 / sqrt(d_sae / 2^14), gives 1.1e-3, too slow for 3,000 steps."""
+    """Peak rate of Adam. The usual law, 2e-4 / sqrt(d_sae / 2^14), gives 1.6e-3, too slow for 3,000 steps."""
     warm_up: int = 100
     """Steps in which the rate rises from 0."""
     decay_share: float = 0.2
