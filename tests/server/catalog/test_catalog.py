@@ -76,11 +76,11 @@ def test_unknown_names_are_not_found(name, lens, catalog):
 
 
 def test_search_finds_words_synonyms_and_typos(lens):
-    plain = lens.search_features("blue", block="up.0.1")
+    plain = lens.search_features("blue")
     assert any((lb.attribute, lb.value) == ("color", "blue") for lb in plain[0].feature.labels)
     assert [m.score for m in plain] == sorted((m.score for m in plain), reverse=True)
     for words in ("azure", "blu", "bleu"):
-        assert lens.search_features(words, block="up.0.1")[0].reason.startswith("color=blue")
+        assert lens.search_features(words)[0].reason.startswith("color=blue")
     assert len(lens.search_features("night", limit=3)) == 3
 
 

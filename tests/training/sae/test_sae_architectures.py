@@ -267,7 +267,7 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
     ("change", "message"),
     [
         ({"k": 0}, "k=0, expected at least 1"),
-        ({"k": 2000}, "k=2000, expected 1 to d_sae=512"),
+        ({"k": 2000}, f"k=2000, expected 1 to d_sae={SaeConfig.d_sae}"),
         ({"bandwidth": 0.1}, "bandwidth is a setting of variant jumprelu"),
         ({"variant": "matryoshka", "prefixes": (256, 64)}, "prefixes"),
         ({"variant": "matryoshka", "prefixes": (8, 64)}, "prefixes"),
