@@ -27,10 +27,30 @@ def engine():
     return load_engine()
 
 
+def save_random_model(folder: Path, unet, scheduler) -> None:
+    """A `diffusers` folder of a U-Net and a scheduler beside `mini`'s untrained other parts."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from turbolens_training.mini import model as parts
+
+    first, second = parts.build_text_encoders()
+    pipeline = StableDiffusionXLPipeline(
+        vae=parts.build_vae(),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=parts.build_tokenizer(),
+        tokenizer_2=parts.build_tokenizer(pad_token="!"),
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random SDXL-type folder that is not `mini`: epsilon prediction, EulerDiscrete, convolutional projections."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
     from turbolens_training.mini import model as parts
 
@@ -44,21 +64,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sample_size": 16,
         }
     )
-    first, second = parts.build_text_encoders()
-    pipeline = StableDiffusionXLPipeline(
-        vae=parts.build_vae(),
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=parts.build_tokenizer(),
-        tokenizer_2=parts.build_tokenizer(pad_token="!"),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
-        ),
-        add_watermarker=False,
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
     )
     folder = tmp_path_factory.mktemp("tiny")
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    save_random_model(folder, unet, scheduler)
     return folder
 
 
@@ -73,7 +83,7 @@ def tiny_engine(tiny_folder: Path):
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random model of one block a level with random SAEs at two of them: (folder, folder of SAEs)."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
     from turbolens_server.engine.load import hash_unet
     from turbolens_server.sae.bundle import SaeWeights, save_bundle
@@ -90,19 +100,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "use_linear_projection": False,
         "sample_size": 16,
     }
-    first, second = parts.build_text_encoders()
-    pipeline = StableDiffusionXLPipeline(
-        vae=parts.build_vae(),
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=parts.build_tokenizer(),
-        tokenizer_2=parts.build_tokenizer(pad_token="!"),
-        unet=UNet2DConditionModel.from_config({**parts.build_unet().config, **changes}),
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing"),
-        add_watermarker=False,
-    )
+    unet = UNet2DConditionModel.from_config({**parts.build_unet().config, **changes})
     folder, saes = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("small-saes")
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    save_random_model(folder, unet, EulerDiscreteScheduler(timestep_spacing="trailing"))
     for block, module in (("mid.0", "mid_block.attentions.0"), ("up.0.1", "up_blocks.0.attentions.1")):
         W_dec = torch.nn.functional.normalize(torch.randn(96, 64), dim=-1)
         weights = SaeWeights(W_dec.T.contiguous(), torch.zeros(96), W_dec, torch.zeros(64))

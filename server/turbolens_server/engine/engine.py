@@ -83,7 +83,7 @@ class Components:
 
 
 Cancelled: TypeAlias = Callable[[int], bool]
-"""Whether anybody still wants a row of the batch."""
+"""Whether nobody waits for a row of the batch any more."""
 
 
 @dataclasses.dataclass
@@ -121,14 +121,11 @@ class Engine:
     encoded prompts and prepared timesteps.
     """
 
-    def __init__(
-        self, components: Components, unet: UNetBackend, info: EngineInfo, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, components: Components, unet: UNetBackend, info: EngineInfo, device: torch.device) -> None:
         self.info = info
         self._parts = components
         self._unet = unet
         self._device = device
-        self._dtype = dtype
         self._saes = {name: Sae(sae.bundle, device) for name, sae in info.saes.items()}
         self._sampler = Sampler(components.scheduler, device)
         self._time_ids: dict[tuple[int, int], Tensor] = {}

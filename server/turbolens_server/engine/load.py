@@ -180,7 +180,7 @@ def load_engine(
         load_s=time.monotonic() - start,
     )
     parts = Components(text, unet, decoder, pipeline.scheduler, downscale)
-    return Engine(parts, runner, info, torch_device, torch_dtype)
+    return Engine(parts, runner, info, torch_device)
 
 
 def load_pipeline(

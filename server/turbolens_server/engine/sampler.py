@@ -18,6 +18,7 @@ class Run:
     """One batch on its way from noise to latents."""
 
     scheduler: Any
+    noise: Tensor  # [B, C, h, w], the first noise, of unit variance
     latents: Tensor  # [B, C, h, w]
     generators: list[torch.Generator] | None
     """One for each row; None where the sampler adds no noise on the way."""
@@ -61,4 +62,4 @@ class Sampler:
         # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
-        return Run(scheduler, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)
+        return Run(scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)

@@ -134,7 +134,7 @@ def test_training_collects_and_the_server_reads_and_steers_there(
     parts, info = serving.components, serving.info
     spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
     graph = CompiledTorchUNet(parts.unet, spec, backend="eager")
-    compiled = Engine(parts, graph, info, torch.device("cpu"), torch.float32).run(jobs)
+    compiled = Engine(parts, graph, info, torch.device("cpu")).run(jobs)
     for ours, theirs in zip((plain, steered), compiled, strict=True):
         assert theirs is not None
         assert np.abs(ours.latents - theirs.latents).max() <= 1e-4

@@ -22,7 +22,7 @@ def test_one_graph_serves_every_open_edit(small_torch, small_spec):
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     unet = CompiledTorchUNet(parts.unet, small_spec, backend=counter)
-    compiled = Engine(parts, unet, small_torch.info, torch.device("cpu"), torch.float32)
+    compiled = Engine(parts, unet, small_torch.info, torch.device("cpu"))
     size, wanted = small_torch.info.default_size, ("mid.0", "up.0.1")
     edits = [
         (),

@@ -68,7 +68,7 @@ def with_identity_saes(engine: Engine) -> Engine:
         bundle = Bundle(point.name, point.name, "topk", d, weights, None, "", None, {})
         infos[point.name] = SaeInfo(point.name, point.name, bundle, False)
     info: EngineInfo = dataclasses.replace(engine.info, saes=infos)
-    return Engine(engine.components, TorchUNet(engine.components.unet), info, torch.device("cpu"), torch.float32)
+    return Engine(engine.components, TorchUNet(engine.components.unet), info, torch.device("cpu"))
 
 
 def test_positions_are_sampled_without_doubles(tiny_engine: Engine) -> None:

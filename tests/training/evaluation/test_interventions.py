@@ -51,7 +51,7 @@ def test_patching_every_block_gives_the_picture_of_the_other_caption(sae_engine:
         unet.add_embedding.linear_1.weight[:, :pooled_width] = 0
     points = find_hook_points(unet, parts.vae_downscale)
     info = dataclasses.replace(sae_engine.info, hook_points=tuple(points.values()), saes={})
-    engine = Engine(dataclasses.replace(parts, unet=unet), TorchUNet(unet), info, torch.device("cpu"), torch.float32)
+    engine = Engine(dataclasses.replace(parts, unet=unet), TorchUNet(unet), info, torch.device("cpu"))
     base, wanted = (sample(engine, captions, SEEDS, 2, keep=True) for captions in (CAPTIONS, EDITED))
     apart = (base.latents - wanted.latents).abs().max()
     patched = sample(engine, CAPTIONS, SEEDS, 2, intervene=patch(wanted.updates)).latents

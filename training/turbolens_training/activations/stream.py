@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.unet.tapped import tapped_forward
+from turbolens_training.activations.begin import begin
 from turbolens_training.activations.prompts import PromptSource, ScenePrompts
-from turbolens_training.activations.text import encode_captions
 
 TRAINING: Final = "training"
 HELD_OUT: Final = "held out"
@@ -73,17 +72,8 @@ def collect_updates(engine: Engine, captions: Sequence[str], seeds: Sequence[int
     parts, info = engine.components, engine.info
     blocks = frozenset(point.name for point in info.hook_points)
     last = info.hook_points[-1].name
-    hidden, pooled = encode_captions(parts.text, list(captions))
-    device, dtype = hidden.device, hidden.dtype
-    size = info.default_size
-    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=device).repeat(len(captions), 1)
-
-    scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
-    scheduler.set_timesteps(steps, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (len(captions), parts.unet.config.in_channels, *(edge // parts.vae_downscale for edge in size))
-    noise = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-    latents = noise * scheduler.init_noise_sigma
+    batch = begin(engine, captions, seeds, steps)
+    run = batch.run
 
     kept: dict[str, list[Tensor]] = {point.name: [] for point in info.hook_points}
 
@@ -91,17 +81,16 @@ def collect_updates(engine: Engine, captions: Sequence[str], seeds: Sequence[int
         kept[name].append(update.float())
         return update
 
-    for t in scheduler.timesteps:
+    for t in run.timesteps:
         stop = last if len(kept[last]) == steps - 1 else None
-        scaled = scheduler.scale_model_input(latents, t)
         prediction = tapped_forward(
-            parts.unet, scaled, t, hidden, pooled, time_ids, tap=keep, at=blocks, stop_after=stop
+            parts.unet, run.scaled(t), t, *batch.conditioning, tap=keep, at=blocks, stop_after=stop
         )
         if prediction is not None:
-            latents = scheduler.step(prediction, t, latents, generator=generators).prev_sample
-    timesteps = tuple(int(t) for t in scheduler.timesteps)
+            run.advance(prediction, t)
+    timesteps = tuple(int(t) for t in run.timesteps)
     by_block = {name: torch.stack(updates) for name, updates in kept.items()}
-    return Updates(tuple(captions), tuple(seeds), noise, timesteps, by_block)
+    return Updates(tuple(captions), tuple(seeds), run.noise, timesteps, by_block)
 
 
 def sample_tokens(by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int, per_image: int) -> dict[str, Tensor]:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
 from turbolens_server.unet.tapped import tapped_forward
-from turbolens_training.activations.text import encode_captions
+from turbolens_training.activations.begin import begin
 from turbolens_training.mini.model import SCALING_FACTOR
 
 Intervention = Callable[[int, str, Tensor], Tensor]
@@ -51,29 +50,23 @@ def sample(
         keep: keep the updates.
     """
     parts, info = engine.components, engine.info
-    hidden, pooled = encode_captions(parts.text, list(captions))
-    device, dtype = hidden.device, hidden.dtype
-    size = info.default_size
-    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=device).repeat(len(captions), 1)
-    scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
-    scheduler.set_timesteps(steps, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (len(captions), parts.unet.config.in_channels, *(edge // parts.vae_downscale for edge in size))
-    latents = randn_tensor(shape, generator=generators, device=device, dtype=dtype) * scheduler.init_noise_sigma
+    batch = begin(engine, captions, seeds, steps)
+    run = batch.run
     kept: dict[str, list[Tensor]] = {point.name: [] for point in info.hook_points}
     at = frozenset(kept) if keep or intervene else frozenset()
 
-    for step, t in enumerate(scheduler.timesteps):
+    for step, t in enumerate(run.timesteps):
 
         def tap(name: str, update: Tensor, _: tuple[int, int], step: int = step) -> Tensor:
             if keep:
                 kept[name].append(update.float())
             return update if intervene is None else intervene(step, name, update).to(update.dtype)
 
-        scaled = scheduler.scale_model_input(latents, t)
-        prediction = tapped_forward(parts.unet, scaled, t, hidden, pooled, time_ids, tap=tap, at=at)
-        latents = scheduler.step(prediction, t, latents, generator=generators).prev_sample
-    return Run(latents, {name: torch.stack(updates) for name, updates in kept.items()} if keep else {})
+        prediction = tapped_forward(parts.unet, run.scaled(t), t, *batch.conditioning, tap=tap, at=at)
+        if prediction is None:
+            raise AssertionError("a pass that is not stopped predicts")
+        run.advance(prediction, t)
+    return Run(run.latents, {name: torch.stack(updates) for name, updates in kept.items()} if keep else {})
 
 
 def thumbnails(latents: Tensor) -> Tensor:
