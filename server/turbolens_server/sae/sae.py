@@ -5,17 +5,19 @@ The slow, readable twin of everything here is :mod:`turbolens_server.sae.referen
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from turbolens_server.kernels import ops
 from turbolens_server.sae.bundle import Bundle
 
+_SLOTS: Final = 64
+"""Features of a position that a JumpReLU encode on a GPU first has room for."""
 
-@dataclasses.dataclass(frozen=True)
-class Codes:
+
+class Codes(NamedTuple):
     """Sparse activations: the positive ones in falling order, padded with zeros to the widest position."""
 
     values: Tensor  # [..., K] float32, >= 0
@@ -28,12 +30,17 @@ class Codes:
 
 
 class Sae:
-    """An SAE's weights on a device, ready to run in float32."""
+    """An SAE's weights on a device, ready to run.
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+    On a CPU in float32. On a GPU the kernels multiply updates with encoder weights in `operands` and add, select and
+    decode in float32.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, operands: torch.dtype = torch.float32) -> None:
         weights = bundle.weights
         self.bundle = bundle
-        self.W_enc = weights.W_enc.to(device)  # [d_in, d_sae]
+        self._fused = device.type == "cuda"
+        self.W_enc = weights.W_enc.to(device, operands if self._fused else torch.float32)  # [d_in, d_sae]
         self.W_dec = weights.W_dec.to(device)  # [d_sae, d_in]
         self.b_dec = weights.b_dec.to(device)  # [d_in]
         # W_enc (x - b_dec) + b_enc, with both biases folded into one; in float64, since selection is sensitive to it.
@@ -57,6 +64,8 @@ class Sae:
         """
         k, d_sae = self._size(k, prefix)
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
+        if self._fused:
+            return self._encode_fused(x, W_enc, bias, k or d_sae)
         pre = torch.addmm(bias, x.reshape(-1, x.shape[-1]).float(), W_enc)  # [N, d_sae]
         if self.threshold is None:
             width = k or d_sae
@@ -67,10 +76,22 @@ class Sae:
         shape = (*x.shape[:-1], width)
         return Codes(values.relu().reshape(shape), indices.reshape(shape))
 
+    def _encode_fused(self, x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Codes:
+        flat = x.reshape(-1, x.shape[-1]).to(W_enc.dtype)
+        if self.threshold is None:
+            values, indices, _ = ops.encode_topk(flat, W_enc, bias, k)
+        else:
+            threshold, slots = self.threshold[: len(bias)], min(_SLOTS, len(bias))
+            values, indices, counts = ops.encode_jumprelu(flat, W_enc, bias, threshold, slots)
+            if (most := int(counts.max())) > slots:
+                values, indices, _ = ops.encode_jumprelu(flat, W_enc, bias, threshold, most)
+        shape = (*x.shape[:-1], values.shape[-1])
+        return Codes(values.reshape(shape), indices.reshape(shape))
+
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruct updates from their codes, [..., d_in] float32."""
-        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.indices, codes.values)]
-        rows = functional.embedding_bag(flat[0], self.W_dec, per_sample_weights=flat[1], mode="sum")
+        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.values, codes.indices)]
+        rows = ops.gather_decode(flat[0], flat[1], self.W_dec)
         return (rows + self.b_dec).reshape(*codes.values.shape[:-1], -1)
 
     def _size(self, k: int | None, prefix: int | None) -> tuple[int | None, int]:
