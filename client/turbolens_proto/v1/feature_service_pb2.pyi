@@ -120,6 +120,7 @@ class ExtractFeaturesRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _builtins.int
     EDITS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and errors, and echoed; unset: the server makes one. At most 128 printable characters."""
     @_builtins.property
@@ -142,6 +143,10 @@ class ExtractFeaturesRequest(_message.Message):
     def features(self) -> _run_pb2.FeatureSelection:
         """Which features; unset: all of them."""
 
+    @_builtins.property
+    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SaeOptions]:
+        """How SAEs are read; each at most once."""
+
     def __init__(
         self,
         *,
@@ -151,10 +156,11 @@ class ExtractFeaturesRequest(_message.Message):
         seeds: _abc.Iterable[_builtins.int] | None = ...,
         edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
         features: _run_pb2.FeatureSelection | None = ...,
+        sae_options: _abc.Iterable[_run_pb2.SaeOptions] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "prompt", b"prompt", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "prompt", b"prompt", "request_id", b"request_id", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolens_server.engine.types import Edit, Job, SparseCodes, Unit
-from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.engine.types import Edit, Job, SaeOptions, SparseCodes, Unit
+from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.steering import ResolvedEdit, affine, needs_codes, steer
 
 if TYPE_CHECKING:
@@ -39,11 +39,15 @@ class BatchPlan:
             self.saes_at.setdefault(sae.hook_point, []).append(name)
         self.wanted: dict[str, list[int]] = {}
         """Rows whose features are wanted, by SAE."""
+        self.options: dict[str, dict[int, SaeOptions]] = {}
+        """How a row reads an SAE, by SAE and row; where none is named, at its own k and whole."""
         self._edits: dict[str, dict[int, list[tuple[Edit, Tensor]]]] = {}
         """By SAE and row: the edits that move its features, with their masks on the block's grid."""
         for row, job in enumerate(jobs):
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
+            for options in job.sae_options:
+                self.options.setdefault(options.sae, {})[row] = options
             for edit in job.edits:
                 for name in dict.fromkeys(feature.sae for feature in edit.features):
                     grid = points[info.saes[name].hook_point].grid(job.height, job.width)
@@ -139,20 +143,31 @@ class StepTap:
         """Codes of `rows` by one SAE; those of the rows whose features are wanted are kept for `collect`."""
         wanted = self._plan.wanted.get(name, [])
         encode = sorted({*wanted, *rows})
-        codes = self._encode(self._plan.saes[name], update, encode)
+        codes = self._encode(name, update, encode)
         if wanted:
             kept = [encode.index(row) for row in wanted]
             self._read.append((name, grid, wanted, Codes(codes.values[kept], codes.indices[kept])))
         places = {row: encode.index(row) for row in rows}
         return {row: Codes(codes.values[at], codes.indices[at]) for row, at in places.items()}
 
-    @staticmethod
-    def _encode(sae: Sae, update: Tensor, rows: list[int]) -> Codes:
-        """Codes of some rows only: a row that asks for nothing is not encoded."""
+    def _encode(self, name: str, update: Tensor, rows: list[int]) -> Codes:
+        """Codes of some rows only, each at its own k and prefix: a row that asks for nothing is not encoded."""
+        sae, options = self._plan.saes[name], self._plan.options.get(name, {})
         if not rows:
             nothing = update.new_zeros((0, update.shape[1], 1), dtype=torch.float32)
             return Codes(nothing, nothing.long())
-        return sae.encode(update if len(rows) == len(update) else update[rows])
+        alike: dict[SaeOptions, list[int]] = {}  # places in `rows`
+        for place, row in enumerate(rows):
+            alike.setdefault(options.get(row, SaeOptions(name)), []).append(place)
+        if len(alike) == 1:
+            (asked,) = alike
+            return sae.encode(update if len(rows) == len(update) else update[rows], k=asked.k, prefix=asked.prefix)
+        return in_one(
+            [
+                (places, sae.encode(update[[rows[place] for place in places]], k=asked.k, prefix=asked.prefix))
+                for asked, places in alike.items()
+            ]
+        )
 
     def collect(self) -> Iterator[tuple[int, SparseCodes]]:
         """The wanted features of this step, by row: (row, codes), in order of block."""
