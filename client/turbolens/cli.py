@@ -201,6 +201,8 @@ class Show:
         print(tl.Table([feature], ("ref", "label", "label_score", "frequency", "mean", "max")))
         if feature.labels:
             print(f"\n{tl.Table(feature.labels, ('attribute', 'value', 'region', 'score'))}")
+        if feature.examples:
+            print(f"\n{tl.Table(feature.examples, ('activation', 'y', 'x', 'step', 'steps', 'seed', 'prompt'))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,9 @@ def test_features(turbolens, fake, capsys):
     sent = fake.last(fs.ListFeaturesRequest)
     assert (sent.filter, sent.order_by) == ("mean > 1", "index")
     turbolens("features", "show", "up.0.1/5")
-    assert "night" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "night" in shown
+    assert "a blue star" in shown
 
 
 def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys):
