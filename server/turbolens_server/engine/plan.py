@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolens_server.engine.types import Edit, Job, SparseCodes, Unit
+from turbolens_server.engine.types import Edit, Job, SaeOptions, SparseCodes, Unit
 from turbolens_server.kernels import ops
 from turbolens_server.kernels.edits import PackedEdits, pack_edits
-from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.steering import ResolvedEdit, needs_codes, steer
 
 if TYPE_CHECKING:
@@ -42,11 +42,15 @@ class BatchPlan:
             self.saes_at.setdefault(sae.hook_point, []).append(name)
         self.wanted: dict[str, list[int]] = {}
         """Rows whose features are wanted, by SAE."""
+        self.options: dict[str, dict[int, SaeOptions]] = {}
+        """How a row reads an SAE, by SAE and row; where none is named, at its own k and whole."""
         self._edits: dict[str, dict[int, list[tuple[Edit, Tensor]]]] = {}
         """By SAE and row: the edits that move its features, with their masks on the block's grid."""
         for row, job in enumerate(jobs):
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
+            for options in job.sae_options:
+                self.options.setdefault(options.sae, {})[row] = options
             for edit in job.edits:
                 for name in dict.fromkeys(feature.sae for feature in edit.features):
                     grid = points[info.saes[name].hook_point].grid(job.height, job.width)
@@ -176,12 +180,28 @@ class StepTap:
         rows = sorted({*wanted, *edited})
         if not rows:
             return rows, _no_codes(update[:0])
-        codes = self._plan.saes[name].encode(update if len(rows) == len(update) else update[rows])
+        codes = self._encode(name, update, rows)
         if wanted:
             kept = [rows.index(row) for row in wanted]
             whole = len(kept) == len(rows)
             self._read.append((name, grid, wanted, codes if whole else Codes(*(part[kept] for part in codes))))
         return rows, codes
+
+    def _encode(self, name: str, update: Tensor, rows: list[int]) -> Codes:
+        """Codes of some rows only, each at its own k and prefix: a row that asks for nothing is not encoded."""
+        sae, options = self._plan.saes[name], self._plan.options.get(name, {})
+        alike: dict[SaeOptions, list[int]] = {}  # places in `rows`
+        for place, row in enumerate(rows):
+            alike.setdefault(options.get(row, SaeOptions(name)), []).append(place)
+        if len(alike) == 1:
+            (asked,) = alike
+            return sae.encode(update if len(rows) == len(update) else update[rows], k=asked.k, prefix=asked.prefix)
+        return in_one(
+            [
+                (places, sae.encode(update[[rows[place] for place in places]], k=asked.k, prefix=asked.prefix))
+                for asked, places in alike.items()
+            ]
+        )
 
     def collect(self) -> Iterator[tuple[int, SparseCodes]]:
         """The wanted features of this step, by row: (row, codes), in order of block."""

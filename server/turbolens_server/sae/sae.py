@@ -5,6 +5,7 @@ The slow, readable twin of everything here is :mod:`turbolens_server.sae.referen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -27,6 +28,18 @@ class Codes(NamedTuple):
         """Dense activations of some features, [..., F]: 0 where one is not active."""
         hit = self.indices[..., None, :] == features[:, None]  # [..., F, K]
         return (self.values[..., None, :] * hit).sum(-1)
+
+
+def in_one(parts: Sequence[tuple[Sequence[int], Codes]]) -> Codes:
+    """Codes of rows that were encoded apart as one, padded to the widest: each part with the places of its rows."""
+    rows, first = sum(len(places) for places, _ in parts), parts[0][1].values
+    width = max(codes.values.shape[-1] for _, codes in parts)
+    values = first.new_zeros(rows, *first.shape[1:-1], width)
+    indices = torch.zeros_like(values, dtype=torch.int64)
+    for places, codes in parts:
+        own = (list(places), ..., slice(codes.values.shape[-1]))
+        values[own], indices[own] = codes.values, codes.indices
+    return Codes(values, indices)
 
 
 class Sae:
@@ -62,7 +75,12 @@ class Sae:
         Raises:
             ValueError: the bundle does not allow this k or prefix.
         """
-        k, d_sae = self._size(k, prefix)
+        if refused := self.bundle.refused(k, prefix):
+            asked = {"k": k, "prefix": prefix}
+            raise ValueError(
+                "; ".join(f"{name}={asked[name]}: the SAE {self.bundle.name} {why}" for name, why in refused.items())
+            )
+        k, d_sae = k or self.bundle.k, prefix or self.bundle.d_sae
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
         if self._fused:
             return self._encode_fused(x, W_enc, bias, k or d_sae)
@@ -93,14 +111,3 @@ class Sae:
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.values, codes.indices)]
         rows = ops.gather_decode(flat[0], flat[1], self.W_dec)
         return (rows + self.b_dec).reshape(*codes.values.shape[:-1], -1)
-
-    def _size(self, k: int | None, prefix: int | None) -> tuple[int | None, int]:
-        """The k and the number of features to serve, checked."""
-        own_k, d_sae, nesting = self.bundle.k, self.bundle.d_sae, self.bundle.nesting
-        if k not in (None, own_k) and not (nesting and 1 <= k <= nesting.k_max):
-            allowed = f"1 to {nesting.k_max}" if nesting else f"only {own_k or 'none'}"
-            raise ValueError(f"k={k}: the SAE {self.bundle.name} allows {allowed}")
-        if prefix not in (None, d_sae) and not (nesting and prefix in nesting.prefixes):
-            allowed = ", ".join(map(str, nesting.prefixes)) if nesting else f"only {d_sae}"
-            raise ValueError(f"prefix={prefix}: the SAE {self.bundle.name} allows {allowed}")
-        return k or own_k, prefix or d_sae

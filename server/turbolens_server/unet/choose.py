@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError, UNetBackend, need
-from turbolens_server.unet.export import GRAPH_FILE, check_points, ensure_graph, graph_key
+from turbolens_server.unet.export import GRAPH_FILE, ensure_graph, graph_key
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.graph import GraphSpec, GraphUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
@@ -65,7 +65,6 @@ def open_backend(
             runner = OnnxRunner(graph.folder / GRAPH_FILE, device)
             return GraphUNet("onnx", spec, runner), reason, {"onnxruntime": runtime.__version__}
         case "tensorrt":
-            check_points(spec)
             if device.type != "cuda" or (target := current_target(device)) is None:
                 raise BackendError(f"TensorRT engines run on a GPU, not on {device}")
             tensorrt = find_tensorrt()

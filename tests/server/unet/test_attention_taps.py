@@ -147,14 +147,3 @@ def test_a_hook_point_that_is_not_there_is_one_line(tiny_folder: Path, tiny_engi
     with pytest.raises(LoadError, match=r"no hook point up\.0\.0\.attn3\.0; it has .* attention layers from"):
         load_engine(model=str(tiny_folder), saes=[], hook_points=["up.0.0.attn3.0"])
     assert "attn" not in list_points(find_hook_points(tiny_engine.components.unet, 8))
-
-
-@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
-def test_a_backend_that_runs_a_graph_refuses_attention_layers(backend: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        LoadError, match=f"^--backend {backend}: mid.0.attn2.0: only blocks are exported.*use --backend torch$"
-    ):
-        load_engine(
-            model=str(tiny_folder), saes=[], hook_points=["mid.0", "mid.0.attn2.0"], backend=backend, cache=tmp_path
-        )
-    assert not list(tmp_path.iterdir())
