@@ -142,6 +142,16 @@ class Engine:
         return self._parts
 
     @property
+    def unet(self) -> UNetBackend:
+        """What runs the U-Net."""
+        return self._unet
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
     def saes(self) -> Mapping[str, Sae]:
         """The SAEs by name, ready to run."""
         return self._saes
