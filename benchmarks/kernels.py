@@ -71,16 +71,16 @@ def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
     from turbolens_server.kernels.permutation import strided_order
 
     x, W_enc, bias, W_dec = data.x, data.W_enc, data.bias, data.W_dec
-    order = strided_order(D_SAE, fused.DEFAULT_TILES.block_n).cuda()
+    order = strided_order(D_SAE, fused.TOPK_TILES.block_n).cuda()
     W_permuted, bias_permuted = W_enc[:, order].contiguous(), bias[order]
-    every = dataclasses.replace(fused.DEFAULT_TILES, candidates=k)
+    every = dataclasses.replace(fused.TOPK_TILES, candidates=k)
 
     def encode(tiles: Any) -> Run:
         return lambda: fused.encode_topk(x, W_enc, bias, k, tiles=tiles)
 
     topk = {
         "plain": lambda: plain.encode_topk(x, W_enc, bias, k),
-        "fused": encode(fused.DEFAULT_TILES),
+        "fused": encode(fused.TOPK_TILES),
         "fused, k candidates a tile": encode(every),
         "fused, strided order": lambda: fused.encode_topk(x, W_permuted, bias_permuted, k, order),
     }

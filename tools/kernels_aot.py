@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turbolens_server.kernels import triton_kernels as kernels
-from turbolens_server.kernels.fused import DEFAULT_TILES, FUSE, OTHER_TILES, Tiles, candidates_for
+from turbolens_server.kernels.fused import FUSE, JUMPRELU_TILES, OTHER_TILES, TOPK_TILES, Tiles, candidates_for
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 ARCHES: Final = {80: "A100", 89: "L40S, RTX 40", 90: "H100", 100: "B200", 120: "RTX 50"}
@@ -90,7 +90,7 @@ def _merge(given: int, per_tile: int, k: int, *, again: bool = False, counts: bo
         types,
         {
             "flags_ptr" if counts else "counts_ptr": None, "KEYS": given, "PER_TILE": per_tile, "K": k,
-            "HAS_COUNTS": counts, "ONLY_FLAGGED": again, "BLOCK_R": DEFAULT_TILES.merge_rows,
+            "HAS_COUNTS": counts, "ONLY_FLAGGED": again, "BLOCK_R": TOPK_TILES.merge_rows,
             "WIDTH": triton.next_power_of_2(given),
         },
     )  # fmt: skip
@@ -98,9 +98,9 @@ def _merge(given: int, per_tile: int, k: int, *, again: bool = False, counts: bo
 
 def specimens() -> list[Specimen]:
     """Every kernel that serves or that the benchmark tries."""
-    tiles = DEFAULT_TILES
+    tiles, jumping = TOPK_TILES, JUMPRELU_TILES
     count = triton.cdiv(D_SAE, tiles.block_n)
-    types, constants = _encoder(tiles)
+    types, constants = _encoder(jumping)
     found = [_shortlist(other, 10) for other in (tiles, *OTHER_TILES)]
     found += [_shortlist(tiles, 20), _shortlist(tiles, 20, ids=True), _shortlist(tiles, 20, again=True)]
     for k in (10, 20):
@@ -112,8 +112,8 @@ def specimens() -> list[Specimen]:
             kernels.above_threshold,
             {**types, "threshold_ptr": FLOAT, "counts_ptr": INT, "keys_ptr": KEY},
             {**constants, "F": D_SAE, "SLOTS": 64},
-            tiles.num_warps,
-            tiles.num_stages,
+            jumping.num_warps,
+            jumping.num_stages,
         ),
         _merge(64, 64, 64, counts=True),
         Specimen(

@@ -7,10 +7,11 @@ and before what comes after reads it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -56,8 +57,7 @@ def record(run: Callable[[Cut], T], pool: Any) -> Recording[T]:
         graphs[-1].capture_end()
         begin()
 
-    # cuDNN's own guess of the fastest convolution is often far off; tried once, the best is known.
-    with torch.cuda.stream(side), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with torch.cuda.stream(side), _convolutions_tried():
         for _ in range(_WARM_UPS):
             run(lambda: None)
         torch.cuda.synchronize()
@@ -69,6 +69,17 @@ def record(run: Callable[[Cut], T], pool: Any) -> Recording[T]:
             graphs[-1].capture_end()
     caller.wait_stream(side)
     return Recording(tuple(graphs), result)
+
+
+@contextlib.contextmanager
+def _convolutions_tried() -> Iterator[None]:
+    """cuDNN's own guess of the fastest convolution is often far off; with each tried once, the best is known."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Graphed:
@@ -87,7 +98,7 @@ class Graphed:
     def __call__(self, x: Tensor) -> Any:
         key = (*x.shape, x.dtype)
         stream = torch.cuda.current_stream()
-        with self._lock:
+        with self._lock, torch.inference_mode():
             stream.wait_event(self._done)
             if key not in self._recordings:
                 static = x.clone()

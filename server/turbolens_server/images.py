@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from turbolens_proto.v1 import run_pb2
+
+_STRIP_ROWS: Final = 64
+_PACKERS: Final = ThreadPoolExecutor(8, thread_name_prefix="png")
+"""zlib lets other threads run; a pool for the process, since its threads hold nothing."""
 
 
 def encode_image(picture: npt.NDArray[np.uint8], kind: run_pb2.ImageFormat.ValueType, quality: int) -> run_pb2.Image:
@@ -27,10 +33,11 @@ def encode_image(picture: npt.NDArray[np.uint8], kind: run_pb2.ImageFormat.Value
 
 
 def encode_png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A picture [height, width, 3] as a PNG, four times as fast as Pillow and as small to a tenth.
+    """A picture [height, width, 3] as a PNG, several times as fast as Pillow and as small to a tenth.
 
     Pillow tries five filters on each row and then searches for matches. Of a photograph neither gains much: here every
-    row is the difference to the pixel on its left, and only runs are matched (PNG specification, third edition).
+    row is the difference to the pixel on its left, and only runs are matched. Strips of rows are packed side by side
+    and joined, as the format allows (PNG specification, third edition; RFC 1950 and 1951).
     """
     height, width, _ = picture.shape
     pixels = picture.reshape(height, 3 * width)
@@ -38,11 +45,19 @@ def encode_png(picture: npt.NDArray[np.uint8]) -> bytes:
     rows[:, 0] = 1  # the filter "Sub"
     rows[:, 1:4] = pixels[:, :3]
     np.subtract(pixels[:, 3:], pixels[:, :-3], out=rows[:, 4:])
-    packer = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    data = packer.compress(rows.tobytes()) + packer.flush()
+    starts = range(0, height, _STRIP_ROWS)
+    last = [start + _STRIP_ROWS >= height for start in starts]
+    strips = _PACKERS.map(_deflate, (rows[start : start + _STRIP_ROWS].tobytes() for start in starts), last)
+    data = b"\x78\x01" + b"".join(strips) + struct.pack(">I", zlib.adler32(rows.data))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
     chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", data), _chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _deflate(data: bytes, last: bool) -> bytes:
+    """A strip as raw deflate that ends at a byte, so that the next can follow."""
+    packer = zlib.compressobj(level=1, wbits=-zlib.MAX_WBITS, strategy=zlib.Z_RLE)
+    return packer.compress(data) + packer.flush(zlib.Z_FINISH if last else zlib.Z_FULL_FLUSH)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -53,10 +53,10 @@ def decode_latents(vae: Any, latents: Tensor) -> list[Picture | None]:
     else:
         latents = latents / config.scaling_factor
     decoded = vae.decode(latents, return_dict=False)[0].float()  # [B, 3, height, width]
-    finite = torch.isfinite(decoded).flatten(1).all(1).tolist()
+    finite = torch.isfinite(decoded).flatten(1).all(1)
     pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     pictures = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return [picture if good else None for picture, good in zip(pictures, finite, strict=True)]
+    return [picture if good else None for picture, good in zip(pictures, finite.tolist(), strict=True)]
 
 
 def decode_rows(

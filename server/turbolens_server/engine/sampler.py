@@ -58,8 +58,17 @@ class Sampler:
             fresh = type(self._scheduler).from_config(self._scheduler.config)
             fresh.set_timesteps(steps, device=self._device)
             self._prepared[steps] = fresh
-        scheduler = copy.deepcopy(self._prepared[steps])  # a run moves its own; some samplers keep past outputs too
+        scheduler = _fresh(self._prepared[steps])
         # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
         return Run(scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)
+
+
+def _fresh(prepared: Any) -> Any:
+    """A sampler of its own for a run, which moves it on; some write past outputs into lists, none into tensors."""
+    scheduler = copy.copy(prepared)
+    for name, value in vars(prepared).items():
+        if isinstance(value, list | dict):
+            setattr(scheduler, name, copy.copy(value))
+    return scheduler

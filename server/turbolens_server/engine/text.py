@@ -40,9 +40,9 @@ class TextEncoder:
 
     def __init__(self, tokenizers: tuple[Any, Any], encoders: tuple[Any, Any], device: torch.device) -> None:
         self._tokenizers = tokenizers
-        self._encoders = [_hidden_and_pooled(encoder) for encoder in encoders]
+        self._encode = _encoding(encoders, device)
         if device.type == "cuda":
-            self._encoders = [Graphed(encode) for encode in self._encoders]
+            self._encode = Graphed(self._encode)
         self._device = device
         self._cache: collections.OrderedDict[str, EncodedText] = collections.OrderedDict()
 
@@ -64,18 +64,14 @@ class TextEncoder:
 
     def encode_together(self, prompts: Sequence[str]) -> EncodedTexts:
         """Encode prompts in one go and keep nothing: for many that are seen once."""
-        hidden, pooled = [], torch.empty(0)
-        cut = [0] * len(prompts)
-        for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
+        rows, cut = [], [0] * len(prompts)
+        for tokenizer in self._tokenizers:
             limit = tokenizer.model_max_length
-            ids = tokenizer(
-                list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            ).input_ids
             whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-            cut = [max(before, len(tokens) - limit) for before, tokens in zip(cut, whole, strict=True)]
-            states, pooled = encoder(ids.to(self._device))  # pooled: of the second encoder in the end
-            hidden.append(states)
-        return EncodedTexts(torch.cat(hidden, -1), pooled, tuple(cut))
+            cut = [max(before, len(ids) - limit) for before, ids in zip(cut, whole, strict=True)]
+            rows.append([_fitted(ids, limit, tokenizer.pad_token_id) for ids in whole])
+        hidden, pooled = self._encode(torch.tensor(rows, device=self._device))
+        return EncodedTexts(hidden, pooled, tuple(cut))
 
     def encode_all(self, prompts: Sequence[str]) -> EncodedTexts:
         """Encode the prompts of a batch, each by itself: what one becomes never depends on its mates."""
@@ -84,11 +80,29 @@ class TextEncoder:
         return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))
 
 
-def _hidden_and_pooled(encoder: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Token ids [1, tokens] -> the hidden states that SDXL reads, and the encoder's first output."""
+def _fitted(ids: list[int], limit: int, padding: int) -> list[int]:
+    """Tokens with both end markers, as tokenizers cut and pad them: the last one stays in any case."""
+    return ids + [padding] * (limit - len(ids)) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def _encoding(encoders: tuple[Any, Any], device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Token ids of both tokenizers [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D].
+
+    On a GPU both encoders run at once: neither fills it.
+    """
+    first, second = encoders
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
-        out = encoder(ids, output_hidden_states=True)
-        return out.hidden_states[-2], out[0]
+        if side is None:
+            small = first(ids[0], output_hidden_states=True)
+        else:
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                small = first(ids[0], output_hidden_states=True)
+        large = second(ids[1], output_hidden_states=True)
+        if side is not None:
+            torch.cuda.current_stream(device).wait_stream(side)
+        return torch.cat([small.hidden_states[-2], large.hidden_states[-2]], -1), large[0]
 
     return encode

@@ -36,13 +36,12 @@ class Tiles:
     """Rows a program of the merge works on."""
 
 
-DEFAULT_TILES: Final = Tiles()
-OTHER_TILES: Final = (
-    Tiles(block_n=64, num_warps=4),
-    Tiles(block_m=128),
-    Tiles(block_m=128, block_n=64, num_warps=4),
-)
-"""What the benchmark tries beside the default, which has not been timed on a GPU yet."""
+TOPK_TILES: Final = Tiles(block_m=128)
+"""Of `encode_topk`: the fastest on an H100 from one picture to sixteen, by docs/performance.md."""
+OTHER_TILES: Final = (Tiles(), Tiles(block_n=64, num_warps=4), Tiles(block_m=128, block_n=64, num_warps=4))
+"""What the benchmark tries beside them."""
+JUMPRELU_TILES: Final = Tiles()
+"""Of `encode_jumprelu`: larger ones would not leave registers for the packing."""
 
 FLAGGED_SHARE: Final = 1e-3
 """How many rows may have to be done again, where the features that fire fall into tiles at random."""
@@ -75,7 +74,7 @@ def encode_topk(
     k: int,
     feature_ids: Tensor | None = None,
     *,
-    tiles: Tiles = DEFAULT_TILES,
+    tiles: Tiles = TOPK_TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values and indices [N, k] of the k largest pre-activations, and which rows [N] were done again (1) or not (0).
 
@@ -151,7 +150,7 @@ def encode_jumprelu(
     threshold: Tensor,
     max_l0: int,
     *,
-    tiles: Tiles = DEFAULT_TILES,
+    tiles: Tiles = JUMPRELU_TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activations above threshold, falling: values and indices [N, max_l0]; how many there were, [N].
 

@@ -57,6 +57,7 @@ class GraphedUNet:
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Recording[_Pass]]] = {}
 
+    @torch.inference_mode()
     def predict(
         self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
     ) -> Tensor:
