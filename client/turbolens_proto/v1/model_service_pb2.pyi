@@ -224,12 +224,13 @@ class Sae(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PROVENANCE_JSON_FIELD_NUMBER: _builtins.int
     FORCED_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name; the default SAE of a hook point has the hook point's name."""
     hook_point: _builtins.str
     """Where it sits."""
     architecture: _builtins.str
-    """"topk" or "jumprelu"."""
+    """"topk", "jumprelu", "turbolens-matryoshka" or "turbolens-temporal"."""
     d_sae: _builtins.int
     """Number of features."""
     k: _builtins.int
@@ -242,6 +243,10 @@ class Sae(_message.Message):
     """Where it comes from: recipe, data and measured quality, as JSON."""
     forced: _builtins.bool
     """True where it was trained on another model and the operator forced it."""
+    steps: _builtins.int
+    """Of a temporal SAE, the only number of steps at which its features are read and edited; it takes `add` and
+    `replace` alone. 0 for the others, which take any.
+    """
     @_builtins.property
     def units(self) -> _containers.RepeatedScalarFieldContainer[_steering_pb2.Unit.ValueType]:
         """Units its statistics allow."""
@@ -259,10 +264,11 @@ class Sae(_message.Message):
         labels: _builtins.int = ...,
         provenance_json: _builtins.str = ...,
         forced: _builtins.bool = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "d_sae", b"d_sae", "forced", b"forced", "hash", b"hash", "hook_point", b"hook_point", "k", b"k", "labels", b"labels", "name", b"name", "provenance_json", b"provenance_json", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "d_sae", b"d_sae", "forced", b"forced", "hash", b"hash", "hook_point", b"hook_point", "k", b"k", "labels", b"labels", "name", b"name", "provenance_json", b"provenance_json", "steps", b"steps", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from turbolens_server.engine.types import Edit, Job, SparseCodes, Unit
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.steering import ResolvedEdit, affine, needs_codes, steer
+from turbolens_server.sae.temporal import refuse_edit, refuse_steps, side_by_side
 
 if TYPE_CHECKING:
     from turbolens_server.engine.engine import EngineInfo
@@ -39,9 +40,12 @@ class BatchPlan:
             self.saes_at.setdefault(sae.hook_point, []).append(name)
         self.wanted: dict[str, list[int]] = {}
         """Rows whose features are wanted, by SAE."""
+        self.runs: dict[str, list[Tensor]] = {}
+        """Updates of the wanted rows at the steps so far, by temporal SAE: each [rows, P, d_model]."""
         self._edits: dict[str, dict[int, list[tuple[Edit, Tensor]]]] = {}
         """By SAE and row: the edits that move its features, with their masks on the block's grid."""
         for row, job in enumerate(jobs):
+            _check_temporal(job, info)
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
             for edit in job.edits:
@@ -79,6 +83,15 @@ class BatchPlan:
         return float(stats.mean[index]) if edit.unit is Unit.MEAN else stats.norm_at(self._timesteps[step])
 
 
+def _check_temporal(job: Job, info: EngineInfo) -> None:
+    """Raise ValueError where a temporal SAE cannot do what a job asks of it."""
+    edited = [(feature.sae, edit.kind) for edit in job.edits for feature in edit.features]
+    refusals = [refuse_steps(info.saes[name].bundle, job.steps) for name in (*job.saes, *(sae for sae, _ in edited))]
+    refusals += [refuse_edit(info.saes[name].bundle, kind) for name, kind in edited]
+    if reason := next(filter(None, refusals), None):
+        raise ValueError(reason)
+
+
 class StepTap:
     """The tap of one step: lives for one pass of the U-Net, reads and steers updates, and is then collected."""
 
@@ -107,7 +120,7 @@ class StepTap:
             closed = [row for row, row_edits in edits.items() if needs_codes(row_edits)]
             codes = self._codes(name, update, grid, closed)
             for row, row_edits in edits.items():
-                steered[row] = steer(steered[row], row_edits, sae.W_dec, codes.get(row))
+                steered[row] = steer(steered[row], row_edits, sae.directions(self._step), codes.get(row))
                 edited = True
         return torch.stack(steered) if edited else update
 
@@ -127,9 +140,10 @@ class StepTap:
         positions = grid[0] * grid[1]
         rows = []
         for row in range(self._plan.rows):
-            gain, bias = affine([], self._plan.saes[names[0]].W_dec, positions)
+            gain, bias = affine([], self._plan.saes[names[0]].directions(self._step), positions)
             for name in names:
-                more, shift = affine(self._edits[name].get(row, []), self._plan.saes[name].W_dec, positions)
+                directions = self._plan.saes[name].directions(self._step)
+                more, shift = affine(self._edits[name].get(row, []), directions, positions)
                 gain, bias = more * gain, more * bias + shift
             rows.append((gain, bias))
         gains, biases = (torch.stack(parts).transpose(1, 2) for parts in zip(*rows, strict=True))
@@ -138,6 +152,10 @@ class StepTap:
     def _codes(self, name: str, update: Tensor, grid: tuple[int, int], rows: list[int]) -> dict[int, Codes]:
         """Codes of `rows` by one SAE; those of the rows whose features are wanted are kept for `collect`."""
         wanted = self._plan.wanted.get(name, [])
+        if self._plan.saes[name].bundle.steps is not None:
+            if wanted:
+                self._extend_run(name, update[wanted], grid)  # a copy: a graph may write its next update over this one
+            return {}
         encode = sorted({*wanted, *rows})
         codes = self._encode(self._plan.saes[name], update, encode)
         if wanted:
@@ -145,6 +163,13 @@ class StepTap:
             self._read.append((name, grid, wanted, Codes(codes.values[kept], codes.indices[kept])))
         places = {row: encode.index(row) for row in rows}
         return {row: Codes(codes.values[at], codes.indices[at]) for row, at in places.items()}
+
+    def _extend_run(self, name: str, update: Tensor, grid: tuple[int, int]) -> None:
+        """Keep the wanted rows' update [rows, P, d_model] for a temporal SAE; the run's last step gives its codes."""
+        sae, run = self._plan.saes[name], self._plan.runs.setdefault(name, [])
+        run.append(update)
+        if len(run) == sae.bundle.steps:
+            self._read.append((name, grid, self._plan.wanted[name], sae.encode(side_by_side(run))))
 
     @staticmethod
     def _encode(sae: Sae, update: Tensor, rows: list[int]) -> Codes:

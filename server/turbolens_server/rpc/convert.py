@@ -145,6 +145,7 @@ def model(
                 labels=labels.get(sae.name, 0),
                 provenance_json=json.dumps(sae.bundle.provenance),
                 forced=sae.forced,
+                steps=sae.bundle.steps or 0,
             )
         )
     height, width = info.default_size

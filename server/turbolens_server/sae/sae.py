@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle
+from turbolens_server.sae.temporal import changes, directions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +34,20 @@ class Sae:
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         weights = bundle.weights
         self.bundle = bundle
+        # What a temporal SAE writes are updates too, though its weights are of their changes.
+        temporal = weights.scales is not None
+        W_dec, b_dec = directions(weights) if temporal else (weights.W_dec, weights.b_dec)
         self.W_enc = weights.W_enc.to(device)  # [d_in, d_sae]
-        self.W_dec = weights.W_dec.to(device)  # [d_sae, d_in]
-        self.b_dec = weights.b_dec.to(device)  # [d_in]
+        self.W_dec = W_dec.to(device)  # [d_sae, d_in]
+        self.b_dec = b_dec.to(device)  # [d_in]
         # W_enc (x - b_dec) + b_enc, with both biases folded into one; in float64, since selection is sensitive to it.
         folded = weights.b_enc.double() - weights.b_dec.double() @ weights.W_enc.double()
         self.bias = folded.float().to(device)  # [d_sae]
         self.threshold = None if weights.threshold is None else weights.threshold.to(device)
+        self._scales = None if weights.scales is None else weights.scales.to(device)
 
     def encode(self, x: Tensor, *, k: int | None = None, prefix: int | None = None) -> Codes:
-        """Activations of updates x [..., d_in] (any float type).
+        """Activations of updates x [..., d_in] (any float type); of a temporal SAE, those of all steps side by side.
 
         TopK keeps the k largest pre-activations and then their positive part (Gao et al. 2024, arXiv 2406.04093);
         JumpReLU keeps what lies above each feature's threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
@@ -53,11 +58,17 @@ class Sae:
             prefix: of a Matryoshka, one of `nesting.prefixes`: only so many first features exist. None: all.
 
         Raises:
-            ValueError: the bundle does not allow this k or prefix.
+            ValueError: the bundle does not allow this k or prefix, or reads another width.
         """
+        if x.shape[-1] != self.bundle.d_in:
+            runs = f", the updates of {self.bundle.steps} steps side by side" if self.bundle.steps else ""
+            raise ValueError(f"the SAE {self.bundle.name} reads {self.bundle.d_in} dimensions{runs}, not {x.shape[-1]}")
         k, d_sae = self._size(k, prefix)
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
-        pre = torch.addmm(bias, x.reshape(-1, x.shape[-1]).float(), W_enc)  # [N, d_sae]
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self._scales is not None:
+            rows = changes(rows, self._scales)
+        pre = torch.addmm(bias, rows, W_enc)  # [N, d_sae]
         if self.threshold is None:
             width = k or d_sae
         else:
@@ -72,6 +83,12 @@ class Sae:
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.indices, codes.values)]
         rows = functional.embedding_bag(flat[0], self.W_dec, per_sample_weights=flat[1], mode="sum")
         return (rows + self.b_dec).reshape(*codes.values.shape[:-1], -1)
+
+    def directions(self, step: int) -> Tensor:
+        """What one of each feature adds to the update of a step, [d_sae, d_model]; of a temporal SAE others at each."""
+        if self.bundle.steps is None:
+            return self.W_dec
+        return self.W_dec[:, step * self.bundle.d_model : (step + 1) * self.bundle.d_model]
 
     def _size(self, k: int | None, prefix: int | None) -> tuple[int | None, int]:
         """The k and the number of features to serve, checked."""
