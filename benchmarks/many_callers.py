@@ -1,6 +1,7 @@
 """Many callers at once, each with an edit of its own: our server over its socket beside the usual approach in process.
 
     python -m benchmarks.many_callers
+    python -m benchmarks.many_callers --model random:sdxl-turbo --steps 1 --out many_callers-gpu.json
 
 See `reference_server.py` for the usual approach. Every caller asks for one picture steered by one masked `add`, with
 its own prompt, seed, block, feature and mask; a round ends when all have their answers.
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import tyro
 
 import turbolens as tl
@@ -90,24 +90,29 @@ class Callers:
         return list(self.pool.map(one, range(len(self.calls)), [fresh_prompt() for _ in self.calls]))
 
 
-def run(rounds: int, callers: int = CALLERS, steps: Sequence[int] = STEPS) -> dict[str, Any]:
+def run(
+    rounds: int, callers: int = CALLERS, steps: Sequence[int] = STEPS, model: str = "mini", device: str = "auto"
+) -> dict[str, Any]:
     """Measure every number of steps."""
-    info = load_engine().info
-    pipeline, _ = load_pipeline(info.model, torch.device("cpu"), torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    engine = load_engine(model=model, device=device)
+    info, where, dtype = engine.info, engine.device, engine.components.unet.dtype
+    del engine  # a server of its own loads one
+    pipeline, _ = load_pipeline(model, where, dtype)
+    pipeline.to(where).set_progress_bar_config(disable=True)
     reference = ReferenceServer(pipeline, info.hook_points, {name: sae.bundle for name, sae in info.saes.items()})
     grids = {point.name: point.grid(*info.default_size) for point in info.hook_points}
     calls = calls_of(list(info.saes), callers)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(start(info.model))
+        server = stack.enter_context(start(model, device=device))
         lenses = [stack.enter_context(tl.connect(server.target)) for _ in calls]
         pool = stack.enter_context(ThreadPoolExecutor(callers))
         everyone = Callers(calls, reference, lenses, grids, pool)
-        cases = [_measure_case(everyone, count, rounds) for count in steps]
+        aim = Aim(0.5 if where.type == "cpu" else 0.25)
+        cases = [_measure_case(everyone, count, rounds, aim) for count in steps]
     return assemble("many_callers", rounds, cases, model=info.model, model_hash=info.model_hash)
 
 
-def _measure_case(callers: Callers, steps: int, rounds: int) -> dict[str, Any]:
+def _measure_case(callers: Callers, steps: int, rounds: int, aim: Aim) -> dict[str, Any]:
     count = len(callers.calls)
     print(f"{count} callers, {steps} steps", file=sys.stderr)
     reference = partial(callers.by_reference, steps)
@@ -117,8 +122,8 @@ def _measure_case(callers: Callers, steps: int, rounds: int) -> dict[str, Any]:
     rows = measure(
         [
             Contender("reference", partial(callers.together, reference)),
-            Contender("server, features too", partial(callers.together, with_features), {"reference": Aim(0.5)}),
-            Contender("server, pictures alone", partial(callers.together, alone), {"reference": Aim(0.5)}),
+            Contender("server, features too", partial(callers.together, with_features), {"reference": aim}),
+            Contender("server, pictures alone", partial(callers.together, alone), {"reference": aim}),
         ],
         rounds,
     )
@@ -130,14 +135,23 @@ def _measure_case(callers: Callers, steps: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def main(rounds: int = 12, out: Path = RESULTS / "many_callers.json") -> None:
+def main(
+    rounds: int = 12,
+    steps: tuple[int, ...] = STEPS,
+    model: str = "mini",
+    device: str = "auto",
+    out: Path = RESULTS / "many_callers.json",
+) -> None:
     """Measure and write.
 
     Args:
         rounds: rounds in which all callers are served once by each contender.
+        steps: denoising steps; each number is a case of its own.
+        model: as for `turbolens bench`.
+        device: as for `turbolens bench`.
         out: JSON file to write.
     """
-    result = run(rounds)
+    result = run(rounds, steps=steps, model=model, device=device)
     print(to_markdown(result))
     save(out, result)
 

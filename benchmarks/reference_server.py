@@ -64,6 +64,10 @@ class ReferenceServer:
         self._pipeline = pipeline
         self._modules = {point.name: pipeline.unet.get_submodule(point.module) for point in points}
         self._bundles = bundles
+        self._weights = {
+            block: {name: tensor.to(pipeline.device) for name, tensor in bundle.weights.tensors().items()}
+            for block, bundle in bundles.items()
+        }
         self._lock = threading.Lock()
 
     def generate(self, prompt: str, seed: int, steps: int, edits: Sequence[AddEdit] = ()) -> Reply:
@@ -87,26 +91,25 @@ class ReferenceServer:
         return Reply(np.asarray(image), {block: np.stack(maps) for block, maps in kept.items()})
 
     def _hook(self, block: str, edits: Sequence[AddEdit], kept: list[FloatArray]) -> Any:
-        bundle = self._bundles[block]
+        weights, k = self._weights[block], self._bundles[block].k or 0
 
         def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> Any:
             update = (output[0] - arguments[0]).permute(0, 2, 3, 1)  # [1, h, w, d_model]
-            dense = _encode(bundle, update)  # [1, h, w, d_sae]
+            dense = _encode(weights, k, update)  # [1, h, w, d_sae]
             kept.append(dense[0].float().cpu().numpy())
             steered = output[0]
             for edit in edits:
                 if edit.block == block:
                     amounts = torch.zeros_like(dense)
                     amounts[..., edit.index] = edit.amount * torch.from_numpy(edit.mask).to(dense.device)
-                    steered = steered + (amounts @ bundle.weights.W_dec).permute(0, 3, 1, 2).to(steered.dtype)
+                    steered = steered + (amounts @ weights["W_dec"]).permute(0, 3, 1, 2).to(steered.dtype)
             return (steered, *output[1:])
 
         return hook
 
 
-def _encode(bundle: Bundle, update: Tensor) -> Tensor:
+def _encode(weights: Mapping[str, Tensor], k: int, update: Tensor) -> Tensor:
     """Dense activations [..., d_sae] of updates [..., d_in]."""
-    weights = bundle.weights
-    pre = (update.float() - weights.b_dec) @ weights.W_enc + weights.b_enc
-    values, indices = pre.topk(bundle.k or 0, dim=-1)
+    pre = (update.float() - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    values, indices = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, indices, values.relu())

@@ -41,7 +41,7 @@ from turbolens._errors import (
     Unavailable,
     Unimplemented,
 )
-from turbolens._features import BlockFeatures, Feature, Label, Match, RunFeatures, Table, TopFeature
+from turbolens._features import BlockFeatures, Example, Feature, Label, Match, RunFeatures, Table, TopFeature
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._sync import Lens, connect
 
@@ -53,6 +53,7 @@ __all__ = [
     "DeadlineExceeded",
     "Done",
     "Edit",
+    "Example",
     "Extraction",
     "Feature",
     "FeatureRef",

@@ -19,6 +19,7 @@ from turbolens._requests import (
     GenerateOptions,
     ImageFormat,
     Only,
+    PerSae,
     Selection,
     extract_request,
     generate_request,
@@ -80,6 +81,8 @@ class AsyncLens:
         features: Selection = None,
         only: Only = None,
         float32: bool = False,
+        k: PerSae = None,
+        prefix: PerSae = None,
         format: ImageFormat = "png",
         quality: int | None = None,
         latents: bool = False,
@@ -99,6 +102,8 @@ class AsyncLens:
             features: features to return: True for all, or SAEs by name.
             only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong to.
             float32: return activations in float32; float16 holds none above 65,504, where the call fails.
+            k: features active at a position, by SAE, where it allows other than its own: `{"up.0.1": 4}`.
+            prefix: so many first features alone exist, by SAE, where it allows that: `{"up.0.1": 64}`.
             format: "png", "jpeg", "webp" or "raw".
             quality: of JPEG and WebP, 1 to 100.
             latents: return the final latent too.
@@ -114,8 +119,8 @@ class AsyncLens:
         """
         request = generate_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, only=only, float32=float32, format=format, quality=quality, latents=latents,
-            request_id=request_id,
+            features=features, only=only, float32=float32, k=k, prefix=prefix, format=format, quality=quality,
+            latents=latents, request_id=request_id,
         )  # fmt: skip
         answer = await self._call(self._generation.Generate, request, timeout)
         labels = await self._labels_of(chunk.sae for made in answer.generations for chunk in made.features)
@@ -146,6 +151,8 @@ class AsyncLens:
         saes: Sequence[str] | None = None,
         only: Only = None,
         float32: bool = False,
+        k: PerSae = None,
+        prefix: PerSae = None,
         timeout: float | None = None,
         request_id: str = "",
     ) -> Any:
@@ -164,7 +171,7 @@ class AsyncLens:
         """
         request = extract_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            saes=saes, only=only, float32=float32, request_id=request_id,
+            saes=saes, only=only, float32=float32, k=k, prefix=prefix, request_id=request_id,
         )  # fmt: skip
         answer = await self._call(self._features.ExtractFeatures, request, timeout)
         labels = await self._labels_of(chunk.sae for made in answer.extractions for chunk in made.features)
@@ -185,6 +192,8 @@ class AsyncLens:
         features: Selection = None,
         only: Only = None,
         float32: bool = False,
+        k: PerSae = None,
+        prefix: PerSae = None,
         format: ImageFormat = "png",
         quality: int | None = None,
         latents: bool = False,
@@ -199,8 +208,8 @@ class AsyncLens:
         """
         request = generate_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, only=only, float32=float32, format=format, quality=quality, latents=latents,
-            request_id=request_id,
+            features=features, only=only, float32=float32, k=k, prefix=prefix, format=format, quality=quality,
+            latents=latents, request_id=request_id,
         )  # fmt: skip
         labels = await self._labels_of(await self._selected(request.features if request.HasField("features") else None))
         stream = generation_service_pb2.StreamGenerateRequest(request=request, previews=previews)
@@ -220,13 +229,15 @@ class AsyncLens:
         saes: Sequence[str] | None = None,
         only: Only = None,
         float32: bool = False,
+        k: PerSae = None,
+        prefix: PerSae = None,
         timeout: float | None = None,
         request_id: str = "",
     ) -> AsyncIterator[Event]:
         """The features of a run as they are computed: Queued, Features, Done. Arguments as for :meth:`extract`."""
         request = extract_request(
             prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            saes=saes, only=only, float32=float32, request_id=request_id,
+            saes=saes, only=only, float32=float32, k=k, prefix=prefix, request_id=request_id,
         )  # fmt: skip
         labels = await self._labels_of(await self._selected(request.features))
         stream = feature_service_pb2.StreamFeaturesRequest(request=request)
@@ -250,7 +261,7 @@ class AsyncLens:
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
     async def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
-        """What is known of one feature: `get_feature("up.0.1", 412)`, or a feature in any of its forms.
+        """What is known of one feature, top examples included: `get_feature("up.0.1", 412)`, or any form of a feature.
 
         Raises:
             NotFound: there is no such SAE or feature.

@@ -32,6 +32,23 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """Where a picture lifts a feature: `lens.generate(e.prompt, seed=e.seed, steps=e.steps)` makes it again."""
+
+    prompt: str
+    seed: int
+    steps: int
+    """Steps that the picture was sampled in."""
+    step: int
+    """Step of the activation, from 0."""
+    y: int
+    """Row of the block's grid, from the top."""
+    x: int
+    """Column, from the left."""
+    activation: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Feature:
     """What is known of one feature."""
 
@@ -46,13 +63,18 @@ class Feature:
     """Mean activation where it is active: what strength 1 means."""
     max: float
     labels: tuple[Label, ...]
+    examples: tuple[Example, ...] = ()
+    """The pictures that lift it most, strongest first; from `get_feature` alone."""
 
     @classmethod
     def from_proto(cls, message: feature_service_pb2.Feature) -> Feature:
         """From the server's message."""
         labels = tuple(Label(lb.attribute, lb.value, lb.region, lb.score) for lb in message.labels)
+        examples = tuple(Example(e.prompt, e.seed, e.steps, e.step, e.y, e.x, e.activation) for e in message.examples)
         ref = FeatureRef(message.ref.sae, message.ref.index)
-        return cls(ref, message.label, message.label_score, message.frequency, message.mean, message.max, labels)
+        return cls(
+            ref, message.label, message.label_score, message.frequency, message.mean, message.max, labels, examples
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

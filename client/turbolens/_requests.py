@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from turbolens._edits import Edit, FeatureLike, to_refs
@@ -14,6 +14,8 @@ Selection = bool | Sequence[str] | None
 """Features to return: None or False for none, True for all, or SAEs by name."""
 Only = FeatureLike | Sequence[FeatureLike] | None
 """Of these, only the ones named; None for all."""
+PerSae = Mapping[str, int] | None
+"""A number for each SAE that is named; None for none."""
 
 
 class ExtractOptions(TypedDict, total=False):
@@ -26,6 +28,8 @@ class ExtractOptions(TypedDict, total=False):
     saes: Sequence[str] | None
     only: Only
     float32: bool
+    k: PerSae
+    prefix: PerSae
     timeout: float | None
     request_id: str
 
@@ -40,6 +44,8 @@ class GenerateOptions(TypedDict, total=False):
     features: Selection
     only: Only
     float32: bool
+    k: PerSae
+    prefix: PerSae
     format: ImageFormat
     quality: int | None
     latents: bool
@@ -90,6 +96,19 @@ def selection(features: Selection, only: Only, float32: bool) -> run_pb2.Feature
     )
 
 
+def sae_options(k: PerSae, prefix: PerSae) -> list[run_pb2.SaeOptions]:
+    """How SAEs are read, one entry for each that either names.
+
+    Raises:
+        TypeError: one is not a mapping.
+    """
+    for name, given in (("k", k), ("prefix", prefix)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f'{name} is {given!r}; say of which SAE: {name}={{"up.0.1": {given!r}}}')
+    k, prefix = k or {}, prefix or {}
+    return [run_pb2.SaeOptions(sae=sae, k=k.get(sae), prefix=prefix.get(sae)) for sae in dict.fromkeys((*k, *prefix))]
+
+
 def generate_request(
     prompt: str,
     *,
@@ -101,6 +120,8 @@ def generate_request(
     features: Selection,
     only: Only,
     float32: bool,
+    k: PerSae,
+    prefix: PerSae,
     format: ImageFormat,
     quality: int | None,
     latents: bool,
@@ -116,6 +137,7 @@ def generate_request(
         seeds=seeds,
         edits=[edit.to_proto() for edit in steer],
         features=selection(features, only, float32),
+        sae_options=sae_options(k, prefix),
         image=run_pb2.ImageOptions(format=FORMATS[format], quality=quality),
         return_latents=latents,
     )
@@ -132,6 +154,8 @@ def extract_request(
     saes: Sequence[str] | None,
     only: Only,
     float32: bool,
+    k: PerSae,
+    prefix: PerSae,
     request_id: str,
 ) -> feature_service_pb2.ExtractFeaturesRequest:
     """A request for features; unless some are named, all of them."""
@@ -143,4 +167,5 @@ def extract_request(
         seeds=seeds,
         edits=[edit.to_proto() for edit in steer],
         features=selection(wanted, only, float32),
+        sae_options=sae_options(k, prefix),
     )

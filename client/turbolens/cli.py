@@ -47,6 +47,10 @@ class _Run:
     """Edit BLOCK/INDEX=VALUE, in means of the feature; may be repeated."""
     mask: str | None = None
     """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where the edits act."""
+    k: Repeated = ()
+    """SAE=K: so many features active at a position, where the SAE allows it; may be repeated."""
+    prefix: Repeated = ()
+    """SAE=PREFIX: only so many first features exist, where the SAE allows it; may be repeated."""
 
     def edits(self) -> list[tl.Edit]:
         """The edits, in the order add, scale, set."""
@@ -66,6 +70,17 @@ class _Run:
         return made
 
 
+def _per_sae(option: str, texts: Sequence[str]) -> dict[str, int]:
+    """The numbers of a flag that is said of each SAE."""
+    numbers = {}
+    for text in texts:
+        sae, _, number = text.partition("=")
+        if not number.isdecimal():
+            raise ValueError(f"--{option} {text}: write SAE=NUMBER, such as up.0.1=8")
+        numbers[sae] = int(number)
+    return numbers
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(_Run):
     """Make a picture.
@@ -78,7 +93,10 @@ class Generate(_Run):
 
     def run(self) -> None:
         with tl.connect(self.server) as lens:
-            picture = lens.generate(self.prompt, seed=self.seed, steps=self.steps, steer=self.edits())
+            picture = lens.generate(
+                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), k=_per_sae("k", self.k),
+                prefix=_per_sae("prefix", self.prefix),
+            )  # fmt: skip
         picture.save(self.out)
         for warning in picture.warnings:
             print(f"note: {warning.message}", file=sys.stderr)
@@ -102,8 +120,9 @@ class Extract(_Run):
     def run(self) -> None:
         with tl.connect(self.server) as lens:
             found = lens.extract(
-                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), saes=self.sae or None
-            )
+                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), saes=self.sae or None,
+                k=_per_sae("k", self.k), prefix=_per_sae("prefix", self.prefix),
+            )  # fmt: skip
         if self.json:
             rows = {
                 sae: [{"feature": r.feature, "mean": r.mean, "label": r.label} for r in block.top(self.top)]
@@ -182,6 +201,8 @@ class Show:
         print(tl.Table([feature], ("ref", "label", "label_score", "frequency", "mean", "max")))
         if feature.labels:
             print(f"\n{tl.Table(feature.labels, ('attribute', 'value', 'region', 'score'))}")
+        if feature.examples:
+            print(f"\n{tl.Table(feature.examples, ('activation', 'y', 'x', 'step', 'steps', 'seed', 'prompt'))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

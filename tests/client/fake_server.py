@@ -80,6 +80,9 @@ def a_feature(sae: str, index: int) -> fs.Feature:
     )
 
 
+EXAMPLE = fs.FeatureExample(prompt="a blue star", seed=9, steps=2, step=1, y=1, x=2, activation=3.5)
+
+
 def refuse(
     context: grpc.ServicerContext,
     code: grpc.StatusCode,
@@ -213,7 +216,9 @@ class Fake(
         if sae not in SAES or int(index) >= D_SAE:
             info = error_details_pb2.ErrorInfo(reason="FEATURE_NOT_FOUND", domain="turbolens")
             refuse(context, grpc.StatusCode.NOT_FOUND, f"{sae} has features 0 to {D_SAE - 1}, not {index}", info)
-        return fs.GetFeatureResponse(feature=a_feature(sae, int(index)))
+        feature = a_feature(sae, int(index))
+        feature.examples.append(EXAMPLE)
+        return fs.GetFeatureResponse(feature=feature)
 
     def SearchFeatures(self, request, context):  # noqa: N802
         self._came("SearchFeatures", request, context)

@@ -238,6 +238,7 @@ def test_one_feature_in_any_form(client, asked):
     assert feature.ref == tl.feature("up.0.1", 5)
     assert (feature.label, feature.mean, feature.frequency) == ("night", 1.5, 0.25)
     assert [(lb.attribute, lb.value) for lb in feature.labels] == [("color", "night")]
+    assert feature.examples == (tl.Example("a blue star", seed=9, steps=2, step=1, y=1, x=2, activation=3.5),)
 
 
 def test_the_model_is_asked_for_once(client, fake):

@@ -13,6 +13,7 @@ import turbolens as tl
 from turbolens import cli
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import run_pb2 as run
 
 
 @pytest.fixture
@@ -60,6 +61,18 @@ def test_extract_for_people_and_programs(turbolens, fake, capsys):
     assert "feature  mean" in shown
 
 
+@pytest.mark.parametrize(
+    ("command", "kind"), [("generate", gs.GenerateRequest), ("extract", fs.ExtractFeaturesRequest)]
+)
+def test_how_saes_are_read_is_sent(command, kind, turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turbolens(command, "x", "--k", "up.0.1=4", "--k", "down.2.1=2", "--prefix", "up.0.1=64")
+    assert list(fake.last(kind).sae_options) == [
+        run.SaeOptions(sae="up.0.1", k=4, prefix=64),
+        run.SaeOptions(sae="down.2.1", k=2),
+    ]
+
+
 def test_features(turbolens, fake, capsys):
     turbolens("features", "search", "blue", "--block", "up.0.1")
     assert "up.0.1/1" in capsys.readouterr().out
@@ -68,7 +81,9 @@ def test_features(turbolens, fake, capsys):
     sent = fake.last(fs.ListFeaturesRequest)
     assert (sent.filter, sent.order_by) == ("mean > 1", "index")
     turbolens("features", "show", "up.0.1/5")
-    assert "night" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "night" in shown
+    assert "a blue star" in shown
 
 
 def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys):
@@ -92,6 +107,8 @@ def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys
         (["generate", "x", "--add", "up.0.1/3"], "BLOCK/INDEX=NUMBER"),
         (["generate", "x", "--add", "up.0.1/3=much"], "much"),
         (["generate", "x", "--mask", "0,0,1"], "LEFT,TOP,RIGHT,BOTTOM"),
+        (["extract", "x", "--k", "4"], "SAE=NUMBER"),
+        (["extract", "x", "--prefix", "up.0.1=many"], "SAE=NUMBER"),
         (["features", "show", "up.0.1/99"], "0 to 15"),
     ],
 )

@@ -73,9 +73,39 @@ def test_what_is_no_feature_is_said(client):
         client.extract("x", only=["up"])
 
 
-def test_every_call_that_returns_features_takes_both():
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        ({"k": {"up.0.1": 4}}, [run.SaeOptions(sae="up.0.1", k=4)]),
+        (
+            {"k": {"up.0.1": 4}, "prefix": {"down.2.1": 64, "up.0.1": 32}},
+            [run.SaeOptions(sae="up.0.1", k=4, prefix=32), run.SaeOptions(sae="down.2.1", prefix=64)],
+        ),
+        ({"k": {}, "prefix": None}, []),
+        ({"k": {"up.0.1": 0}}, [run.SaeOptions(sae="up.0.1", k=0)]),  # for the server to refuse
+    ],
+)
+def test_how_saes_are_read(arguments, sent, client, fake):
+    client.generate("x", seed=1, **arguments)
+    list(client.stream_generate("x", seed=1, **arguments))
+    client.extract("x", seed=1, **arguments)
+    list(client.stream_features("x", seed=1, **arguments))
+    for request in (
+        fake.last(gs.GenerateRequest), fake.last(gs.StreamGenerateRequest).request,
+        fake.last(fs.ExtractFeaturesRequest), fake.last(fs.StreamFeaturesRequest).request,
+    ):  # fmt: skip
+        assert list(request.sae_options) == sent
+
+
+def test_a_k_of_no_sae_is_a_mistake(client, fake):
+    with pytest.raises(TypeError, match=r'k=\{"up.0.1": 4\}'):
+        client.extract("x", k=4)
+    assert not fake.requests
+
+
+def test_every_call_that_returns_features_takes_all():
     for name in ("generate", "stream_generate", "extract", "stream_features"):
-        assert {"only", "float32"} <= set(inspect.signature(getattr(tl.Lens, name)).parameters)
+        assert {"only", "float32", "k", "prefix"} <= set(inspect.signature(getattr(tl.Lens, name)).parameters)
 
 
 def test_float32_values_are_read_as_such(client, fake):

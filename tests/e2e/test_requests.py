@@ -148,6 +148,18 @@ def test_a_stream_tells_every_step_and_ends_with_done(lens):
     assert pictures[0].bytes == lens.generate(PROMPT, seeds=[7, 8], steps=3)[0].bytes
 
 
+def test_the_examples_of_a_feature_are_true(lens):
+    often = next(lens.list_features("up.0.1", order_by="frequency desc"))
+    assert often.examples == ()
+    known = lens.get_feature(often)
+    strengths = [example.activation for example in known.examples]
+    assert strengths == sorted(strengths, reverse=True) != []
+    for example in known.examples:
+        found = lens.extract(example.prompt, seed=example.seed, steps=example.steps, only=often, float32=True)
+        there = found["up.0.1"].at(example.step).heatmap(often)[example.y, example.x]
+        assert there == pytest.approx(example.activation, rel=1e-2)
+
+
 def test_streamed_features_are_the_extracted_ones(lens):
     streamed = [e for e in lens.stream_features(PROMPT, seed=7, steps=2) if isinstance(e, tl.Features)]
     whole = lens.extract(PROMPT, seed=7, steps=2)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.load import hash_unet, load_engine
 from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.masks import Box, BoxMask
 
 PIXELS = 2  # of 255
@@ -94,6 +96,32 @@ def test_a_request_does_not_depend_on_its_batch_mates(pair):
     together = onnx_engine.run(jobs)
     for row in (0, 2, 3):
         assert_alike(onnx_engine.run([jobs[row]])[0], together[row])
+
+
+def test_an_attention_layer_is_exported_read_and_steered(small_model, tmp_path, graph_cache):
+    """In one graph with the block that it lies in."""
+    (folder, saes), block, at = small_model, "up.0.1", "up.0.1.attn2.0"
+    W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=torch.Generator().manual_seed(5)), dim=-1)
+    save_bundle(
+        tmp_path / at, hook_point=at, hook_module="up_blocks.0.attentions.1.transformer_blocks.0.attn2",
+        model_name="small", model_hash=hash_unet(folder), architecture="topk", k=6,
+        weights=SaeWeights(W_dec.T.contiguous(), torch.zeros(96), W_dec, torch.zeros(64)), stats=None, provenance={},
+    )  # fmt: skip
+    model = {"model": str(folder), "saes": [str(tmp_path), str(saes / block)]}
+    torch_engine, onnx_engine = load_engine(**model), load_engine(**model, backend="onnx", cache=graph_cache)
+    size = torch_engine.info.default_size
+    add = Edit("add", (WeightedFeature(at, 3),), 40.0, Unit.RAW, mask=LEFT)
+    ablate = Edit("scale", tuple(WeightedFeature(at, index) for index in range(90)), 0.0, Unit.RAW)
+    after = Edit("add", (WeightedFeature(block, 3),), -4.0, Unit.RAW)
+    jobs = [
+        Job("a star", 7, 2, *size, edits=edits, saes=(at, block)) for edits in ((), (add,), (ablate,), (add, after))
+    ]
+    plain, *steered = expected = torch_engine.run(jobs)
+    for a, b in zip(expected, onnx_engine.run(jobs), strict=True):
+        assert_alike(a, b)
+        assert np.abs(a.latents - b.latents).max() <= 1e-3
+    for one in steered:
+        assert np.abs(one.latents - plain.latents).max() > 1e-2
 
 
 def test_the_edits_of_the_test_change_pictures(small):

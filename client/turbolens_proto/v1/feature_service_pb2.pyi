@@ -34,6 +34,7 @@ class Feature(_message.Message):
     MEAN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "saes/{sae}/features/{index}"."""
     label: _builtins.str
@@ -54,6 +55,12 @@ class Feature(_message.Message):
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureLabel]:
         """Every label that was measured, best first."""
 
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureExample]:
+        """The pictures that lift it most, strongest first, each picture once. From GetFeature alone: lists and searches
+        leave them out.
+        """
+
     def __init__(
         self,
         *,
@@ -65,14 +72,61 @@ class Feature(_message.Message):
         mean: _builtins.float = ...,
         max: _builtins.float = ...,
         labels: _abc.Iterable[Global___FeatureLabel] | None = ...,
+        examples: _abc.Iterable[Global___FeatureExample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frequency", b"frequency", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "frequency", b"frequency", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
+
+@_typing.final
+class FeatureExample(_message.Message):
+    """Where a picture lifts a feature: prompt, seed and steps, at the model's default size, make the picture again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    Y_FIELD_NUMBER: _builtins.int
+    X_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """The picture's prompt."""
+    seed: _builtins.int
+    """Its seed."""
+    steps: _builtins.int
+    """Steps that it was sampled in."""
+    step: _builtins.int
+    """0-based step of the activation."""
+    y: _builtins.int
+    """Row of the hook point's grid, from the top."""
+    x: _builtins.int
+    """Column, from the left."""
+    activation: _builtins.float
+    """The activation there."""
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        step: _builtins.int = ...,
+        y: _builtins.int = ...,
+        x: _builtins.int = ...,
+        activation: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "prompt", b"prompt", "seed", b"seed", "step", b"step", "steps", b"steps", "x", b"x", "y", b"y"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureExample: _TypeAlias = FeatureExample  # noqa: Y015
 
 @_typing.final
 class FeatureLabel(_message.Message):
@@ -120,6 +174,7 @@ class ExtractFeaturesRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _builtins.int
     EDITS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and errors, and echoed; unset: the server makes one. At most 128 printable characters."""
     @_builtins.property
@@ -142,6 +197,10 @@ class ExtractFeaturesRequest(_message.Message):
     def features(self) -> _run_pb2.FeatureSelection:
         """Which features; unset: all of them."""
 
+    @_builtins.property
+    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SaeOptions]:
+        """How SAEs are read; each at most once."""
+
     def __init__(
         self,
         *,
@@ -151,10 +210,11 @@ class ExtractFeaturesRequest(_message.Message):
         seeds: _abc.Iterable[_builtins.int] | None = ...,
         edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
         features: _run_pb2.FeatureSelection | None = ...,
+        sae_options: _abc.Iterable[_run_pb2.SaeOptions] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "prompt", b"prompt", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "prompt", b"prompt", "request_id", b"request_id", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

@@ -35,6 +35,7 @@ class GenerateRequest(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     RETURN_LATENTS_FIELD_NUMBER: _builtins.int
+    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and errors, and echoed; unset: the server makes one. At most 128 printable characters."""
     return_latents: _builtins.bool
@@ -63,6 +64,10 @@ class GenerateRequest(_message.Message):
     def image(self) -> _run_pb2.ImageOptions:
         """How pictures are coded."""
 
+    @_builtins.property
+    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SaeOptions]:
+        """How SAEs are read; each at most once."""
+
     def __init__(
         self,
         *,
@@ -74,10 +79,11 @@ class GenerateRequest(_message.Message):
         features: _run_pb2.FeatureSelection | None = ...,
         image: _run_pb2.ImageOptions | None = ...,
         return_latents: _builtins.bool = ...,
+        sae_options: _abc.Iterable[_run_pb2.SaeOptions] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "image", b"image", "prompt", b"prompt", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "image", b"image", "prompt", b"prompt", "request_id", b"request_id", "return_latents", b"return_latents", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "image", b"image", "prompt", b"prompt", "request_id", b"request_id", "return_latents", b"return_latents", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

@@ -279,6 +279,45 @@ class FeatureSelection(_message.Message):
 Global___FeatureSelection: _TypeAlias = FeatureSelection  # noqa: Y015
 
 @_typing.final
+class SaeOptions(_message.Message):
+    """How one SAE is read in a run, where it leaves a choice; GetModel tells which. It holds for the features that are
+    returned and for the edits that depend on activations (`scale`, `set`) alike.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAE_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    sae: _builtins.str
+    """The SAE's name; it must be one whose features the request returns or edits."""
+    k: _builtins.int
+    """Features active at a position, at most; unset: the SAE's own k."""
+    prefix: _builtins.int
+    """Only so many first features exist, for edits too; unset: all."""
+    def __init__(
+        self,
+        *,
+        sae: _builtins.str = ...,
+        k: _builtins.int | None = ...,
+        prefix: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_prefix", b"_prefix", "k", b"k", "prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_prefix", b"_prefix", "k", b"k", "prefix", b"prefix", "sae", b"sae"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
+    _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+    _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
+    _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
+
+Global___SaeOptions: _TypeAlias = SaeOptions  # noqa: Y015
+
+@_typing.final
 class SparseFeatures(_message.Message):
     """The active features of one SAE at one step of one picture, before this block's own edits; of a temporal SAE, those
     of the whole run, once. Packed and little-endian: position p (row-major over the grid) has counts[p] entries, and the
@@ -392,6 +431,7 @@ class Provenance(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     FORCED_SAE_FIELD_NUMBER: _builtins.int
+    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
@@ -422,6 +462,10 @@ class Provenance(_message.Message):
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the server and of the libraries that decide numerics."""
 
+    @_builtins.property
+    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[Global___SaeOptions]:
+        """How SAEs were read, where the request said."""
+
     def __init__(
         self,
         *,
@@ -436,10 +480,11 @@ class Provenance(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         forced_sae: _builtins.bool = ...,
+        sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "device", b"device", "dtype", b"dtype", "edits", b"edits", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "prompt", b"prompt", "sae_hashes", b"sae_hashes", "sampling", b"sampling", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "device", b"device", "dtype", b"dtype", "edits", b"edits", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "prompt", b"prompt", "sae_hashes", b"sae_hashes", "sae_options", b"sae_options", "sampling", b"sampling", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,8 @@ class BenchConfig:
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: str = "auto"
     """`auto` (float16 on a GPU, else float32), `float32`, `float16` or `bfloat16`."""
+    backend: str = "auto"
+    """What runs the U-Net, as `turbolens serve` takes it."""
     batch: tuple[int, ...] = (1, 8)
     """Pictures of a batch; each number is a case of its own."""
     steps: tuple[int, ...] = (1,)

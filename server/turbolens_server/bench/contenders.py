@@ -13,6 +13,7 @@ import torch
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_pipeline
+from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.types import Edit, Job, Result, Unit, WeightedFeature
 from turbolens_server.images import encode_image
 
@@ -43,9 +44,8 @@ class BarePipeline:
     """`StableDiffusionXLPipeline` as it comes, on weights of its own that equal the engine's."""
 
     def __init__(self, engine: Engine, variant: str | None = None) -> None:
-        unet = engine.components.unet
-        pipeline, _ = load_pipeline(engine.info.model, unet.device, unet.dtype, variant)
-        self._pipeline = pipeline.to(unet.device)
+        pipeline, _ = load_pipeline(engine.info.model, engine.device, engine.components.unet.dtype, variant)
+        self._pipeline = pipeline.to(engine.device)
         self._pipeline.set_progress_bar_config(disable=True)
 
     def embed(self, prompt: str) -> dict[str, torch.Tensor]:
@@ -66,6 +66,25 @@ class BarePipeline:
             generator=[torch.Generator().manual_seed(seed) for seed in range(work.batch)],
         ).images
         return images
+
+
+def unet_pass(engine: Engine, work: Work, saes: Sequence[str]) -> Callable[[], object]:
+    """One pass of the U-Net, with what some SAEs read in it: no text, sampler, copy to the host or picture."""
+    parts = engine.components
+    with torch.inference_mode():
+        text = parts.text.encode_all([PROMPT] * work.batch)
+        latent = (work.height // parts.vae_downscale, work.width // parts.vae_downscale)
+        sample = torch.randn(work.batch, parts.unet.config.in_channels, *latent).to(text.hidden)
+        size = (work.height, work.width)
+        time_ids = torch.tensor([[*size, 0, 0, *size]] * work.batch).to(text.hidden)
+        timestep = torch.tensor(999.0, device=engine.device)
+    plan = BatchPlan(work.jobs(saes=tuple(saes)), engine.info, engine.saes, engine.device, [999.0])
+
+    def run() -> None:
+        with torch.inference_mode():
+            engine.unet.predict(sample, timestep, text.hidden, text.pooled, time_ids, StepTap(plan, 0))
+
+    return run
 
 
 def pictures(engine: Engine, jobs: Sequence[Job]) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:

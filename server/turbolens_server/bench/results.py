@@ -104,7 +104,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     for case in result["cases"]:
         for row in case["rows"]:
             start = [*(str(case["label"][name]) for name in labels), row["name"], f"{row['median_ms']:.1f}"]
-            lines += [[*start, *_cells(found)] for found in row["comparisons"]] or [[*start, *[""] * 5]]
+            found = [_cells(comparison) for comparison in row["comparisons"]]
+            if row.get("limit_ms") is not None:
+                found.append(["", "", "", f"≤ {row['limit_ms']:.3g} ms", row["limit_verdict"]])
+            lines += [[*start, *cells] for cells in found or [[""] * 5]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

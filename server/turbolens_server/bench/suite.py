@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from turbolens_server.bench import contenders as make
 from turbolens_server.bench.config import BenchConfig
 from turbolens_server.bench.contenders import BarePipeline, Work
@@ -26,7 +28,13 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     engine = load_engine(
-        model=config.model, device=config.device, dtype=config.dtype, variant=config.variant, saes=config.sae or None
+        model=config.model,
+        device=config.device,
+        dtype=config.dtype,
+        variant=config.variant,
+        saes=config.sae or None,
+        backend=config.backend,
+        max_batch=max(config.batch),
     )
     load_s = time.perf_counter() - began
     info = engine.info
@@ -37,8 +45,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     if height < coarsest or height % coarsest or width % coarsest:
         raise ValueError(f"size is {height}; it must be a multiple of {coarsest}, the coarsest grid's cell")
     bare = BarePipeline(engine, config.variant)
-    unet = engine.components.unet
-    speed = measure_speed(unet.device, unet.dtype)
+    speed = measure_speed(engine.device, engine.components.unet.dtype)
     cases = []
     for batch in config.batch:
         for steps in config.steps:
@@ -47,7 +54,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     return assemble(
         "bench", config.rounds, cases, model=info.model, model_hash=info.model_hash, backend=info.backend,
         device=info.device, dtype=info.dtype, size=[height, width], load_s=load_s, speed=speed,
-        gpu_memory_mib=peak_memory_mib(unet.device),
+        gpu_memory_mib=peak_memory_mib(engine.device),
     )  # fmt: skip
 
 
@@ -69,6 +76,8 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
     of_unet, of_picture = flops["sae"] / flops["unet"], flops["sae"] / (flops["unet"] + flops["vae"])
 
     every = tuple(info.saes)
+    floor = floor_ms(unet + sae, speed, parts.unet.dtype)
+    limits = _hopper_limits(engine, work, floor)
     text = bare.embed(make.PROMPT)
     plain, latents = work.jobs(), work.jobs(picture=False)
     extract, extract_latents = work.jobs(saes=every), work.jobs(saes=every, picture=False)
@@ -84,18 +93,41 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
         ),
         Contender("eight adds", lambda: engine.run(add), {"nothing asked": Aim(1.03)}),
         Contender("a scale a block", lambda: engine.run(scale), {"nothing asked": Aim()}),
+        Contender("U-Net alone", make.unet_pass(engine, work, ())),
+        Contender(
+            "U-Net and features",
+            make.unet_pass(engine, work, every),
+            {"U-Net alone": Aim(1 + 1.5 * of_unet)},
+            limits.get("U-Net and features"),
+        ),
         Contender("latents only", lambda: engine.run(latents)),
         Contender("features only", lambda: engine.run(extract_latents), {"latents only": Aim(1 + 1.5 * of_unet)}),
-        Contender("new prompt to PNG", lambda: make.to_png(engine, lambda: work.jobs(make.fresh_prompt()))),
+        Contender(
+            "new prompt to PNG",
+            lambda: make.to_png(engine, lambda: work.jobs(make.fresh_prompt())),
+            limit_ms=limits.get("new prompt to PNG"),
+        ),
     ]
     return {
         "label": {"pictures": work.batch, "steps": work.steps},
-        "rows": measure(contenders, rounds, settle_of(parts.unet.device)),
+        "rows": measure(contenders, rounds, settle_of(engine.device)),
         "flops": flops,
         "sae_share": {"of_unet": of_unet, "of_picture": of_picture},
         "unet_floor_ms": work.steps * floor_ms(unet, speed, parts.unet.dtype),
+        "unet_and_features_floor_ms": floor,
         "largest_difference": difference,
     }
+
+
+def _hopper_limits(engine: Engine, work: Work, floor: float) -> dict[str, float]:
+    """Milliseconds that SDXL Turbo should take at most on a Hopper GPU; `floor` is of a pass with features."""
+    if engine.device.type != "cuda" or torch.cuda.get_device_capability(engine.device)[0] != 9:
+        return {}
+    if (work.height, work.width, work.steps) != (512, 512, 1):
+        return {}
+    if work.batch == 1:
+        return {"U-Net and features": 9.0, "new prompt to PNG": 25.0}
+    return {"U-Net and features": 1.6 * floor}
 
 
 def describe_case(case: dict[str, Any]) -> str:

@@ -52,6 +52,8 @@ class Contender:
     run: Callable[[], object]
     against: Mapping[str, Aim] = dataclasses.field(default_factory=dict)
     """The contenders, by name, that it is compared with."""
+    limit_ms: float | None = None
+    """Most milliseconds that it should take, on the machine that this is aimed at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Row:
     """Milliseconds, by round."""
     median_ms: float
     comparisons: tuple[Comparison, ...]
+    limit_ms: float | None = None
+    limit_verdict: Verdict | None = None
 
 
 def estimate(samples: Sequence[float]) -> Estimate:
@@ -114,7 +118,9 @@ def compare(contenders: Sequence[Contender], times: Mapping[str, Sequence[float]
             ratio = estimate([mine / other for mine, other in zip(own, times[name], strict=True)])
             added = estimate([mine - other for mine, other in zip(own, times[name], strict=True)])
             comparisons.append(Comparison(name, ratio, added, aim, judge(ratio, added, aim, len(own))))
-        rows.append(Row(contender.name, tuple(own), float(np.median(own)), tuple(comparisons)))
+        limit, took = contender.limit_ms, estimate(own)
+        verdict = judge(took, took, Aim(added_ms=limit), len(own))
+        rows.append(Row(contender.name, tuple(own), took.median, tuple(comparisons), limit, verdict))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -59,7 +60,7 @@ class Catalog:
         return {name: sum(bool(row.label) for row in rows) for name, rows in self._rows.items()}
 
     def get_feature(self, name: str) -> pb.Feature:
-        """One feature by resource name.
+        """One feature by resource name, with its top examples.
 
         Raises:
             RpcError: NOT_FOUND.
@@ -70,7 +71,11 @@ class Catalog:
         rows = self._sae_rows(match["sae"])
         if len(match["index"]) > 9 or int(match["index"]) >= len(rows):
             raise not_found(f"{match['sae']} has features 0 to {len(rows) - 1}, not {match['index'][:20]}")
-        return _feature(match["sae"], rows[int(match["index"])])
+        index = int(match["index"])
+        feature = _feature(match["sae"], rows[index])
+        known = self._labels[match["sae"]].get(index)
+        feature.examples.extend(pb.FeatureExample(**dataclasses.asdict(e)) for e in (known.examples if known else ()))
+        return feature
 
     def list_features(self, request: pb.ListFeaturesRequest) -> pb.ListFeaturesResponse:
         """A page of an SAE's features.

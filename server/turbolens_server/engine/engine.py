@@ -80,6 +80,8 @@ class Components:
     vae: Any
     scheduler: Any
     vae_downscale: int
+    decoder: Any
+    """What decodes pictures: the VAE, or on a GPU its recording."""
 
 
 Cancelled: TypeAlias = Callable[[int], bool]
@@ -126,7 +128,8 @@ class Engine:
         self._parts = components
         self._unet = unet
         self._device = device
-        self._saes = {name: Sae(sae.bundle, device) for name, sae in info.saes.items()}
+        operands = components.unet.dtype
+        self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
         self._sampler = Sampler(components.scheduler, device)
         self._time_ids: dict[tuple[int, int], Tensor] = {}
         self.pipelined = pipelined_on(device)
@@ -137,6 +140,16 @@ class Engine:
     def components(self) -> Components:
         """The model's parts, for training and tests."""
         return self._parts
+
+    @property
+    def unet(self) -> UNetBackend:
+        """What runs the U-Net."""
+        return self._unet
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
 
     @property
     def saes(self) -> Mapping[str, Sae]:
@@ -214,7 +227,7 @@ class Engine:
                     features[row].append(codes)
                     emit(FeaturesReady(row, codes))
             previews = [row for row, job in enumerate(jobs) if job.previews and step < first.steps - 1]
-            shown = dict(decode_rows(parts.vae, estimate, previews, live))
+            shown = dict(decode_rows(parts.decoder, estimate, previews, live))
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
@@ -235,7 +248,7 @@ class Engine:
         results: list[Result | None] = [None] * len(jobs)
         with contextlib.nullcontext() if self._decode_stream is None else torch.cuda.stream(self._decode_stream):
             wanted = [row for row, job in enumerate(jobs) if job.picture]
-            pictures = dict(decode_rows(self._parts.vae, latents, wanted, live))
+            pictures = dict(decode_rows(self._parts.decoder, latents, wanted, live))
             on_host = latents.float().cpu().numpy()
         for row, job in enumerate(jobs):
             if not live[row]:

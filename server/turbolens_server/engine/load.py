@@ -20,7 +20,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 
 from turbolens_server.engine.batcher import MAX_BATCH
+from turbolens_server.engine.decode import GraphedVae
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo, pipelined_on
+from turbolens_server.engine.half_vae import UnknownDecoder, scale_stream
 from turbolens_server.engine.memory import available_bytes, memory_need
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
@@ -185,7 +187,9 @@ def load_engine(
         memory=memory,
         load_s=time.monotonic() - start,
     )
-    parts = Components(text, unet, decoder, pipeline.scheduler, downscale)
+    on_gpu = torch_device.type == "cuda"
+    pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on_gpu else decoder
+    parts = Components(text, unet, decoder, pipeline.scheduler, downscale, pictures)
     return Engine(parts, runner, info, torch_device)
 
 
@@ -305,9 +309,9 @@ def resolve(name: str, flag: str, patterns: Sequence[str] = _FILE_PATTERNS) -> P
 
 
 def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
-    """The VAE in a precision in which it stays finite: models say by `force_upcast` that half is not enough."""
+    """The VAE, made to stay finite: models say by `force_upcast` that half precision is not enough for it as it is."""
     if name is None:
-        return own.float() if own.config.force_upcast and dtype == torch.float16 else own
+        return _fit(own, dtype)
     folder = resolve(name, "--vae")
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
@@ -323,7 +327,18 @@ def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
     ):
         if mine != theirs:
             raise LoadError(f"--vae {name}: {mine} {what}; this model needs {theirs}")
-    return vae.float() if getattr(vae.config, "force_upcast", False) and dtype == torch.float16 else vae
+    return _fit(vae, dtype)
+
+
+def _fit(vae: Any, dtype: torch.dtype) -> Any:
+    """A VAE that says that it overflows half precision: with its stream scaled, or in float32 if that is not known."""
+    if dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+        return vae
+    try:
+        scale_stream(vae.decoder)
+    except UnknownDecoder:
+        return vae.float()
+    return vae
 
 
 def _upscale(vae: Any) -> int:

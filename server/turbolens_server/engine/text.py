@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from turbolens_server.cuda_graphs import Graphed
 
 _CACHE_SIZE: Final = 512
 
@@ -38,7 +40,9 @@ class TextEncoder:
 
     def __init__(self, tokenizers: tuple[Any, Any], encoders: tuple[Any, Any], device: torch.device) -> None:
         self._tokenizers = tokenizers
-        self._encoders = encoders
+        self._encoders = [_hidden_and_pooled(encoder) for encoder in encoders]
+        if device.type == "cuda":
+            self._encoders = [Graphed(encode) for encode in self._encoders]
         self._device = device
         self._cache: collections.OrderedDict[str, EncodedText] = collections.OrderedDict()
 
@@ -52,26 +56,39 @@ class TextEncoder:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
-        hidden, cut, pooled = [], 0, None
+        encoded = self.encode_together([prompt])
+        self._cache[prompt] = text = EncodedText(encoded.hidden, encoded.pooled, encoded.tokens_cut[0])
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return text
+
+    def encode_together(self, prompts: Sequence[str]) -> EncodedTexts:
+        """Encode prompts in one go and keep nothing: for many that are seen once."""
+        hidden, pooled = [], torch.empty(0)
+        cut = [0] * len(prompts)
         for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
             limit = tokenizer.model_max_length
             ids = tokenizer(
-                prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+                list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
             ).input_ids
-            cut = max(cut, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - limit)
-            out = encoder(ids.to(self._device), output_hidden_states=True)
-            pooled = out[0]  # of the second encoder in the end
-            hidden.append(out.hidden_states[-2])
-        if pooled is None:
-            raise AssertionError("an SDXL model has two text encoders")
-        encoded = EncodedText(torch.cat(hidden, -1), pooled, cut)
-        self._cache[prompt] = encoded
-        if len(self._cache) > _CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return encoded
+            whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+            cut = [max(before, len(tokens) - limit) for before, tokens in zip(cut, whole, strict=True)]
+            states, pooled = encoder(ids.to(self._device))  # pooled: of the second encoder in the end
+            hidden.append(states)
+        return EncodedTexts(torch.cat(hidden, -1), pooled, tuple(cut))
 
     def encode_all(self, prompts: Sequence[str]) -> EncodedTexts:
         """Encode the prompts of a batch, each by itself: what one becomes never depends on its mates."""
         texts = [self.encode(prompt) for prompt in prompts]
         hidden, pooled = torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts])
         return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))
+
+
+def _hidden_and_pooled(encoder: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Token ids [1, tokens] -> the hidden states that SDXL reads, and the encoder's first output."""
+
+    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = encoder(ids, output_hidden_states=True)
+        return out.hidden_states[-2], out[0]
+
+    return encode

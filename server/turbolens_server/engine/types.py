@@ -52,6 +52,17 @@ class Edit:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SaeOptions:
+    """How a job reads one SAE, where it leaves a choice; for wanted features and for edits that need activations."""
+
+    sae: str
+    k: int | None = None
+    """None: the SAE's own."""
+    prefix: int | None = None
+    """Only so many first features exist; None: all."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """One picture to make: a prompt, a seed, and what to do and return on the way."""
 
@@ -63,6 +74,8 @@ class Job:
     edits: tuple[Edit, ...] = ()
     saes: tuple[str, ...] = ()
     """SAEs whose features are wanted."""
+    sae_options: tuple[SaeOptions, ...] = ()
+    """Of the SAEs that are not read at their own k and whole; each at most once."""
     picture: bool = True
     """Decode the picture; False where only features are wanted."""
     previews: bool = False

@@ -10,14 +10,13 @@ from turbolens_server.kernels import plain
 Kernel = Literal["encode_topk", "encode_jumprelu", "probe", "gather_decode", "apply_edits"]
 
 SERVES_ON_CUDA: Final[dict[Kernel, Literal["plain", "fused"]]] = {
-    "encode_topk": "plain",
-    "encode_jumprelu": "plain",
+    "encode_topk": "fused",
+    "encode_jumprelu": "fused",
     "probe": "plain",
-    "gather_decode": "plain",
-    "apply_edits": "plain",
+    "gather_decode": "fused",
+    "apply_edits": "fused",
 }
-"""The fused kernels have not been timed on a GPU yet: until `benchmarks/kernels.py` shows that one wins, plain torch
-serves."""
+"""The faster of the two on an H100 at the shapes of SDXL Turbo, by docs/performance.md."""
 
 
 def implementation(kernel: Kernel) -> ModuleType:

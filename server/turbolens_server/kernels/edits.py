@@ -36,6 +36,23 @@ class PackedEdits:
     needs_codes: bool
     """Whether anything depends on the activations of this pass."""
 
+    def to(self, device: torch.device) -> PackedEdits:
+        """On a device; the host does not wait for the copies to a GPU."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and tensor.numel():
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return PackedEdits(
+            gain=move(self.gain),
+            offsets=move(self.offsets),
+            features=move(self.features),
+            slope=move(self.slope),
+            shift=move(self.shift),
+            needs_codes=self.needs_codes,
+        )
+
 
 def pack_edits(edits: Sequence[Sequence[ResolvedEdit]], positions: int, device: torch.device) -> PackedEdits:
     """Pack the edits of each row of a batch; a row may have none.

@@ -106,6 +106,7 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
         prompt=request.prompt,
         sampling=request.sampling,
         edits=request.edits,
+        sae_options=request.sae_options,
         versions=info.versions,
         backend=info.backend,
         device=info.device,
@@ -145,6 +146,8 @@ def model(
                 labels=labels.get(sae.name, 0),
                 provenance_json=json.dumps(sae.bundle.provenance),
                 forced=sae.forced,
+                k_max=sae.bundle.nesting.k_max if sae.bundle.nesting else 0,
+                prefixes=sae.bundle.nesting.prefixes if sae.bundle.nesting else (),
                 steps=sae.bundle.steps or 0,
             )
         )

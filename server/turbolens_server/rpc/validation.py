@@ -16,7 +16,7 @@ import numpy as np
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 from turbolens_server.engine.engine import EngineInfo
-from turbolens_server.engine.types import Edit, EditKind, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Edit, EditKind, Job, SaeOptions, Unit, WeightedFeature
 from turbolens_server.rpc.errors import Violation, invalid
 from turbolens_server.sae.masks import Box, BoxMask, FloatGrid, Mask, PolygonMask, read_png
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps
@@ -70,6 +70,7 @@ class ValidRequest:
     sampling: run_pb2.Sampling
     """With every default filled in."""
     edits: tuple[steering_pb2.Edit, ...]
+    sae_options: tuple[run_pb2.SaeOptions, ...]
     image_format: run_pb2.ImageFormat.ValueType = run_pb2.IMAGE_FORMAT_PNG
     image_quality: int = 90
     return_latents: bool = False
@@ -83,6 +84,8 @@ class _Checker:
         self.limits = limits
         self.violations: list[Violation] = []
         self.mask_pixels = 0
+        self.prefixes: dict[str, int] = {}
+        """Features that an SAE has in this request, where it is not read whole."""
 
     def bad(self, field: str, value: Any, allowed: str) -> None:
         shown = repr(value)
@@ -112,9 +115,11 @@ class _Checker:
     def feature(self, field: str, ref: steering_pb2.FeatureRef) -> bool:
         if not self.sae(f"{field}.sae", ref.sae):
             return False
-        d_sae = self.info.saes[ref.sae].bundle.d_sae
+        prefix = self.prefixes.get(ref.sae)
+        d_sae = prefix or self.info.saes[ref.sae].bundle.d_sae
         if not 0 <= ref.index < d_sae:
-            self.bad(f"{field}.index", ref.index, f"must be 0 to {d_sae - 1} for {ref.sae}")
+            at = f" at prefix {prefix}" if prefix else ""
+            self.bad(f"{field}.index", ref.index, f"must be 0 to {d_sae - 1} for {ref.sae}{at}")
             return False
         return True
 
@@ -162,6 +167,35 @@ class _Checker:
             if not 0 <= seed <= MAX_SEED:
                 self.bad(f"seeds[{i}]", seed, "must be 0 to 2^63 - 1")
         return list(seeds) or [secrets.randbelow(2**31)]
+
+    def sae_options(self, request: GenerateRequest | ExtractFeaturesRequest, *, reads: bool) -> tuple[SaeOptions, ...]:
+        """How SAEs are read; before features are looked at, since a prefix says which there are.
+
+        Args:
+            request: the whole of it, since options of an SAE that it does not use are a mistake.
+            reads: features come back.
+        """
+        used = {item.feature.sae for edit in request.edits for item in edit.features}
+        used |= set(request.features.saes or self.info.saes) if reads else set()
+        found: dict[str, SaeOptions] = {}
+        for i, options in enumerate(request.sae_options):
+            field, name = f"sae_options[{i}]", options.sae
+            if not self.sae(f"{field}.sae", name):
+                continue
+            if name in found:
+                self.bad(f"{field}.sae", name, "an SAE may be named once")
+                continue
+            if name not in used:
+                self.bad(f"{field}.sae", name, "must be an SAE whose features are asked for or edited")
+            k = options.k if options.HasField("k") else None
+            prefix = options.prefix if options.HasField("prefix") else None
+            refused = self.info.saes[name].bundle.refused(k, prefix)
+            for part, why in refused.items():
+                self.bad(f"{field}.{part}", getattr(options, part), f"{name} {why}")
+            if prefix and "prefix" not in refused:
+                self.prefixes[name] = prefix
+            found[name] = SaeOptions(name, k, prefix)
+        return tuple(found.values())
 
     def selection(self, selection: run_pb2.FeatureSelection, steps: int) -> Selection:
         names = []
@@ -387,10 +421,10 @@ def _validate(
     prompt = checker.prompt(request)
     steps, height, width = checker.sampling(request.sampling)
     seeds = checker.seeds(request.seeds)
+    reads = not picture or request.HasField("features")
+    sae_options = checker.sae_options(request, reads=reads)
     edits = checker.edits(request.edits, steps, (height, width))
-    selection = None
-    if not picture or request.HasField("features"):
-        selection = checker.selection(request.features, steps)
+    selection = checker.selection(request.features, steps) if reads else None
     checker.steps_of({*(selection.saes if selection else ()), *_edited(request.edits)}, steps)
     kind, quality, latents = run_pb2.IMAGE_FORMAT_PNG, 90, False
     if isinstance(request, GenerateRequest):
@@ -407,6 +441,7 @@ def _validate(
             width=width,
             edits=tuple(edits),
             saes=selection.saes if selection else (),
+            sae_options=sae_options,
             picture=picture,
             previews=previews,
         )
@@ -414,8 +449,9 @@ def _validate(
     )
     sampling = run_pb2.Sampling(steps=steps, width=width, height=height, guidance_scale=0.0)
     return ValidRequest(
-        request_id, prompt, jobs, selection, sampling, tuple(request.edits), kind, quality, return_latents=latents
-    )
+        request_id, prompt, jobs, selection, sampling, tuple(request.edits), tuple(request.sae_options), kind, quality,
+        return_latents=latents,
+    )  # fmt: skip
 
 
 def validate_generate(

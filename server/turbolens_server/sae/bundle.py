@@ -133,6 +133,19 @@ class Bundle:
     def d_sae(self) -> int:
         return self.weights.W_enc.shape[1]
 
+    def refused(self, k: int | None, prefix: int | None) -> dict[str, str]:
+        """Why a k or a prefix that is asked for cannot be served, by name ("k", "prefix"); empty where they can.
+
+        None is the SAE's own.
+        """
+        found, nesting = {}, self.nesting
+        if k not in (None, self.k) and not (nesting and 1 <= k <= nesting.k_max):
+            allowed = f"allows {f'1 to {nesting.k_max}' if nesting else f'only {self.k}'}"
+            found["k"] = "has no k" if self.k is None else allowed
+        if prefix not in (None, self.d_sae) and not (nesting and prefix in nesting.prefixes):
+            found["prefix"] = f"allows {', '.join(map(str, nesting.prefixes)) if nesting else f'only {self.d_sae}'}"
+        return found
+
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""

@@ -11,15 +11,19 @@ from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.steering import ResolvedEdit
 
 
-def encode_dense(bundle: Bundle, x: Tensor) -> Tensor:
-    """Dense activations [N, d_sae] of updates x [N, d_in]: ReLU(TopK(W_enc (x - b_dec) + b_enc)), or JumpReLU."""
+def encode_dense(bundle: Bundle, x: Tensor, k: int | None = None, prefix: int | None = None) -> Tensor:
+    """Dense activations [N, d_sae] of updates x [N, d_in]: ReLU(TopK(W_enc (x - b_dec) + b_enc)), or JumpReLU.
+
+    Of a Matryoshka at another k than its own, and at a prefix: 0 past it.
+    """
     w = bundle.weights
     pre = (x.float() - w.b_dec) @ w.W_enc + w.b_enc
     if w.threshold is not None:
         return torch.where(pre > w.threshold, pre, 0).relu()
-    if bundle.k is None:
+    k = k or bundle.k
+    if k is None:
         raise ValueError("a TopK bundle has a k")
-    values, indices = pre.topk(bundle.k, dim=-1)
+    values, indices = pre[:, :prefix].topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, indices, values).relu()
 
 
@@ -28,13 +32,15 @@ def decode_dense(bundle: Bundle, z: Tensor) -> Tensor:
     return z @ bundle.weights.W_dec + bundle.weights.b_dec
 
 
-def steer_dense(bundle: Bundle, x: Tensor, edits: Sequence[ResolvedEdit]) -> Tensor:
+def steer_dense(
+    bundle: Bundle, x: Tensor, edits: Sequence[ResolvedEdit], k: int | None = None, prefix: int | None = None
+) -> Tensor:
     """Steer updates x [P, d_in] of one picture by edits, with every activation written out.
 
     The result is x + sum_j (z'_j - z_j) d_j; a `replace` swaps that share of the whole update instead, and leaves
     the swapped-in activations for the edits after it.
     """
-    z = encode_dense(bundle, x)  # [P, d_sae]
+    z = encode_dense(bundle, x, k, prefix)  # [P, d_sae]
     W_dec = bundle.weights.W_dec
     out = x.float().clone()
     ordered = [e for e in edits if e.kind == "replace"] + [e for e in edits if e.kind != "replace"]

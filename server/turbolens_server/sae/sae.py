@@ -5,18 +5,21 @@ The slow, readable twin of everything here is :mod:`turbolens_server.sae.referen
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from turbolens_server.kernels import ops
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.temporal import changes, directions
 
+_SLOTS: Final = 64
+"""Features of a position that a JumpReLU encode on a GPU first has room for."""
 
-@dataclasses.dataclass(frozen=True)
-class Codes:
+
+class Codes(NamedTuple):
     """Sparse activations: the positive ones in falling order, padded with zeros to the widest position."""
 
     values: Tensor  # [..., K] float32, >= 0
@@ -28,16 +31,33 @@ class Codes:
         return (self.values[..., None, :] * hit).sum(-1)
 
 
-class Sae:
-    """An SAE's weights on a device, ready to run in float32."""
+def in_one(parts: Sequence[tuple[Sequence[int], Codes]]) -> Codes:
+    """Codes of rows that were encoded apart as one, padded to the widest: each part with the places of its rows."""
+    rows, first = sum(len(places) for places, _ in parts), parts[0][1].values
+    width = max(codes.values.shape[-1] for _, codes in parts)
+    values = first.new_zeros(rows, *first.shape[1:-1], width)
+    indices = torch.zeros_like(values, dtype=torch.int64)
+    for places, codes in parts:
+        own = (list(places), ..., slice(codes.values.shape[-1]))
+        values[own], indices[own] = codes.values, codes.indices
+    return Codes(values, indices)
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+
+class Sae:
+    """An SAE's weights on a device, ready to run.
+
+    On a CPU in float32. On a GPU the kernels multiply updates with encoder weights in `operands` and add, select and
+    decode in float32.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, operands: torch.dtype = torch.float32) -> None:
         weights = bundle.weights
         self.bundle = bundle
         # What a temporal SAE writes are updates too, though its weights are of their changes.
         temporal = weights.scales is not None
         W_dec, b_dec = directions(weights) if temporal else (weights.W_dec, weights.b_dec)
-        self.W_enc = weights.W_enc.to(device)  # [d_in, d_sae]
+        self._fused = device.type == "cuda"
+        self.W_enc = weights.W_enc.to(device, operands if self._fused else torch.float32)  # [d_in, d_sae]
         self.W_dec = W_dec.to(device)  # [d_sae, d_in]
         self.b_dec = b_dec.to(device)  # [d_in]
         # W_enc (x - b_dec) + b_enc, with both biases folded into one; in float64, since selection is sensitive to it.
@@ -63,12 +83,18 @@ class Sae:
         if x.shape[-1] != self.bundle.d_in:
             runs = f", the updates of {self.bundle.steps} steps side by side" if self.bundle.steps else ""
             raise ValueError(f"the SAE {self.bundle.name} reads {self.bundle.d_in} dimensions{runs}, not {x.shape[-1]}")
-        k, d_sae = self._size(k, prefix)
+        if refused := self.bundle.refused(k, prefix):
+            asked = {"k": k, "prefix": prefix}
+            raise ValueError(
+                "; ".join(f"{name}={asked[name]}: the SAE {self.bundle.name} {why}" for name, why in refused.items())
+            )
+        k, d_sae = k or self.bundle.k, prefix or self.bundle.d_sae
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
-        rows = x.reshape(-1, x.shape[-1]).float()
         if self._scales is not None:
-            rows = changes(rows, self._scales)
-        pre = torch.addmm(bias, rows, W_enc)  # [N, d_sae]
+            x = changes(x.float(), self._scales)
+        if self._fused:
+            return self._encode_fused(x, W_enc, bias, k or d_sae)
+        pre = torch.addmm(bias, x.reshape(-1, x.shape[-1]).float(), W_enc)  # [N, d_sae]
         if self.threshold is None:
             width = k or d_sae
         else:
@@ -78,10 +104,22 @@ class Sae:
         shape = (*x.shape[:-1], width)
         return Codes(values.relu().reshape(shape), indices.reshape(shape))
 
+    def _encode_fused(self, x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Codes:
+        flat = x.reshape(-1, x.shape[-1]).to(W_enc.dtype)
+        if self.threshold is None:
+            values, indices, _ = ops.encode_topk(flat, W_enc, bias, k)
+        else:
+            threshold, slots = self.threshold[: len(bias)], min(_SLOTS, len(bias))
+            values, indices, counts = ops.encode_jumprelu(flat, W_enc, bias, threshold, slots)
+            if (most := int(counts.max())) > slots:
+                values, indices, _ = ops.encode_jumprelu(flat, W_enc, bias, threshold, most)
+        shape = (*x.shape[:-1], values.shape[-1])
+        return Codes(values.reshape(shape), indices.reshape(shape))
+
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruct updates from their codes, [..., d_in] float32."""
-        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.indices, codes.values)]
-        rows = functional.embedding_bag(flat[0], self.W_dec, per_sample_weights=flat[1], mode="sum")
+        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.values, codes.indices)]
+        rows = ops.gather_decode(flat[0], flat[1], self.W_dec)
         return (rows + self.b_dec).reshape(*codes.values.shape[:-1], -1)
 
     def directions(self, step: int) -> Tensor:
@@ -89,14 +127,3 @@ class Sae:
         if self.bundle.steps is None:
             return self.W_dec
         return self.W_dec[:, step * self.bundle.d_model : (step + 1) * self.bundle.d_model]
-
-    def _size(self, k: int | None, prefix: int | None) -> tuple[int | None, int]:
-        """The k and the number of features to serve, checked."""
-        own_k, d_sae, nesting = self.bundle.k, self.bundle.d_sae, self.bundle.nesting
-        if k not in (None, own_k) and not (nesting and 1 <= k <= nesting.k_max):
-            allowed = f"1 to {nesting.k_max}" if nesting else f"only {own_k or 'none'}"
-            raise ValueError(f"k={k}: the SAE {self.bundle.name} allows {allowed}")
-        if prefix not in (None, d_sae) and not (nesting and prefix in nesting.prefixes):
-            allowed = ", ".join(map(str, nesting.prefixes)) if nesting else f"only {d_sae}"
-            raise ValueError(f"prefix={prefix}: the SAE {self.bundle.name} allows {allowed}")
-        return k or own_k, prefix or d_sae

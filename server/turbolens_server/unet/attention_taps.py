@@ -34,7 +34,7 @@ def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookP
         transformer = unet.get_submodule(block.module)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         for i, layer in enumerate(transformer.transformer_blocks):
-            for kind in ("attn1", "attn2") if _is_known(layer) else ():
+            for kind in ("attn1", "attn2") if is_known(layer) else ():
                 module = f"{block.module}.transformer_blocks.{i}.{kind}"
                 point = HookPoint(f"{name}.{kind}.{i}", module, width, block.downscale)
                 found[point.name] = point
@@ -50,19 +50,26 @@ def list_points(points: Iterable[str]) -> str:
     return ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
 
 
-def run_layers(
+def is_tapped(name: str, number: int, at: frozenset[str]) -> bool:
+    """Whether an attention layer of transformer layer `number` in block `name` is among the hook points `at`."""
+    return not at.isdisjoint((f"{name}.attn1.{number}", f"{name}.attn2.{number}"))
+
+
+def run_layer(
     name: str,
-    layers: Any,
+    number: int,
+    layer: Any,
     tokens: Tensor,
     text: Tensor,
     tap: Callable[[str, Tensor], Tensor],
     at: frozenset[str],
 ) -> Tensor:
-    """The transformer layers of one block.
+    """One transformer layer of a block.
 
     Args:
         name: of the block.
-        layers: its `transformer_blocks`.
+        number: of the layer in its block.
+        layer: one of the block's `transformer_blocks`.
         tokens: [B, P, width].
         text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
         tap: (hook point, update [B, P, width]) -> the update to add instead.
@@ -71,23 +78,22 @@ def run_layers(
     Returns:
         [B, P, width].
     """
-    for i, layer in enumerate(layers):
-        if at.isdisjoint((f"{name}.attn1.{i}", f"{name}.attn2.{i}")):
-            tokens = layer(tokens, encoder_hidden_states=text)
-            continue
-        for kind, attention, norm, context in (
-            ("attn1", layer.attn1, layer.norm1, None),
-            ("attn2", layer.attn2, layer.norm2, text),
-        ):
-            update = attention(norm(tokens), encoder_hidden_states=context)
-            point = f"{name}.{kind}.{i}"
-            tokens = (tap(point, update) if point in at else update) + tokens
-        tokens = layer.ff(layer.norm3(tokens)) + tokens
-    return tokens
+    if not is_tapped(name, number, at):
+        whole: Tensor = layer(tokens, encoder_hidden_states=text)
+        return whole
+    for kind, attention, norm, context in (
+        ("attn1", layer.attn1, layer.norm1, None),
+        ("attn2", layer.attn2, layer.norm2, text),
+    ):
+        update = attention(norm(tokens), encoder_hidden_states=context)
+        point = f"{name}.{kind}.{number}"
+        tokens = (tap(point, update) if point in at else update) + tokens
+    fed: Tensor = layer.ff(layer.norm3(tokens)) + tokens
+    return fed
 
 
-def _is_known(layer: Any) -> bool:
-    """Whether a layer's forward is what `run_layers` does."""
+def is_known(layer: Any) -> bool:
+    """Whether a layer's forward is what `run_layer` does."""
     return (
         layer.norm_type == "layer_norm"
         and layer.attn2 is not None

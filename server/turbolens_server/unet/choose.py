@@ -9,17 +9,20 @@ from diffusers import UNet2DConditionModel
 
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError, UNetBackend, need
-from turbolens_server.unet.export import GRAPH_FILE, check_points, ensure_graph, graph_key
+from turbolens_server.unet.export import GRAPH_FILE, ensure_graph, graph_key
+from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.graph import GraphSpec, GraphUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
 from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
 from turbolens_server.unet.tensorrt_unet import TensorRTRunner, find_engine
-from turbolens_server.unet.torch_unet import CompiledTorchUNet, TorchUNet
+from turbolens_server.unet.torch_unet import GraphedUNet, TorchUNet
 
 BackendName = Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"]
-AUTO: Final = "torch"
-"""What `auto` takes on every device, until a measurement shows that another is faster there."""
-AUTO_REASON: Final = "auto: needs nothing but PyTorch and steers in one pass; no other is measured to be faster"
+AUTO: Final[dict[str, tuple[str, str]]] = {
+    "cpu": ("torch", "auto: needs nothing but PyTorch, and no other is measured to be faster on a CPU"),
+    "cuda": ("torch-compile", "auto: the fastest that is measured on a GPU, and it steers in one pass"),
+}
+"""What `auto` takes on each kind of device, and why; docs/performance.md has the measurements."""
 
 
 def open_backend(
@@ -47,12 +50,14 @@ def open_backend(
     Raises:
         BackendError: it cannot run.
     """
-    reason = AUTO_REASON if name == "auto" else f"asked for: {name}"
-    match AUTO if name == "auto" else name:
-        case "torch":
-            return TorchUNet(unet.to(device)), reason, {}
-        case "torch-compile":
-            return CompiledTorchUNet(unet.to(device), spec, mode="reduce-overhead"), reason, {}
+    name, reason = AUTO[device.type] if name == "auto" else (name, f"asked for: {name}")
+    match name:
+        case "torch" | "torch-compile":
+            blocks = FusedBlocks(unet.to(device)) if name == "torch-compile" else None
+            if device.type == "cuda":
+                points = [point.name for point in spec.points]
+                return GraphedUNet(unet.to(device), points, blocks, name), reason, {}
+            return TorchUNet(unet.to(device), blocks, name), reason, {}
         case "onnx":
             runtime = need("onnxruntime", "onnx")
             graph = ensure_graph(cache, unet, spec, model_hash)
@@ -60,7 +65,6 @@ def open_backend(
             runner = OnnxRunner(graph.folder / GRAPH_FILE, device)
             return GraphUNet("onnx", spec, runner), reason, {"onnxruntime": runtime.__version__}
         case "tensorrt":
-            check_points(spec)
             if device.type != "cuda" or (target := current_target(device)) is None:
                 raise BackendError(f"TensorRT engines run on a GPU, not on {device}")
             tensorrt = find_tensorrt()

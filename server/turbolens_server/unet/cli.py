@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import tyro
+
+if TYPE_CHECKING:
+    from turbolens_server.unet.artifacts import Entry
+    from turbolens_server.unet.graph import GraphSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +57,9 @@ class Build(_Cached):
     """Height and width of the pictures in pixels; left out: the model's own."""
 
     def run(self) -> None:
-        from turbolens_server.engine.load import load_engine
         from turbolens_server.unet.artifacts import ArtifactCache
         from turbolens_server.unet.backend import BackendError
-        from turbolens_server.unet.export import MAX_BATCH, ensure_graph
-        from turbolens_server.unet.graph import GraphSpec
+        from turbolens_server.unet.export import MAX_BATCH
         from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
         from turbolens_server.unet.tensorrt_build import Bucket, ensure_engine
 
@@ -65,27 +68,39 @@ class Build(_Cached):
         tensorrt = find_tensorrt()
         if not (target := self.target or current_target()):
             raise BackendError("this machine has no GPU to build for; name a compute capability by --target")
+        # In a process of its own: the build takes several times the weights, and what a process once held in many
+        # pieces it does not give back.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as exporter:
+            graph, spec, shape, took = exporter.submit(_export, self).result()
+        print(f"graph   {graph.folder}  {_size(graph.size)}  {took:.0f} s")
         cache = ArtifactCache(self.root())
-        engine = load_engine(
-            model=self.model, device="cpu", dtype=self.dtype, variant=self.variant, saes=self.sae or None,
-            force_sae=self.force_sae, backend="torch",
-        )  # fmt: skip
-        info, parts = engine.info, engine.components
-        spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
-        height, width = self.size or info.default_size
-        cell = parts.vae_downscale * spec.stride
-        if height % cell or width % cell or min(height, width) < 2 * cell:
-            raise ValueError(f"--size {height} {width}: both must be multiples of {cell}, from {2 * cell}")
-        shape = height // parts.vae_downscale, width // parts.vae_downscale
-        start = time.monotonic()
-        graph = ensure_graph(cache, parts.unet, spec, info.model_hash)
-        print(f"graph   {graph.folder}  {_size(graph.size)}  {time.monotonic() - start:.0f} s")
-        del engine, parts  # the build takes several times the weights
-        gc.collect()
         start = time.monotonic()
         buckets = [Bucket(batch, *shape) for batch in self.batches]
         built = ensure_engine(cache, graph, spec, tensorrt, target, buckets, lambda: print("waiting for the cache"))
         print(f"engine  {built.folder}  {_size(built.size)}  {time.monotonic() - start:.0f} s")
+
+
+def _export(build: Build) -> tuple[Entry, GraphSpec, tuple[int, int], float]:
+    """The graph of the model to build for, its spec, the latent's height and width, and the seconds it took."""
+    from turbolens_server.engine.load import load_engine
+    from turbolens_server.unet.artifacts import ArtifactCache
+    from turbolens_server.unet.export import ensure_graph
+    from turbolens_server.unet.graph import GraphSpec
+
+    engine = load_engine(
+        model=build.model, device="cpu", dtype=build.dtype, variant=build.variant, saes=build.sae or None,
+        force_sae=build.force_sae, backend="torch",
+    )  # fmt: skip
+    info, parts = engine.info, engine.components
+    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    height, width = build.size or info.default_size
+    cell = parts.vae_downscale * spec.stride
+    if height % cell or width % cell or min(height, width) < 2 * cell:
+        raise ValueError(f"--size {height} {width}: both must be multiples of {cell}, from {2 * cell}")
+    start = time.monotonic()
+    graph = ensure_graph(ArtifactCache(build.root()), parts.unet, spec, info.model_hash)
+    shape = height // parts.vae_downscale, width // parts.vae_downscale
+    return graph, spec, shape, time.monotonic() - start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

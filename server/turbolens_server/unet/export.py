@@ -13,7 +13,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
-from turbolens_server.unet.attention_taps import is_attention
 from turbolens_server.unet.backend import BackendError, need
 from turbolens_server.unet.graph import GraphSpec, SteerableUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
@@ -57,24 +56,13 @@ def graph_key(unet: UNet2DConditionModel, spec: GraphSpec, model_hash: str, dtyp
     }
 
 
-def check_points(spec: GraphSpec) -> None:
-    """Refuse hook points that are not exported: attention layers, of which only PyTorch is tested.
-
-    Raises:
-        BackendError: there is one.
-    """
-    if layers := [point.name for point in spec.points if is_attention(point.name)]:
-        raise BackendError(f"{', '.join(layers)}: only blocks are exported, not attention layers; use --backend torch")
-
-
 def ensure_graph(cache: ArtifactCache, unet: UNet2DConditionModel, spec: GraphSpec, model_hash: str) -> Entry:
     """The exported graph of a U-Net on the CPU, from the cache or made and checked now.
 
     Raises:
-        BackendError: a package is missing, the U-Net's type or a hook point cannot be exported, the graph does not
-            give what PyTorch gives, or the cache cannot be used.
+        BackendError: a package is missing, the U-Net's type cannot be exported, the graph does not give what PyTorch
+            gives, or the cache cannot be used.
     """
-    check_points(spec)
     dtype = next(unet.parameters()).dtype
     if dtype not in TOLERANCE:
         raise BackendError(f"{dtype} is not exported; use --dtype float32 or float16")

@@ -9,15 +9,16 @@ early, and a compiler or exporter sees plain code. Tests hold it to diffusers' o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from turbolens_server.engine.types import HookPoint
-from turbolens_server.unet.attention_taps import block_of, run_layers
+from turbolens_server.unet.attention_taps import block_of, run_layer
 
 DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 """The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
@@ -28,6 +29,23 @@ OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
 
 class UnsupportedUNet(ValueError):
     """The U-Net has a part that this walk does not know; the text names it."""
+
+
+class Blocks(Protocol):
+    """How the walk runs the blocks that a U-Net consists of."""
+
+    def prepare(self, text: Tensor) -> Any:
+        """What `transformer` takes as text: from hidden states [B, tokens, cross_attention_dim], once a pass."""
+
+    def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """A residual block: [B, C, h, w] and the time's embedding [B, E] -> [B, C', h, w]."""
+        ...
+
+    def transformer(
+        self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
+    ) -> Tensor:
+        """A transformer block [B, C, h, w] -> [B, C, h, w], with the updates of the hook points `at` given to `tap`."""
+        ...
 
 
 def attention_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, Transformer2DModel]]:
@@ -82,6 +100,7 @@ def tapped_forward(
     tap: OnUpdate | None = None,
     at: frozenset[str] = frozenset(),
     stop_after: str | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor | None:
     """One pass of the U-Net.
 
@@ -95,6 +114,7 @@ def tapped_forward(
         tap: called at every hook point in `at`.
         at: names of hook points.
         stop_after: end the pass after the block of this hook point, where only updates are wanted.
+        blocks: how to run the blocks; None: the U-Net's own modules.
 
     Returns:
         The prediction [B, C, h, w]; None where the pass was stopped.
@@ -103,21 +123,20 @@ def tapped_forward(
     added = {"text_embeds": pooled, "time_ids": time_ids}
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
 
-    tapped = {block_of(point) for point in at}
+    blocks = blocks or _OwnModules()
+    context = blocks.prepare(text)
+    on_update = tap or _add_as_it_is
     stop_after = block_of(stop_after) if stop_after else None
 
     def attend(name: str, attention: Transformer2DModel, hidden: Tensor) -> Tensor:
-        if name not in tapped or tap is None:
-            attended: Tensor = attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
-            return attended
-        return _tapped_attention(name, attention, hidden, text, tap, at)
+        return blocks.transformer(name, attention, hidden, context, on_update, at)
 
     hidden = unet.conv_in(sample)
     skips = [hidden]
     for i, block in enumerate(unet.down_blocks):
         attentions = getattr(block, "attentions", None)
         for j, resnet in enumerate(block.resnets):
-            hidden = resnet(hidden, embedding)
+            hidden = blocks.resnet(resnet, hidden, embedding)
             if attentions is not None:
                 hidden = attend(f"down.{i}.{j}", attentions[j], hidden)
                 if stop_after == f"down.{i}.{j}":
@@ -127,17 +146,17 @@ def tapped_forward(
             hidden = downsampler(hidden)
             skips.append(hidden)
 
-    hidden = unet.mid_block.resnets[0](hidden, embedding)
+    hidden = blocks.resnet(unet.mid_block.resnets[0], hidden, embedding)
     for j, (attention, resnet) in enumerate(zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True)):
         hidden = attend(f"mid.{j}", attention, hidden)
         if stop_after == f"mid.{j}":
             return None
-        hidden = resnet(hidden, embedding)
+        hidden = blocks.resnet(resnet, hidden, embedding)
 
     for i, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None)
         for j, resnet in enumerate(block.resnets):
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), embedding)
+            hidden = blocks.resnet(resnet, torch.cat([hidden, skips.pop()], dim=1), embedding)
             if attentions is not None:
                 hidden = attend(f"up.{i}.{j}", attentions[j], hidden)
                 if stop_after == f"up.{i}.{j}":
@@ -151,6 +170,30 @@ def tapped_forward(
     return prediction
 
 
+def _add_as_it_is(_: str, update: Tensor, __: tuple[int, int]) -> Tensor:
+    """The tap of a pass that has none."""
+    return update
+
+
+class _OwnModules:
+    """The U-Net's modules, called as `UNet2DConditionModel.forward` calls them."""
+
+    def prepare(self, text: Tensor) -> Tensor:
+        return text
+
+    def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
+        out: Tensor = module(hidden, embedding)
+        return out
+
+    def transformer(
+        self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
+    ) -> Tensor:
+        if name not in {block_of(point) for point in at}:
+            attended: Tensor = module(hidden, encoder_hidden_states=text, return_dict=False)[0]
+            return attended
+        return _tapped_attention(name, module, hidden, text, tap, at)
+
+
 def _tapped_attention(
     name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: OnUpdate, at: frozenset[str]
 ) -> Tensor:
@@ -158,7 +201,8 @@ def _tapped_attention(
     batch, _, height, width = hidden.shape
     grid = (height, width)
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
-    tokens = run_layers(name, attention.transformer_blocks, tokens, text, lambda point, x: tap(point, x, grid), at)
+    for number, layer in enumerate(attention.transformer_blocks):
+        tokens = run_layer(name, number, layer, tokens, text, lambda point, x: tap(point, x, grid), at)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)
     else:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from turbolens_server.engine.memory import available_host_bytes
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE
@@ -55,8 +56,8 @@ def ensure_engine(
     key = {**engine_key(graph.key, tensorrt, target), "buckets": shapes}
 
     def make(folder: Path) -> dict[str, Any]:
-        needed, free = _MEMORY_BASE + _MEMORY_PER_WEIGHT * graph.size, available_memory()
-        if free < needed:
+        needed, free = _MEMORY_BASE + _MEMORY_PER_WEIGHT * graph.size, available_host_bytes(Path("/"))
+        if free is not None and free < needed:
             raise BackendError(
                 f"building takes about {needed / _GIB:.1f} GiB of memory and {free / _GIB:.1f} GiB are free"
             )
@@ -99,13 +100,3 @@ def build_plan(tensorrt: TensorRT, graph: Path, spec: GraphSpec, target: str, bu
     if plan is None:
         raise BackendError(f"{tensorrt} cannot build the graph for {target} ({messages.last()})")
     return memoryview(plan)
-
-
-def available_memory() -> float:
-    """Bytes of memory that this process can still take, by the kernel and by its control group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, float(most) - float(used.read_text()))
-    return free

@@ -1,67 +1,106 @@
-"""The U-Net in PyTorch: the tapped walk as it is, or compiled with its steering as inputs."""
+"""The U-Net in PyTorch: the tapped walk, launched as it goes, or on a GPU recorded once and replayed in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from turbolens_server.unet.backend import Affine, Tap, steered_passes
-from turbolens_server.unet.graph import GraphSpec, SteerableUNet
-from turbolens_server.unet.tapped import tapped_forward
+from turbolens_server.cuda_graphs import Cut, Recording, record
+from turbolens_server.unet.backend import Tap
+from turbolens_server.unet.tapped import Blocks, OnUpdate, tapped_forward
 
 
 class TorchUNet:
     """The tapped walk, eager: features are read and edits made in the middle of the one pass."""
 
-    name = "torch"
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, blocks: Blocks | None = None, name: str = "torch") -> None:
+        """`blocks` says how to run the U-Net's blocks; None: as its own modules do."""
+        self.name = name
         self._unet = unet
+        self._blocks = blocks
 
     def predict(
         self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
     ) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
-        prediction = tapped_forward(self._unet, sample, timestep, text, pooled, time_ids, tap=tap, at=tap.at)
-        if prediction is None:
-            raise AssertionError("a pass that is not stopped predicts")
-        return prediction
+        return _walk(self._unet, self._blocks, (sample, timestep, text, pooled, time_ids), tap, tap.at)
 
 
-class CompiledTorchUNet:
-    """The walk as one compiled graph whose gains and biases are inputs, so that no edit makes it compile anew.
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """Tensors of a recorded pass, which each replay writes anew."""
 
-    Meant for CUDA, and not yet run on it: `reduce-overhead` replays the graph as one CUDA graph a shape, from static
-    buffers of its own. Batches with a closed edit take the eager walk: one pass, where the graph would need several.
+    prediction: Tensor  # [B, C, h, w]
+    updates: tuple[tuple[str, Tensor, tuple[int, int]], ...]
+    """Hook point, update [B, P, d_model] and grid, in order of execution: one at the end of each piece but the last."""
+
+
+class GraphedUNet:
+    """The tapped walk on a CUDA GPU, recorded for each batch size as graphs that end at the hook points.
+
+    Between two graphs the tap reads and steers the update where it lies, so every edit, closed ones included, takes
+    one pass, and none makes anything be recorded or compiled anew. A point with nothing to do costs one more launch.
     """
 
-    name = "torch-compile"
-
-    def __init__(self, unet: UNet2DConditionModel, spec: GraphSpec, **options: Any) -> None:
-        """`options` go to `torch.compile`."""
-        self._eager = TorchUNet(unet)
-        self._spec = spec
-        graph = SteerableUNet(unet, spec)
-        self._graph: Callable[..., tuple[Tensor, ...]] = torch.compile(graph, fullgraph=True, **options)
+    def __init__(
+        self, unet: UNet2DConditionModel, points: Sequence[str], blocks: Blocks | None = None, name: str = "torch"
+    ) -> None:
+        """`points` are the hook points that will ever be tapped; `blocks` and `name` as for :class:`TorchUNet`."""
+        self.name = name
+        self._unet = unet
+        self._points = frozenset(points)
+        self._blocks = blocks
+        self._pool = torch.cuda.graph_pool_handle()
+        self._recorded: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Recording[_Pass]]] = {}
 
     def predict(
         self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
     ) -> Tensor:
-        """See :class:`turbolens_server.unet.backend.UNetBackend`."""
-        if tap.closed:
-            return self._eager.predict(sample, timestep, text, pooled, time_ids, tap)
-        timesteps = timestep.float().expand(len(sample)).contiguous()
-        points = len(self._spec.points)
+        """See :class:`turbolens_server.unet.backend.UNetBackend`; the next call overwrites what this returns."""
+        values = (sample, timestep.float().expand(len(sample)), text, pooled, time_ids)
+        key = tuple(sample.shape)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(values)
+        inputs, recording = self._recorded[key]
+        for static, value in zip(inputs, values, strict=True):
+            static.copy_(value)
+        first, *others = recording.pieces
+        first.replay()
+        for (point, update, grid), piece in zip(recording.result.updates, others, strict=True):
+            if point in tap.at and (steered := tap(point, update, grid)) is not update:
+                update.copy_(steered)
+            piece.replay()
+        return recording.result.prediction
 
-        def run(steering: Mapping[str, Affine], _: Sequence[str]) -> dict[str, Tensor]:
-            # Contiguous like the ones and zeros of points that are not steered: other strides would compile anew.
-            inputs = tuple(tensor.contiguous() for tensor in self._spec.steering_inputs(steering, sample).values())
-            torch.compiler.cudagraph_mark_step_begin()
-            outputs = self._graph(sample, timesteps, text, pooled, time_ids, inputs[:points], inputs[points:])
-            return dict(zip(self._spec.output_names(), outputs, strict=True))
+    def _record(self, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Recording[_Pass]]:
+        sample, *conditions = values
+        inputs = (
+            sample.clone(memory_format=torch.channels_last if self._blocks else torch.contiguous_format),
+            *(value.clone(memory_format=torch.contiguous_format) for value in conditions),
+        )
 
-        return steered_passes(run, self._spec.grids(sample), tap)
+        def run(cut: Cut) -> _Pass:
+            updates: list[tuple[str, Tensor, tuple[int, int]]] = []
+
+            def end_piece(point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
+                updates.append((point, update, grid))
+                cut()
+                return update
+
+            return _Pass(_walk(self._unet, self._blocks, inputs, end_piece, self._points), tuple(updates))
+
+        return inputs, record(run, self._pool)
+
+
+def _walk(
+    unet: UNet2DConditionModel, blocks: Blocks | None, inputs: Sequence[Tensor], tap: OnUpdate, at: frozenset[str]
+) -> Tensor:
+    sample, timestep, text, pooled, time_ids = inputs
+    prediction = tapped_forward(unet, sample, timestep, text, pooled, time_ids, tap=tap, at=at, blocks=blocks)
+    if prediction is None:
+        raise AssertionError("a pass that is not stopped predicts")
+    return prediction

@@ -10,7 +10,8 @@ from turbolens_server.bench.cli import main
 from turbolens_server.bench.results import to_markdown
 
 CONTENDERS = [
-    "diffusers", "nothing asked", "all features", "eight adds", "a scale a block", "latents only", "features only",
+    "diffusers", "nothing asked", "all features", "eight adds", "a scale a block", "U-Net alone",
+    "U-Net and features", "latents only", "features only",
     "new prompt to PNG",
 ]  # fmt: skip
 

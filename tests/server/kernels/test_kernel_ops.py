@@ -192,12 +192,12 @@ def test_what_does_not_fit_is_refused_by_name(call, message):
         call(torch.randn(5, 4), torch.randn(4, 9), torch.randn(9))
 
 
-def test_plain_torch_serves_on_a_gpu_until_the_table_says_otherwise(monkeypatch):
+def test_a_gpu_is_served_by_what_the_table_names(monkeypatch):
     fused = pytest.importorskip("turbolens_server.kernels.fused", reason="needs Triton")
     for kernel in choice.SERVES_ON_CUDA:
-        assert choice.implementation(kernel) is plain
-        monkeypatch.setitem(choice.SERVES_ON_CUDA, kernel, "fused")
-        assert choice.implementation(kernel) is fused
+        for name, module in (("plain", plain), ("fused", fused)):
+            monkeypatch.setitem(choice.SERVES_ON_CUDA, kernel, name)
+            assert choice.implementation(kernel) is module
 
 
 def test_every_fused_kernel_takes_what_its_plain_one_takes():

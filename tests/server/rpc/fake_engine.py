@@ -12,7 +12,7 @@ import torch
 from turbolens_server.engine.engine import EngineInfo, SaeInfo
 from turbolens_server.engine.memory import MemoryNeed
 from turbolens_server.engine.types import FeaturesReady, HookPoint, NotFinite, Result, SparseCodes, StepDone
-from turbolens_server.sae.bundle import Bundle, FeatureStats, SaeWeights
+from turbolens_server.sae.bundle import Bundle, FeatureStats, Nesting, SaeWeights
 
 D_SAE = 16
 DEAD = 5
@@ -43,6 +43,12 @@ def a_bundle(name: str, *, stats: bool, d_sae: int = D_SAE, folder=None, provena
         provenance=provenance or {"recipe": "fake"},
         folder=folder,
     )
+
+
+def a_nested_bundle(name: str) -> Bundle:
+    """Of a k up to 4 and of three prefixes."""
+    bundle = a_bundle(name, stats=True)
+    return dataclasses.replace(bundle, architecture="turbolens-matryoshka", nesting=Nesting(4, (4, 8, D_SAE)))
 
 
 def an_info(**changes) -> EngineInfo:

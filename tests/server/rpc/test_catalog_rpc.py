@@ -12,13 +12,14 @@ from fake_engine import FakeEngine, a_bundle, an_info
 
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_server.catalog.catalog import Catalog
-from turbolens_server.catalog.labels import FILE_NAME, SCHEMA, FeatureLabels, Label, read_labels, write_labels
+from turbolens_server.catalog.labels import FILE_NAME, SCHEMA, Example, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.engine.engine import SaeInfo
 from turbolens_server.sae.bundle import BundleError
 
+EXAMPLES = (Example("a blue sky", 2**40, 4, 3, 1, 2, 7.5), Example("", 0, 1, 0, 0, 0, 0.25))
 ROWS = (
     FeatureLabels(3, "blue star", 0.9, (Label("color", "blue", "thing", 0.9), Label("shape", "star", "thing", 0.8))),
-    FeatureLabels(4, "blue", 0.8, (Label("color", "blue", "background", 0.8),)),
+    FeatureLabels(4, "blue", 0.8, (Label("color", "blue", "background", 0.8),), EXAMPLES),
     FeatureLabels(6, "night", 1.0, (Label("background", "night", "background", 1.0),)),
     FeatureLabels(9, "unsure blue", 0.5, (Label("color", "blue", "thing", 0.5),)),
 )
@@ -68,6 +69,21 @@ async def test_orders_and_pages(labelled):
     request.order_by = "label"
     with pytest.raises(grpc.aio.AioRpcError, match="page_token"):
         await labelled.ListFeatures(request)
+
+
+async def test_one_feature_comes_with_its_examples_and_many_without(labelled):
+    async def examples(index: int) -> list[fs.FeatureExample]:
+        request = fs.GetFeatureRequest(name=f"saes/mid.0/features/{index}")
+        return list((await labelled.GetFeature(request)).feature.examples)
+
+    assert await examples(4) == [
+        fs.FeatureExample(prompt="a blue sky", seed=2**40, steps=4, step=3, y=1, x=2, activation=7.5),
+        fs.FeatureExample(activation=0.25, steps=1),
+    ]
+    assert await examples(3) == await examples(0) == [], "no example, and nothing known"
+    page = await labelled.ListFeatures(fs.ListFeaturesRequest(parent="saes/mid.0"))
+    found = await labelled.SearchFeatures(fs.SearchFeaturesRequest(query="blue"))
+    assert not any(feature.examples for feature in (*page.features, *(match.feature for match in found.matches)))
 
 
 async def test_questions_have_a_length(labelled):

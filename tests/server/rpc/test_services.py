@@ -8,7 +8,7 @@ import io
 import grpc
 import numpy as np
 import pytest
-from fake_engine import D_SAE, FakeEngine, an_info
+from fake_engine import D_SAE, FakeEngine, a_nested_bundle, an_info
 from PIL import Image
 
 from turbolens_proto.v1 import feature_service_pb2 as fs
@@ -16,6 +16,7 @@ from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
+from turbolens_server.engine.engine import SaeInfo
 
 
 def a_request(**fields) -> gs.GenerateRequest:
@@ -41,6 +42,50 @@ async def test_the_model_is_told_with_every_limit(running):
     assert (memory.weights_bytes, memory.sae_bytes, memory.activation_bytes, memory.available_bytes) == (4, 3, 2, 100)
     assert model.load_seconds == 1.5
     assert [(s.width, s.height) for s in limits.sizes] == [(64, 64), (64, 32)]
+
+
+@pytest.fixture
+async def nested(loading):
+    """A server of one SAE that leaves a choice of k and prefix."""
+    sae = SaeInfo("mid.0", "mid.0", a_nested_bundle("mid.0"), forced=False)
+    await loading.serving.make_ready(FakeEngine(an_info(saes={"mid.0": sae})))
+    return loading
+
+
+async def test_an_sae_tells_what_a_request_may_choose(nested):
+    (sae,) = (await nested.models.GetModel(ms.GetModelRequest())).model.saes
+    assert (sae.architecture, sae.k, sae.k_max, list(sae.prefixes)) == ("turbolens-matryoshka", 2, 4, [4, 8, D_SAE])
+
+
+async def test_how_saes_are_read_is_in_the_provenance_of_every_call(nested):
+    asked = [run.SaeOptions(sae="mid.0", k=3, prefix=8)]
+    picture = a_request(features={}, sae_options=asked)
+    features = fs.ExtractFeaturesRequest(prompt={"text": "x"}, sae_options=asked)
+    told = [
+        (await nested.generation.Generate(picture)).provenance,
+        (await nested.features.ExtractFeatures(features)).provenance,
+    ]
+    for stream in (
+        nested.generation.StreamGenerate(gs.StreamGenerateRequest(request=picture)),
+        nested.features.StreamFeatures(fs.StreamFeaturesRequest(request=features)),
+    ):
+        told.append([event async for event in stream][-1].done.provenance)
+    assert [list(provenance.sae_options) for provenance in told] == [asked] * 4
+
+
+async def test_a_k_that_an_sae_does_not_allow_is_refused_by_every_call_before_any_work(nested):
+    wrong = {"prompt": {"text": "x"}, "features": {}, "sae_options": [{"sae": "mid.0", "k": 5}]}
+    picture, features = gs.GenerateRequest(**wrong), fs.ExtractFeaturesRequest(**wrong)
+    for call, field in (
+        (nested.generation.Generate(picture), "sae_options"),
+        (nested.features.ExtractFeatures(features), "sae_options"),
+        (nested.generation.StreamGenerate(gs.StreamGenerateRequest(request=picture)).read(), "request.sae_options"),
+        (nested.features.StreamFeatures(fs.StreamFeaturesRequest(request=features)).read(), "request.sae_options"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match=rf"{field}\[0\].k: got 5; mid.0 allows 1 to 4") as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not nested.engine.batches
 
 
 async def test_pictures_come_in_order_over_several_batches_of_one_thread(running):
@@ -124,8 +169,6 @@ async def test_wide_dictionaries_have_wide_indices(loading):
     import dataclasses
 
     from fake_engine import a_bundle
-
-    from turbolens_server.engine.engine import SaeInfo
 
     bundle = a_bundle("mid.0", stats=False, d_sae=2**16 + 1)
     info = dataclasses.replace(an_info(), saes={"mid.0": SaeInfo("mid.0", "mid.0", bundle, forced=True)})

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from fake_engine import D_SAE, DEAD, an_info
+from fake_engine import D_SAE, DEAD, a_nested_bundle, an_info
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,11 +19,20 @@ from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
-from turbolens_server.engine.types import Edit, Unit, WeightedFeature
+from turbolens_server.engine.types import Edit, SaeOptions, Unit, WeightedFeature
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
 
 INFO, LIMITS = an_info(), RequestLimits()
+_PLAIN = INFO.saes["up.0.1"]
+NESTED = an_info(
+    saes={
+        "mid.0": dataclasses.replace(INFO.saes["mid.0"], bundle=a_nested_bundle("mid.0")),
+        "up.0.1": _PLAIN,
+        "jump": dataclasses.replace(_PLAIN, name="jump", bundle=dataclasses.replace(_PLAIN.bundle, k=None)),
+    }
+)
+"""One SAE that leaves a choice, one of a fixed k, one of none."""
 
 
 def a_request(*edits, **fields) -> gs.GenerateRequest:
@@ -49,9 +58,9 @@ def png(array) -> dict:
     return {"png": file.getvalue()}
 
 
-def violations(request) -> dict[str, str]:
+def violations(request, info=INFO) -> dict[str, str]:
     with pytest.raises(RpcError) as caught:
-        validate_generate(request, INFO, LIMITS)
+        validate_generate(request, info, LIMITS)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
     return {v.field: v.description for v in caught.value.violations}
 
@@ -224,6 +233,54 @@ def test_who_names_no_sae_gets_those_that_the_steps_allow():
     assert "runs of 3 steps alone" in caught.value.violations[0].description
 
 
+@pytest.mark.parametrize(
+    ("options", "field", "says"),
+    [
+        ({"sae": "mid.0", "k": 5}, "k", "got 5; mid.0 allows 1 to 4"),
+        ({"sae": "mid.0", "k": 0}, "k", "1 to 4"),
+        ({"sae": "mid.0", "k": -1}, "k", "1 to 4"),
+        ({"sae": "mid.0", "prefix": 6}, "prefix", "got 6; mid.0 allows 4, 8, 16"),
+        ({"sae": "mid.0", "prefix": 0}, "prefix", "4, 8, 16"),
+        ({"sae": "up.0.1", "k": 3}, "k", "got 3; up.0.1 allows only 2"),
+        ({"sae": "up.0.1", "prefix": 8}, "prefix", "only 16"),
+        ({"sae": "jump", "k": 3}, "k", "jump has no k"),
+        ({"sae": "down.9", "k": 3}, "sae", "this server has mid.0, up.0.1, jump"),
+    ],
+)
+def test_how_an_sae_is_read_is_checked_before_any_work(options, field, says):
+    found = violations(a_request(features={}, sae_options=[options]), NESTED)
+    assert found.keys() == {f"sae_options[0].{field}"}
+    assert says in found[f"sae_options[0].{field}"]
+
+
+def test_an_sae_is_read_in_one_way_and_only_where_the_request_uses_it():
+    twice = [{"sae": "mid.0", "k": 1}, {"sae": "mid.0", "k": 2}]
+    assert "once" in violations(a_request(features={}, sae_options=twice), NESTED)["sae_options[1].sae"]
+    for more in ({}, {"features": {"saes": ["up.0.1"]}}):
+        found = violations(a_request(sae_options=twice[:1], **more), NESTED)
+        assert "asked for or edited" in found["sae_options[0].sae"]
+    for used in (a_request(an_edit(), sae_options=twice[:1]), a_request(features={}, sae_options=twice[:1])):
+        assert validate_generate(used, NESTED, LIMITS).jobs[0].sae_options == (SaeOptions("mid.0", 1),)
+
+
+def test_past_a_prefix_there_is_no_feature():
+    options = [{"sae": "mid.0", "prefix": 8}]
+    found = violations(
+        a_request(an_edit(7), an_edit(8), features={"only": [{"sae": "mid.0", "index": 9}]}, sae_options=options),
+        NESTED,
+    )
+    assert found.keys() == {"edits[1].features[0].feature.index", "features.only[0].index"}
+    assert "must be 0 to 7 for mid.0 at prefix 8" in found["features.only[0].index"]
+
+
+def test_how_saes_are_read_reaches_every_job():
+    options = [{"sae": "up.0.1", "k": 2, "prefix": 16}, {"sae": "mid.0", "prefix": 4}]
+    request = fs.ExtractFeaturesRequest(prompt={}, seeds=[1, 2], sae_options=options)
+    valid = validate_extract(request, NESTED, LIMITS)
+    expected = (SaeOptions("up.0.1", 2, 16), SaeOptions("mid.0", None, 4))
+    assert [job.sae_options for job in valid.jobs] == [expected] * 2
+
+
 def test_replacements_side_by_side_or_at_other_times_are_allowed():
     left, right = boxes((0, 0, 0.5, 1)), boxes((0.5, 0, 1, 1))
     validate_generate(a_request(an_edit(replace={}, mask=left), an_edit(replace={}, mask=right)), INFO, LIMITS)
@@ -285,6 +342,12 @@ shared = {
             "value_type": any_int,
         },
     ),
+    "sae_options": st.lists(
+        st.fixed_dictionaries(
+            {"sae": st.sampled_from(["mid.0", "up.0.1", "jump", "?"])}, optional={"k": any_int, "prefix": any_int}
+        ),
+        max_size=3,
+    ),
 }
 image = st.fixed_dictionaries({}, optional={"format": any_int, "quality": any_int})
 
@@ -292,7 +355,7 @@ image = st.fixed_dictionaries({}, optional={"format": any_int, "quality": any_in
 def check(message, validate) -> None:
     """Valid, or refused with fields that name something; never another exception."""
     try:
-        valid = validate(message, INFO, LIMITS)
+        valid = validate(message, NESTED, LIMITS)
     except RpcError as error:
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.violations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.unet.attention_taps import block_of, list_points, with_attention_points
-from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
-from turbolens_server.unet.torch_unet import CompiledTorchUNet
+from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates
 
 
@@ -132,12 +133,12 @@ def test_training_collects_and_the_server_reads_and_steers_there(
     assert steered is not None
     assert not np.array_equal(plain.picture, steered.picture)
     parts, info = serving.components, serving.info
-    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
-    graph = CompiledTorchUNet(parts.unet, spec, backend="eager")
-    compiled = Engine(parts, graph, info, torch.device("cpu")).run(jobs)
+    unet = copy.deepcopy(parts.unet)
+    fused = TorchUNet(unet, FusedBlocks(unet, backend="eager"))
+    compiled = Engine(parts, fused, info, torch.device("cpu")).run(jobs)
     for ours, theirs in zip((plain, steered), compiled, strict=True):
         assert theirs is not None
-        assert np.abs(ours.latents - theirs.latents).max() <= 1e-4
+        assert np.abs(ours.latents - theirs.latents).max() <= 1e-5 * np.abs(ours.latents).max()
     values = update[0, 0].clamp(min=0)
     assert np.abs(np.sort(plain.features[0].values) - np.sort(values[values > 0].numpy())).max() < 1e-4
 
@@ -146,14 +147,3 @@ def test_a_hook_point_that_is_not_there_is_one_line(tiny_folder: Path, tiny_engi
     with pytest.raises(LoadError, match=r"no hook point up\.0\.0\.attn3\.0; it has .* attention layers from"):
         load_engine(model=str(tiny_folder), saes=[], hook_points=["up.0.0.attn3.0"])
     assert "attn" not in list_points(find_hook_points(tiny_engine.components.unet, 8))
-
-
-@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
-def test_a_backend_that_runs_a_graph_refuses_attention_layers(backend: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        LoadError, match=f"^--backend {backend}: mid.0.attn2.0: only blocks are exported.*use --backend torch$"
-    ):
-        load_engine(
-            model=str(tiny_folder), saes=[], hook_points=["mid.0", "mid.0.attn2.0"], backend=backend, cache=tmp_path
-        )
-    assert not list(tmp_path.iterdir())

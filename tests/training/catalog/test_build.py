@@ -72,6 +72,22 @@ def test_prompts_give_statistics_and_examples_and_labels_stay(bundle: Path, tiny
             assert values[index] == pytest.approx(example.activation, rel=1e-3)
 
 
+def test_a_bundle_of_another_model_is_built_only_by_force_and_says_so(
+    bundle: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((bundle / "cfg.json").read_text())
+    config["metadata"]["turbolens"]["model_hash"] = "another"
+    (bundle / "cfg.json").write_text(json.dumps(config))
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    argv = ["build", "--model", str(tiny_folder), "--saes", str(bundle), "--prompts", str(tmp_path / "prompts.txt")]
+    with pytest.raises(SystemExit, match="pass --force-sae"):
+        cli.main(argv)
+    cli.main([*argv, "--steps", "1", "--force-sae"])
+    found = load_bundle(bundle)
+    assert found.model_hash == "another"
+    assert found.provenance["catalog"]["forced_on"] == hash_unet(tiny_folder)
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

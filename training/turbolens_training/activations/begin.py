@@ -10,7 +10,6 @@ from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.sampler import Run, Sampler
-from turbolens_training.activations.text import encode_captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,8 @@ class Beginning:
 def begin(engine: Engine, captions: Sequence[str], seeds: Sequence[int], steps: int) -> Beginning:
     """Begin a batch at the model's default size; the same seed gives the engine's own first noise."""
     parts, size = engine.components, engine.info.default_size
-    hidden, pooled = encode_captions(parts.text, list(captions))
+    text = parts.text.encode_together(captions)
+    hidden, pooled = text.hidden, text.pooled
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=hidden.dtype, device=hidden.device).expand(len(captions), -1)
     height, width = (edge // parts.vae_downscale for edge in size)
     shape = (parts.unet.config.in_channels, height, width)

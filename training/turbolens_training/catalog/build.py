@@ -44,7 +44,10 @@ def build(config: BuildConfig) -> None:
     for folder in find_saes(config.saes) if config.saes.is_dir() else []:
         if not is_bundle(folder):
             raise ValueError(f"{folder} is no bundle; make one of it by turbolens sae import")
-    engine = load_engine(model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)])
+    engine = load_engine(
+        model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)],
+        force_sae=config.force_sae,
+    )  # fmt: skip
     device = next(engine.components.unet.parameters()).device
     saes: dict[str, Sae] = {}
     for info in engine.info.saes.values():
@@ -114,7 +117,7 @@ def _from_scenes(
         bundle = saes[point.name].bundle
         truth = seen.truth(point.grid(*engine.info.default_size))
         rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
-        _write(config, bundle, rows, top[point.name], batches * config.batch)
+        _write(config, engine, bundle, rows, top[point.name], batches * config.batch)
         table.append(summary(point.name, rows))
     if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
         mix = config.steps if steps is None else (steps,)
@@ -144,7 +147,7 @@ def _from_prompts(
     for block, sae in saes.items():
         known = read_labels(sae.bundle.folder, sae.bundle.d_sae)
         rows = [known.get(index, FeatureLabels(index, "", 0.0, ())) for index in range(sae.bundle.d_sae)]
-        _write(config, sae.bundle, rows, top[block], len(prompts))
+        _write(config, engine, sae.bundle, rows, top[block], len(prompts))
     if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
         _measure(lacking, _progress(data(), "statistics", batches))
 
@@ -175,12 +178,17 @@ def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
         save_stats(_folder(bundle), complete_stats(bundle.stats, measurement.stats()))
 
 
-def _write(config: BuildConfig, bundle: Bundle, rows: list[FeatureLabels], top: TopExamples, pictures: int) -> None:
+def _write(
+    config: BuildConfig, engine: Engine, bundle: Bundle, rows: list[FeatureLabels], top: TopExamples, pictures: int
+) -> None:
     folder = _folder(bundle)
     examples = top.examples()
     write_labels(folder, [dataclasses.replace(row, examples=examples[row.index]) for row in rows])
     made_from = "captioned scenes" if config.prompts is None else config.prompts.name
-    amend_provenance(folder, catalog={"prompts": made_from, "pictures": pictures, "seed": config.seed})
+    made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}
+    if engine.info.saes[bundle.name].forced:
+        made["forced_on"] = engine.info.model_hash
+    amend_provenance(folder, catalog=made)
 
 
 def _folder(bundle: Bundle) -> Path:

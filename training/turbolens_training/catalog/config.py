@@ -23,6 +23,8 @@ class BuildConfig:
     """Variant of the model's weight files, such as `fp16`."""
     saes: Path = Path("runs/sae/bundles")
     """A bundle, or a folder of bundles; their statistics, `features.parquet` and provenance are written."""
+    force_sae: bool = False
+    """Measure a bundle on a model that it was not trained on; its provenance then names that model's hash."""
     prompts: Path | None = None
     """Text file of prompts, one a line; left out: captioned scenes, whose truth gives labels."""
     work: Path = Path("runs/sae")

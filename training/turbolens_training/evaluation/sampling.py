@@ -78,7 +78,7 @@ def thumbnails(latents: Tensor) -> Tensor:
 def decode(engine: Engine, latents: Tensor) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] by the model's VAE, as they are served: in 8 bits."""
     rows = range(len(latents))
-    pictures = [picture for _, picture in decode_rows(engine.components.vae, latents, rows, [True] * len(latents))]
+    pictures = [picture for _, picture in decode_rows(engine.components.decoder, latents, rows, [True] * len(latents))]
     finite = [picture for picture in pictures if picture is not None]
     if len(finite) < len(pictures):
         raise FloatingPointError(f"{len(pictures) - len(finite)} of {len(pictures)} pictures are not finite")
