@@ -226,13 +226,15 @@ class Sae(_message.Message):
     FORCED_FIELD_NUMBER: _builtins.int
     K_MAX_FIELD_NUMBER: _builtins.int
     PREFIXES_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name; the default SAE of a hook point has the hook point's name."""
     hook_point: _builtins.str
     """Where it sits."""
     architecture: _builtins.str
     """"topk", "jumprelu", or one that only TurboLens has, by a name of the form "turbolens-...":
-    "turbolens-matryoshka", whose k and number of features a request may choose.
+    "turbolens-matryoshka", whose k and number of features a request may choose, and "turbolens-temporal", whose
+    features are of whole runs.
     """
     d_sae: _builtins.int
     """Number of features."""
@@ -248,6 +250,10 @@ class Sae(_message.Message):
     """True where it was trained on another model and the operator forced it."""
     k_max: _builtins.int
     """Largest k that a request may ask for; every one from 1 to it may be. 0 where `k` is the only one."""
+    steps: _builtins.int
+    """Of a temporal SAE, the only number of steps at which its features are read and edited; it takes `add` and
+    `replace` alone. 0 for the others, which take any.
+    """
     @_builtins.property
     def units(self) -> _containers.RepeatedScalarFieldContainer[_steering_pb2.Unit.ValueType]:
         """Units its statistics allow."""
@@ -271,10 +277,11 @@ class Sae(_message.Message):
         forced: _builtins.bool = ...,
         k_max: _builtins.int = ...,
         prefixes: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "d_sae", b"d_sae", "forced", b"forced", "hash", b"hash", "hook_point", b"hook_point", "k", b"k", "k_max", b"k_max", "labels", b"labels", "name", b"name", "prefixes", b"prefixes", "provenance_json", b"provenance_json", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "d_sae", b"d_sae", "forced", b"forced", "hash", b"hash", "hook_point", b"hook_point", "k", b"k", "k_max", b"k_max", "labels", b"labels", "name", b"name", "prefixes", b"prefixes", "provenance_json", b"provenance_json", "steps", b"steps", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

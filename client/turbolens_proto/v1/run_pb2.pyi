@@ -257,7 +257,7 @@ class FeatureSelection(_message.Message):
     """Type of the values; unspecified: float16."""
     @_builtins.property
     def saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """SAEs by name; empty: every SAE served."""
+        """SAEs by name; empty: every SAE served that this number of steps allows."""
 
     @_builtins.property
     def only(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.FeatureRef]:
@@ -319,8 +319,9 @@ Global___SaeOptions: _TypeAlias = SaeOptions  # noqa: Y015
 
 @_typing.final
 class SparseFeatures(_message.Message):
-    """The active features of one SAE at one step of one picture, before this block's own edits. Packed and little-endian:
-    position p (row-major over the grid) has counts[p] entries, and the entries of all positions follow each other.
+    """The active features of one SAE at one step of one picture, before this block's own edits; of a temporal SAE, those
+    of the whole run, once. Packed and little-endian: position p (row-major over the grid) has counts[p] entries, and the
+    entries of all positions follow each other.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -337,7 +338,7 @@ class SparseFeatures(_message.Message):
     sae: _builtins.str
     """The SAE's name."""
     step: _builtins.int
-    """0-based denoising step."""
+    """0-based denoising step; of a temporal SAE, the last."""
     height: _builtins.int
     """Rows of the grid."""
     width: _builtins.int

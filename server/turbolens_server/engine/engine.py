@@ -274,9 +274,13 @@ class Engine:
         """
         largest = max_batch if self._device.type == "cuda" else 1
         for height, width in self.info.sizes:
-            job = Job("", 0, self.info.default_steps, height, width, saes=tuple(self.info.saes))
-            for size in range(1, largest + 1):
-                self.run([job] * size)
+            by_steps: dict[int, list[str]] = {self.info.default_steps: []}
+            for name, sae in self._saes.items():
+                by_steps.setdefault(sae.bundle.steps or self.info.default_steps, []).append(name)
+            for steps, names in by_steps.items():
+                job = Job("", 0, steps, height, width, saes=tuple(names))
+                for size in range(1, largest + 1):
+                    self.run([job] * size)
 
     def _time_ids_of(self, job: Job, dtype: torch.dtype) -> Tensor:
         """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""

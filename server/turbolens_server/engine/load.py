@@ -122,8 +122,13 @@ def load_engine(
         loaded = [SaeInfo(b.name, b.hook_point, b, forced=False) for b in random_bundles(model, points, model_hash)]
     for sae in loaded:
         d_model = points[sae.hook_point].d_model
-        if sae.bundle.d_in != d_model:
-            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_in} dimensions, {sae.hook_point} has {d_model}")
+        if sae.bundle.d_model != d_model:
+            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_model} dimensions, {sae.hook_point} has {d_model}")
+        if (sae.bundle.steps or 1) > max_steps:
+            raise LoadError(
+                f"SAE {sae.name}: serves runs of {sae.bundle.steps} steps alone, and requests may have {max_steps}; "
+                "raise --max-steps"
+            )
     names = [sae.name for sae in loaded]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; give one another name in its cfg.json")
@@ -142,6 +147,7 @@ def load_engine(
         texts=encoders,
         saes=[sae.bundle.weights.tensors().values() for sae in loaded],
         dictionaries=[(math.prod(points[sae.hook_point].grid(*size)), sae.bundle.d_sae) for sae in loaded],
+        runs=[math.prod(points[sae.hook_point].grid(*size)) * sae.bundle.d_in for sae in loaded if sae.bundle.steps],
         max_batch=max_batch,
         latent_size=(size[0] // downscale, size[1] // downscale),
         tokens=pipeline.tokenizer.model_max_length,

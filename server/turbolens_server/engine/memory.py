@@ -146,6 +146,7 @@ def memory_need(
     texts: Sequence[Any],
     saes: Iterable[Iterable[Tensor]],
     dictionaries: Iterable[tuple[int, int]],
+    runs: Iterable[int],
     max_batch: int,
     latent_size: tuple[int, int],
     tokens: int,
@@ -160,6 +161,7 @@ def memory_need(
         texts: the loaded text encoders.
         saes: the tensors of each SAE.
         dictionaries: (positions, d_sae) of each SAE at that size.
+        runs: values of the updates that each temporal SAE keeps of a picture until its last step.
         max_batch: pictures of a batch.
         latent_size: (height, width) of the largest latents.
         tokens: text tokens of a prompt.
@@ -169,6 +171,9 @@ def memory_need(
     height, width = latent_size
     # One SAE is encoded at a time: its pre-activations and what the selection makes of them, in float32.
     encoding = max((2 * 4 * max_batch * positions * d_sae for positions, d_sae in dictionaries), default=0)
+    # All are kept at once; one at a time is laid side by side, and its changes are taken, in float32.
+    kept = [4 * max_batch * values for values in runs]
+    encoding += sum(kept) + 2 * max(kept, default=0)
     denoising = unet_bytes(unet, max_batch, height, width, tokens) + encoding
     decoding = vae_bytes(vae, min(max_batch, MAX_DECODE), height, width)
     activations = denoising + decoding if pipelined else max(denoising, decoding)

@@ -14,6 +14,7 @@ from turbolens_server.kernels import ops
 from turbolens_server.kernels.edits import PackedEdits, pack_edits
 from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.steering import ResolvedEdit, needs_codes, steer
+from turbolens_server.sae.temporal import refuse_edit, refuse_steps, side_by_side
 
 if TYPE_CHECKING:
     from turbolens_server.engine.engine import EngineInfo
@@ -42,11 +43,14 @@ class BatchPlan:
             self.saes_at.setdefault(sae.hook_point, []).append(name)
         self.wanted: dict[str, list[int]] = {}
         """Rows whose features are wanted, by SAE."""
+        self.runs: dict[str, list[Tensor]] = {}
+        """Updates of the wanted rows at the steps so far, by temporal SAE: each [rows, P, d_model]."""
         self.options: dict[str, dict[int, SaeOptions]] = {}
         """How a row reads an SAE, by SAE and row; where none is named, at its own k and whole."""
         self._edits: dict[str, dict[int, list[tuple[Edit, Tensor]]]] = {}
         """By SAE and row: the edits that move its features, with their masks on the block's grid."""
         for row, job in enumerate(jobs):
+            _check_temporal(job, info)
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
             for options in job.sae_options:
@@ -86,6 +90,15 @@ class BatchPlan:
         return float(stats.mean[index]) if edit.unit is Unit.MEAN else stats.norm_at(self._timesteps[step])
 
 
+def _check_temporal(job: Job, info: EngineInfo) -> None:
+    """Raise ValueError where a temporal SAE cannot do what a job asks of it."""
+    edited = [(feature.sae, edit.kind) for edit in job.edits for feature in edit.features]
+    refusals = [refuse_steps(info.saes[name].bundle, job.steps) for name in (*job.saes, *(sae for sae, _ in edited))]
+    refusals += [refuse_edit(info.saes[name].bundle, kind) for name, kind in edited]
+    if reason := next(filter(None, refusals), None):
+        raise ValueError(reason)
+
+
 class StepTap:
     """The tap of one step: lives for one pass of the U-Net, reads and steers updates, and is then collected."""
 
@@ -117,9 +130,10 @@ class StepTap:
                 steered = self._steer_packed(name, steered, rows, codes)
             elif edits:
                 by_row = list(steered.unbind(0))
+                directions = self._plan.saes[name].directions(self._step)
                 for row, row_edits in edits.items():
                     own = Codes(*(part[rows.index(row)] for part in codes)) if needs_codes(row_edits) else None
-                    by_row[row] = steer(by_row[row], row_edits, self._plan.saes[name].W_dec, own)
+                    by_row[row] = steer(by_row[row], row_edits, directions, own)
                 steered = torch.stack(by_row)
         return steered
 
@@ -137,7 +151,7 @@ class StepTap:
         if not names:
             return None
         rows, positions, device = self._plan.rows, grid[0] * grid[1], self._plan.device
-        d_model = self._plan.saes[names[0]].W_dec.shape[1]
+        d_model = self._plan.saes[names[0]].bundle.d_model
         gain = torch.ones(rows, positions, device=device)
         bias = torch.zeros(rows, positions, d_model, device=device)
         for name in names:
@@ -166,7 +180,7 @@ class StepTap:
     def _apply(self, name: str, packed: PackedEdits, update: Tensor, codes: Codes) -> Tensor:
         return ops.apply_edits(
             update, packed.gain, packed.offsets, packed.features, packed.slope, packed.shift,
-            self._plan.saes[name].W_dec, codes.values, codes.indices,
+            self._plan.saes[name].directions(self._step), codes.values, codes.indices,
         )  # fmt: skip
 
     def _read_rows(
@@ -177,6 +191,10 @@ class StepTap:
         A row that asks for nothing is not encoded. What is wanted is kept for `collect`.
         """
         wanted = self._plan.wanted.get(name, [])
+        if self._plan.saes[name].bundle.steps is not None:
+            if wanted:
+                self._extend_run(name, update[wanted], grid)  # a copy: a graph may write its next update over this one
+            return [], _no_codes(update[:0])
         rows = sorted({*wanted, *edited})
         if not rows:
             return rows, _no_codes(update[:0])
@@ -186,6 +204,13 @@ class StepTap:
             whole = len(kept) == len(rows)
             self._read.append((name, grid, wanted, codes if whole else Codes(*(part[kept] for part in codes))))
         return rows, codes
+
+    def _extend_run(self, name: str, update: Tensor, grid: tuple[int, int]) -> None:
+        """Keep the wanted rows' update [rows, P, d_model] for a temporal SAE; the run's last step gives its codes."""
+        sae, run = self._plan.saes[name], self._plan.runs.setdefault(name, [])
+        run.append(update)
+        if len(run) == sae.bundle.steps:
+            self._read.append((name, grid, self._plan.wanted[name], sae.encode(side_by_side(run))))
 
     def _encode(self, name: str, update: Tensor, rows: list[int]) -> Codes:
         """Codes of some rows only, each at its own k and prefix: a row that asks for nothing is not encoded."""

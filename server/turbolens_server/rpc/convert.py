@@ -148,6 +148,7 @@ def model(
                 forced=sae.forced,
                 k_max=sae.bundle.nesting.k_max if sae.bundle.nesting else 0,
                 prefixes=sae.bundle.nesting.prefixes if sae.bundle.nesting else (),
+                steps=sae.bundle.steps or 0,
             )
         )
     height, width = info.default_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +19,7 @@ from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.types import Edit, EditKind, Job, SaeOptions, Unit, WeightedFeature
 from turbolens_server.rpc.errors import Violation, invalid
 from turbolens_server.sae.masks import Box, BoxMask, FloatGrid, Mask, PolygonMask, read_png
+from turbolens_server.sae.temporal import refuse_edit, refuse_steps
 
 MAX_SEED: Final = 2**63 - 1
 MAX_REQUEST_ID_CHARS: Final = 128
@@ -196,13 +197,15 @@ class _Checker:
             found[name] = SaeOptions(name, k, prefix)
         return tuple(found.values())
 
-    def selection(self, selection: run_pb2.FeatureSelection) -> Selection:
+    def selection(self, selection: run_pb2.FeatureSelection, steps: int) -> Selection:
         names = []
         for i, name in enumerate(selection.saes):
             if self.sae(f"features.saes[{i}]", name) and name not in names:
                 names.append(name)
         if not selection.saes:
-            names = list(self.info.saes)
+            # Those that these steps allow; where there are none, all, so that the refusal names what is allowed.
+            fitting = [name for name, sae in self.info.saes.items() if sae.bundle.steps in (None, steps)]
+            names = fitting or list(self.info.saes)
             if not names:
                 self.violations.append(Violation("features", "this server has no SAE; start it with --sae"))
         only: dict[str, set[int]] = {name: set() for name in names}
@@ -218,6 +221,11 @@ class _Checker:
         value_type = selection.value_type or run_pb2.VALUE_TYPE_FLOAT16
         ordered = tuple(name for name in self.info.saes if name in names)
         return Selection(ordered, wanted, value_type)
+
+    def steps_of(self, used: Collection[str], steps: int) -> None:
+        for name, sae in self.info.saes.items():
+            if name in used and (reason := refuse_steps(sae.bundle, steps)):
+                self.bad("sampling.steps", steps, reason)
 
     def image(self, image: run_pb2.ImageOptions) -> tuple[run_pb2.ImageFormat.ValueType, int]:
         self.known("image.format", image.format, run_pb2.ImageFormat)
@@ -254,6 +262,9 @@ class _Checker:
             if kind != "scale" and self.known(f"{path}.{kind}.unit", message.unit, steering_pb2.Unit):
                 unit = {0: Unit.MEAN, 1: Unit.RAW, 2: Unit.MEAN, 3: Unit.NORM}[message.unit]
         features = self.features(path, edit, kind, unit)
+        for name in dict.fromkeys(feature.sae for feature in features):
+            if kind and (reason := refuse_edit(self.info.saes[name].bundle, kind)):
+                self.violations.append(Violation(f"{path}.{kind}", reason))
         window = self.window(f"{path}.steps", edit, steps)
         mask = self.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
         if kind is None or len(self.violations) > before:
@@ -398,6 +409,11 @@ def _area(points: Sequence[tuple[float, float]]) -> float:
     return sum(doubled) / 2
 
 
+def _edited(edits: Sequence[steering_pb2.Edit]) -> set[str]:
+    """SAEs that edits name, known or not."""
+    return {feature.feature.sae for edit in edits for feature in edit.features}
+
+
 def _validate(
     checker: _Checker, request: GenerateRequest | ExtractFeaturesRequest, *, picture: bool, previews: bool
 ) -> ValidRequest:
@@ -408,7 +424,8 @@ def _validate(
     reads = not picture or request.HasField("features")
     sae_options = checker.sae_options(request, reads=reads)
     edits = checker.edits(request.edits, steps, (height, width))
-    selection = checker.selection(request.features) if reads else None
+    selection = checker.selection(request.features, steps) if reads else None
+    checker.steps_of({*(selection.saes if selection else ()), *_edited(request.edits)}, steps)
     kind, quality, latents = run_pb2.IMAGE_FORMAT_PNG, 90, False
     if isinstance(request, GenerateRequest):
         kind, quality = checker.image(request.image)

@@ -5,7 +5,9 @@ Folders that other projects made are read by `turbolens_server.sae.formats`.
 cfg.json                     SAELens' configuration; ours in `metadata`
 sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in];
                              JumpReLU adds threshold [d_sae]. SAELens has no word for `turbolens-matryoshka`,
-                             a TopK whose k and width are chosen when it is served
+                             a TopK whose k and width are chosen when it is served, and for `turbolens-temporal`,
+                             a TopK over whole runs of `steps` steps (`turbolens_server.sae.temporal`): d_in is
+                             steps * d_model, step by step, and scales [steps] is added
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
 features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
 provenance.json              recipe, data, measured quality                              (optional)
@@ -26,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT_VERSION: Final = 1
-Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka"]
+Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka", "turbolens-temporal"]
 ARCHITECTURES: Final[tuple[Architecture, ...]] = get_args(Architecture)
 _MEANINGS: Final = {
     "apply_b_dec_to_input": True,
@@ -34,6 +36,10 @@ _MEANINGS: Final = {
     "rescale_acts_by_decoder_norm": False,
 }
 """What the weights of every bundle mean; other meanings are folded when a bundle is made."""
+
+
+_MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
+"""What an architecture has beside the four tensors of all."""
 
 
 class BundleError(ValueError):
@@ -49,6 +55,7 @@ class SaeWeights:
     W_dec: Tensor  # [d_sae, d_in]
     b_dec: Tensor  # [d_in]
     threshold: Tensor | None = None  # [d_sae], JumpReLU only
+    scales: Tensor | None = None  # [T], temporal only: what the change of each step is divided by; d_in is T * d_model
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without those that are absent."""
@@ -108,8 +115,19 @@ class Bundle:
     """Of a Matryoshka; None for the others, which have one k and one width."""
 
     @property
+    def steps(self) -> int | None:
+        """Of the runs that a temporal SAE reads, the only ones it serves; None for the others, which read any step."""
+        return None if self.weights.scales is None else len(self.weights.scales)
+
+    @property
     def d_in(self) -> int:
+        """Width of what it reads: one update, or the updates of all steps of a run."""
         return self.weights.W_enc.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of one update."""
+        return self.d_in // (self.steps or 1)
 
     @property
     def d_sae(self) -> int:
@@ -140,6 +158,8 @@ def hash_file(path: Path) -> str:
 
 def check_weights(weights: SaeWeights, where: str) -> None:
     """Raise BundleError where shapes disagree or a value is not finite."""
+    if weights.W_enc.ndim != 2:
+        raise BundleError(f"{where}: W_enc has shape {tuple(weights.W_enc.shape)}, expected (d_in, d_sae)")
     d_in, d_sae = weights.W_enc.shape
     expected = {
         "W_enc": (d_in, d_sae),
@@ -147,12 +167,19 @@ def check_weights(weights: SaeWeights, where: str) -> None:
         "W_dec": (d_sae, d_in),
         "b_dec": (d_in,),
         "threshold": (d_sae,),
+        "scales": (0 if weights.scales is None else weights.scales.numel(),),
     }
     for name, tensor in weights.tensors().items():
         if tuple(tensor.shape) != expected[name]:
             raise BundleError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
         if not torch.isfinite(tensor).all():
             raise BundleError(f"{where}: {name} holds values that are not finite")
+    if weights.scales is not None:
+        steps = len(weights.scales)
+        if steps < 2 or d_in % steps:
+            raise BundleError(f"{where}: scales is of {steps} steps, expected at least 2 that divide d_in={d_in}")
+        if not (weights.scales > 0).all():
+            raise BundleError(f"{where}: scales holds values that are not positive")
 
 
 def save_bundle(
@@ -199,6 +226,8 @@ def save_bundle(
         config |= {"k": k, "rescale_acts_by_decoder_norm": False}
     if nesting is not None:
         config |= dataclasses.asdict(nesting)
+    if weights.scales is not None:
+        config |= {"steps": len(weights.scales)}
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, folder / "sae_weights.safetensors")
     if stats is not None:
@@ -236,7 +265,7 @@ def load_bundle(folder: Path) -> Bundle:
     architecture = config.get("architecture")
     if architecture not in ARCHITECTURES:
         raise BundleError(f"{folder}: architecture {architecture!r}; served are {', '.join(ARCHITECTURES)}")
-    names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
+    names = {"W_enc", "b_enc", "W_dec", "b_dec", *_MORE_TENSORS.get(architecture, ())}
     if set(tensors) != names:
         raise BundleError(f"{folder}: sae_weights.safetensors holds {sorted(tensors)}, expected {sorted(names)}")
     for key, value in _MEANINGS.items():
@@ -244,6 +273,10 @@ def load_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}; fold it into the weights first")
     weights = SaeWeights(**{name: tensor.float() for name, tensor in tensors.items()})
     check_weights(weights, str(folder))
+    if weights.scales is not None and config.get("steps") != len(weights.scales):
+        raise BundleError(
+            f"{folder}: cfg.json has steps={config.get('steps')!r}, expected {len(weights.scales)}, as scales has"
+        )
     k = None if architecture == "jumprelu" else config.get("k")
     if architecture != "jumprelu" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")

@@ -62,3 +62,52 @@ def steer_dense(
                 z[position, j] = new
                 out[position] += (new - old) * W_dec[j]
     return out
+
+
+def encode_run_dense(bundle: Bundle, updates: Tensor) -> Tensor:
+    """Dense activations [N, d_sae] of a temporal SAE for the updates of whole runs [T, N, d_model]."""
+    w, scales = bundle.weights, _scales(bundle)
+    W_enc, b_dec = w.W_enc.unflatten(0, (len(scales), -1)), w.b_dec.unflatten(0, (len(scales), -1))
+    pre = w.b_enc.repeat(updates.shape[1], 1)
+    last = torch.zeros_like(updates[0])
+    for step, update in enumerate(updates):
+        changed = (update - last) / scales[step]
+        pre += (changed - b_dec[step]) @ W_enc[step]
+        last = update
+    values, indices = pre.topk(bundle.k or 0, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, indices, values).relu()
+
+
+def decode_run_dense(bundle: Bundle, z: Tensor) -> Tensor:
+    """Reconstruction [T, N, d_model] of dense activations z [N, d_sae] of whole runs: the changes, summed up."""
+    w, scales = bundle.weights, _scales(bundle)
+    W_dec, b_dec = w.W_dec.unflatten(1, (len(scales), -1)), w.b_dec.unflatten(0, (len(scales), -1))
+    updates, update = [], torch.zeros(len(z), W_dec.shape[2])
+    for step, scale in enumerate(scales):
+        update = update + scale * (z @ W_dec[:, step] + b_dec[step])
+        updates.append(update)
+    return torch.stack(updates)
+
+
+def steer_run_dense(bundle: Bundle, updates: Tensor, edits: Sequence[Sequence[ResolvedEdit]]) -> Tensor:
+    """Steer the updates of one picture's run [T, P, d_model] by the `add` and `replace` edits of each step.
+
+    An update moves as its reconstruction would, were the edited activations those of the whole run.
+    """
+    nothing = decode_run_dense(bundle, torch.zeros(1, bundle.d_sae))  # [T, 1, d_model], the biases' part
+    steered = updates.clone()
+    for step, at_step in enumerate(edits):
+        for edit in sorted(at_step, key=lambda edit: edit.kind != "replace"):
+            for position, m in enumerate(edit.mask.tolist()):
+                if edit.kind == "replace":
+                    steered[step, position] *= 1 - m
+                z = torch.zeros(1, bundle.d_sae)
+                z[0, edit.features] = m * edit.amounts
+                steered[step, position] += (decode_run_dense(bundle, z) - nothing)[step, 0]
+    return steered
+
+
+def _scales(bundle: Bundle) -> Tensor:
+    if bundle.weights.scales is None:
+        raise ValueError("only a temporal SAE has scales")
+    return bundle.weights.scales

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turbolens_server.kernels import ops
 from turbolens_server.sae.bundle import Bundle
+from turbolens_server.sae.temporal import changes, directions
 
 _SLOTS: Final = 64
 """Features of a position that a JumpReLU encode on a GPU first has room for."""
@@ -52,17 +53,21 @@ class Sae:
     def __init__(self, bundle: Bundle, device: torch.device, operands: torch.dtype = torch.float32) -> None:
         weights = bundle.weights
         self.bundle = bundle
+        # What a temporal SAE writes are updates too, though its weights are of their changes.
+        temporal = weights.scales is not None
+        W_dec, b_dec = directions(weights) if temporal else (weights.W_dec, weights.b_dec)
         self._fused = device.type == "cuda"
         self.W_enc = weights.W_enc.to(device, operands if self._fused else torch.float32)  # [d_in, d_sae]
-        self.W_dec = weights.W_dec.to(device)  # [d_sae, d_in]
-        self.b_dec = weights.b_dec.to(device)  # [d_in]
+        self.W_dec = W_dec.to(device)  # [d_sae, d_in]
+        self.b_dec = b_dec.to(device)  # [d_in]
         # W_enc (x - b_dec) + b_enc, with both biases folded into one; in float64, since selection is sensitive to it.
         folded = weights.b_enc.double() - weights.b_dec.double() @ weights.W_enc.double()
         self.bias = folded.float().to(device)  # [d_sae]
         self.threshold = None if weights.threshold is None else weights.threshold.to(device)
+        self._scales = None if weights.scales is None else weights.scales.to(device)
 
     def encode(self, x: Tensor, *, k: int | None = None, prefix: int | None = None) -> Codes:
-        """Activations of updates x [..., d_in] (any float type).
+        """Activations of updates x [..., d_in] (any float type); of a temporal SAE, those of all steps side by side.
 
         TopK keeps the k largest pre-activations and then their positive part (Gao et al. 2024, arXiv 2406.04093);
         JumpReLU keeps what lies above each feature's threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
@@ -73,8 +78,11 @@ class Sae:
             prefix: of a Matryoshka, one of `nesting.prefixes`: only so many first features exist. None: all.
 
         Raises:
-            ValueError: the bundle does not allow this k or prefix.
+            ValueError: the bundle does not allow this k or prefix, or reads another width.
         """
+        if x.shape[-1] != self.bundle.d_in:
+            runs = f", the updates of {self.bundle.steps} steps side by side" if self.bundle.steps else ""
+            raise ValueError(f"the SAE {self.bundle.name} reads {self.bundle.d_in} dimensions{runs}, not {x.shape[-1]}")
         if refused := self.bundle.refused(k, prefix):
             asked = {"k": k, "prefix": prefix}
             raise ValueError(
@@ -82,6 +90,8 @@ class Sae:
             )
         k, d_sae = k or self.bundle.k, prefix or self.bundle.d_sae
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
+        if self._scales is not None:
+            x = changes(x.float(), self._scales)
         if self._fused:
             return self._encode_fused(x, W_enc, bias, k or d_sae)
         pre = torch.addmm(bias, x.reshape(-1, x.shape[-1]).float(), W_enc)  # [N, d_sae]
@@ -111,3 +121,9 @@ class Sae:
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (codes.values, codes.indices)]
         rows = ops.gather_decode(flat[0], flat[1], self.W_dec)
         return (rows + self.b_dec).reshape(*codes.values.shape[:-1], -1)
+
+    def directions(self, step: int) -> Tensor:
+        """What one of each feature adds to the update of a step, [d_sae, d_model]; of a temporal SAE others at each."""
+        if self.bundle.steps is None:
+            return self.W_dec
+        return self.W_dec[:, step * self.bundle.d_model : (step + 1) * self.bundle.d_model]

@@ -9,6 +9,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+import torch
 from fake_engine import D_SAE, DEAD, a_nested_bundle, an_info
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,6 +197,40 @@ def test_features_wanted_are_all_unless_named_and_in_order_of_blocks():
     assert (whole.jobs[0].saes, whole.jobs[0].picture) == (("mid.0", "up.0.1"), False)
     named = a_request(features={"saes": ["up.0.1", "mid.0", "up.0.1"]})
     assert validate_generate(named, INFO, LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
+
+
+def temporal_info(steps: int = 3):
+    """One SAE that reads runs of some steps, and one that reads any step."""
+    sae = INFO.saes["mid.0"]
+    weights = dataclasses.replace(sae.bundle.weights, scales=torch.ones(steps))
+    temporal = dataclasses.replace(sae, bundle=dataclasses.replace(sae.bundle, weights=weights))
+    return dataclasses.replace(INFO, saes={**INFO.saes, "mid.0": temporal})
+
+
+def test_a_temporal_sae_is_asked_for_its_own_steps_and_open_edits_alone():
+    request = a_request(
+        an_edit(scale={"factor": 2}), an_edit(set={"value": 1}), an_edit(), features={"saes": ["mid.0"]}
+    )
+    with pytest.raises(RpcError) as caught:
+        validate_generate(request, temporal_info(), LIMITS)
+    assert [(v.field, v.description.split(";")[0]) for v in caught.value.violations] == [
+        ("edits[0].scale", "scale needs activations while the picture is made, and those of the temporal SAE mid.0 are "
+                           "known after the last step"),
+        ("edits[1].set", "set needs activations while the picture is made, and those of the temporal SAE mid.0 are "
+                         "known after the last step"),
+        ("sampling.steps", "got 1"),
+    ]  # fmt: skip
+    assert caught.value.violations[2].description.endswith("the temporal SAE mid.0 serves runs of 3 steps alone")
+    allowed = a_request(an_edit(), an_edit(replace={"strength": 1}), features={}, sampling={"steps": 3})
+    assert validate_generate(allowed, temporal_info(), LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
+
+
+def test_who_names_no_sae_gets_those_that_the_steps_allow():
+    assert validate_generate(a_request(features={}), temporal_info(), LIMITS).jobs[0].saes == ("up.0.1",)
+    alone = dataclasses.replace(temporal_info(), saes={"mid.0": temporal_info().saes["mid.0"]})
+    with pytest.raises(RpcError) as caught:
+        validate_extract(fs.ExtractFeaturesRequest(prompt={}), alone, LIMITS)
+    assert "runs of 3 steps alone" in caught.value.violations[0].description
 
 
 @pytest.mark.parametrize(

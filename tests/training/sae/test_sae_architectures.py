@@ -273,6 +273,10 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
         ({"variant": "matryoshka", "prefixes": (8, 64)}, "prefixes"),
         ({"variant": "matryoshka", "nested_k": (0, 4)}, "nested_k"),
         ({"reservoir": 100}, "reservoir=100, expected at least batch"),
+        ({"run_steps": 3}, "run_steps is a setting of variant temporal"),
+        ({"variant": "temporal", "run_steps": 1}, "run_steps=1, expected at least 2"),
+        ({"variant": "temporal", "one_step_share": 0.5}, "one_step_share does nothing for a temporal"),
+        ({"variant": "temporal", "multi_steps": (4,)}, "multi_steps does nothing for a temporal"),
     ],
 )
 def test_a_setting_that_cannot_be_or_does_nothing_is_refused(change: dict, message: str) -> None:

@@ -189,7 +189,11 @@ class Source:
         return {"a": random_tokens(index, 32).float()}
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config.variant)
+@pytest.mark.parametrize(
+    "config",
+    [*VARIANTS, dataclasses.replace(CONFIG, variant="temporal", run_steps=4)],
+    ids=lambda config: config.variant,
+)
 def test_every_architectures_state_is_whole(config: SaeConfig, tmp_path: Path) -> None:
     """Bit-equal after a stop, thresholds included."""
     whole, first, second = (SaeRun(config, Source(), CPU) for _ in range(3))

@@ -35,6 +35,11 @@ class DataConfig:
     held_out_chunks: int = 40
     """Chunks of the held-out data, on which quality and feature statistics are measured."""
 
+    @property
+    def step_mix(self) -> tuple[float, tuple[int, ...]]:
+        """Share of chunks sampled in one step, and the numbers of steps of the rest."""
+        return self.one_step_share, self.multi_steps
+
 
 @dataclasses.dataclass(frozen=True)
 class FillCacheConfig(DataConfig):

@@ -53,6 +53,7 @@ def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, Prom
     prompts = open_prompts(config.prompts, seed=config.seed)
     if prompts.summary:
         print(prompts.summary, file=sys.stderr)
+    one_step_share, multi_steps = config.step_mix
     training, held_out = (
         PromptStream(
             engine,
@@ -60,8 +61,8 @@ def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, Prom
             seed=config.seed,
             split=split,
             images=config.images,
-            one_step_share=config.one_step_share,
-            multi_steps=config.multi_steps,
+            one_step_share=one_step_share,
+            multi_steps=multi_steps,
         )
         for split in (TRAINING, HELD_OUT)
     )

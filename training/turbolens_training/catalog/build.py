@@ -16,6 +16,7 @@ from turbolens_server.engine.load import load_engine
 from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, save_stats
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.temporal import side_by_side
 from turbolens_training.activations.stream import (
     HELD_OUT,
     LABELLING,
@@ -53,10 +54,15 @@ def build(config: BuildConfig) -> None:
         if info.hook_point in saes:
             raise ValueError(f"{config.saes} holds two bundles of {info.hook_point}; build one folder at a time")
         saes[info.hook_point] = Sae(info.bundle, device)
-    if prompts is None:
-        _from_scenes(config, engine, saes)
-    else:
-        _from_prompts(config, engine, saes, prompts)
+    table = []
+    for steps in dict.fromkeys(sae.bundle.steps for sae in saes.values()):
+        alike = {block: sae for block, sae in saes.items() if sae.bundle.steps == steps}
+        if prompts is None:
+            table += _from_scenes(config, engine, alike, steps)
+        else:
+            _from_prompts(config, engine, alike, steps, prompts)
+    if table:
+        write_table(config.work / "labels", table)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -79,9 +85,24 @@ def complete_stats(known: FeatureStats | None, measured: FeatureStats) -> Featur
     return measured if known is None else dataclasses.replace(measured, mean=known.mean)
 
 
-def _from_scenes(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> None:
-    """Look at one-step pictures whose captions name every value; statistics are of other pictures, at every step."""
-    stream = SceneStream(engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True)
+def _from_scenes(
+    config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None
+) -> list[dict[str, object]]:
+    """Look at pictures whose captions name every value; statistics are of other pictures, at every step.
+
+    Args:
+        config: the settings.
+        engine: the model.
+        saes: by hook point, all alike in their steps.
+        steps: of the runs that they read, if they are temporal; others look at one-step pictures.
+
+    Returns:
+        The rows of the table of what was labelled.
+    """
+    stream = SceneStream(
+        engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True,
+        one_step_share=0.0, multi_steps=(steps or 1,),
+    )  # fmt: skip
     batches = -(-config.images // config.batch)
     seen, top = Observations(), _top_examples(config, engine, saes)
     for chunk in _progress((stream.chunk(index) for index in range(batches)), "pictures", batches):
@@ -98,22 +119,25 @@ def _from_scenes(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> N
         rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
         _write(config, engine, bundle, rows, top[point.name], batches * config.batch)
         table.append(summary(point.name, rows))
-    write_table(config.work / "labels", table)
     if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
-        share = config.steps.count(1) / len(config.steps)
-        many = tuple(steps for steps in config.steps if steps > 1)
+        mix = config.steps if steps is None else (steps,)
+        share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
         mixed = SceneStream(
             engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
         )
         updates = (mixed.chunk(index).updates for index in range(batches))
         _measure(lacking, _progress(updates, "statistics", batches))
+    return table
 
 
-def _from_prompts(config: BuildConfig, engine: Engine, saes: dict[str, Sae], prompts: list[str]) -> None:
+def _from_prompts(
+    config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None, prompts: list[str]
+) -> None:
     """Look at the prompts' pictures at every step; one pass for the examples, and one where statistics are lacking."""
+    mix = config.steps if steps is None else (steps,)
 
     def data() -> Iterator[Updates]:
-        return prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=config.steps)
+        return prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=mix)
 
     batches = -(-len(prompts) // config.batch)
     top = _top_examples(config, engine, saes)
@@ -130,8 +154,13 @@ def _from_prompts(config: BuildConfig, engine: Engine, saes: dict[str, Sae], pro
 
 @torch.inference_mode()
 def encode(saes: dict[str, Sae], updates: Updates) -> dict[str, list[Codes]]:
-    """What every SAE finds in a batch, by hook point: of each step, [N, P, K]."""
-    return {block: [sae.encode(update) for update in updates.by_block[block]] for block, sae in saes.items()}
+    """What every SAE finds in a batch, by hook point: [N, P, K] of each step, or of a temporal one once, of all."""
+    return {
+        block: [sae.encode(x) for x in updates.by_block[block]]
+        if sae.bundle.steps is None
+        else [sae.encode(side_by_side(updates.by_block[block]))]
+        for block, sae in saes.items()
+    }
 
 
 def _top_examples(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> dict[str, TopExamples]:

@@ -47,11 +47,11 @@ class TopExamples:
         self._pictures: list[tuple[str, int, int]] = []  # prompt, seed, steps
 
     def add(self, updates: Updates, codes: Sequence[Codes]) -> None:
-        """Take in a batch's updates, and their codes at each step [N, P, K]."""
+        """Take in a batch's updates, and their codes [N, P, K] at each step, or once, at the last."""
         first, steps = len(self._pictures), len(updates.timesteps)
         self._pictures += [(p, s, steps) for p, s in zip(updates.captions, updates.seeds, strict=True)]
         features, values, at = [self._features], [self._values], [self._at]
-        for step, found in enumerate(codes):
+        for step, found in enumerate(codes, start=steps - len(codes)):
             strengths = found.values.cpu().numpy()
             active = strengths > 0
             image, position, _ = active.nonzero()

@@ -32,7 +32,7 @@ def measure_blocks(engine: Engine, config: EvalConfig) -> list[dict[str, object]
         `zeroed_flip`: share that are then nearer to the edited scene. Block `none` is the untouched picture, block
         `prompt` that of the edited caption.
     """
-    saes = saes_by_block(engine)
+    saes = saes_by_block(engine, temporal=True)
     groups = draw_pairs(engine, pick_concepts(config.concepts), config.pairs, f"{config.seed}/blocks")
     sites = {**{block: [block] for block in saes}, ALL: list(saes)}
     methods = {f"patch {name}": _patch(blocks) for name, blocks in sites.items()}

@@ -40,11 +40,17 @@ def quality_rows(block: str, measurement: SaeMeasurement) -> list[dict[str, obje
 
 
 def _quality(engine: Engine, config: EvalConfig) -> Section:
-    stream = SceneStream(
-        engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=0.5, multi_steps=(2, 3, 4)
-    )
-    chunks = range(-(-config.quality_pictures // config.batch))
-    measured = measure(saes_by_block(engine), (stream.chunk(index).updates for index in chunks))
+    saes = saes_by_block(engine, temporal=True)
+    measured: dict[str, SaeMeasurement] = {}
+    for steps in {sae.bundle.steps for sae in saes.values()}:
+        share, many = (0.5, (2, 3, 4)) if steps is None else (0.0, (steps,))
+        stream = SceneStream(
+            engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
+        )
+        chunks = range(-(-config.quality_pictures // config.batch))
+        alike = {block: sae for block, sae in saes.items() if sae.bundle.steps == steps}
+        measured |= measure(alike, (stream.chunk(index).updates for index in chunks))
+    measured = {block: measured[block] for block in saes}
     rows = [row for block, measurement in measured.items() for row in quality_rows(block, measurement)]
     frequencies = {block: (m.active.double() / m.positions).numpy() for block, m in measured.items()}
     figures.density_histograms(config.out / "density.png", frequencies)
@@ -52,7 +58,8 @@ def _quality(engine: Engine, config: EvalConfig) -> Section:
         "Reconstruction and sparsity",
         "Explained variance is 1 - SSE / total variance around the mean, summed in float64 over held-out pictures; "
         "fvu is the rest. L0 is the number of active features at a position. Dead features were never active here; "
-        f"dense ones are active at more than {DENSE:.0%} of positions.",
+        f"dense ones are active at more than {DENSE:.0%} of positions. A temporal SAE has one code for all steps of a "
+        "run: its L0 is that code's at every step.",
         {"quality": rows},
         ["density.png"],
     )
@@ -62,7 +69,7 @@ def _stability(engine: Engine, config: EvalConfig) -> Section:
     title = "Stability over seeds"
     if not config.seeds:
         return Section(title, "Not measured: name folders of bundles trained from other seeds with --seeds.")
-    rows = measure_stability([config.saes, *config.seeds], list(saes_by_block(engine)))
+    rows = measure_stability([config.saes, *config.seeds], list(saes_by_block(engine, temporal=True)))
     return Section(
         title,
         "Decoder rows of live features of two SAEs, matched one to one so that the sum of cosines is largest. Chance "
@@ -208,6 +215,10 @@ PARTS: Final[dict[str, Callable[[Engine, EvalConfig], Section]]] = {
 }
 
 
+OF_RUNS: Final = ("quality", "stability", "blocks")
+"""Parts that do not read features step by step, and so take temporal SAEs too."""
+
+
 def describe_run(info: EngineInfo) -> dict[str, str]:
     """What was measured, for the head of a report."""
     facts = {"model": f"{Path(info.model).name} ({info.model_hash[:12]}), {info.dtype} on {info.device}"}
@@ -219,11 +230,17 @@ def evaluate(config: EvalConfig) -> None:
     """Measure every part and write the folder.
 
     Raises:
-        ValueError: a part is not known, or the bundles lack what one needs.
+        ValueError: a part is not known or not for temporal SAEs, or the bundles lack what one needs.
     """
     if unknown := [part for part in config.parts if part not in PARTS]:
         raise ValueError(f"parts: no {', '.join(unknown)}; there are {', '.join(PARTS)}")
     engine = load_engine(model=config.model, device=config.device, saes=[str(config.saes)])
+    temporal = [name for name, sae in engine.saes.items() if sae.bundle.steps is not None]
+    if temporal and (others := [part for part in config.parts if part not in OF_RUNS]):
+        raise ValueError(
+            f"parts: {', '.join(others)} read features step by step, and those of {', '.join(temporal)} are of a whole "
+            f"run; --parts {' '.join(OF_RUNS)}"
+        )
     config.out.mkdir(parents=True, exist_ok=True)
     facts = describe_run(engine.info) | {"seed": str(config.seed)}
     settings = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}

@@ -7,7 +7,7 @@ Not a mean of ratios of batches, and not about zero.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbolens_server.sae.bundle import FeatureStats
 from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.activations.stream import StepUpdates
 
 
@@ -68,27 +69,33 @@ class SaeMeasurement:
         """By timestep."""
         self.l0: dict[int, Tensor] = {}
         """By timestep: positions with 0, 1, ... k active features, [k + 1] int64."""
+        self.positions = 0
+        """That were encoded: each step's, or of a temporal SAE each run's."""
         self.active = torch.zeros(d_sae, dtype=torch.int64)
-        """Positions at which each feature is active."""
+        """Of these, those at which each feature is active."""
         self._k = k
         self._sum = torch.zeros(d_sae, dtype=torch.float64)
         self._max = torch.zeros(d_sae)
 
     def add(self, timestep: int, x: Tensor, codes: Codes, reconstruction: Tensor) -> None:
         """Take in the updates x [N, d_model] of one timestep, their codes and their reconstruction."""
-        self.variance.setdefault(timestep, VarianceSums()).add(x, reconstruction)
+        self.add_run([timestep], [x], codes, [reconstruction])
+
+    def add_run(
+        self, timesteps: Sequence[int], x: Sequence[Tensor], codes: Codes, reconstruction: Sequence[Tensor] | Tensor
+    ) -> None:
+        """Take in the updates x, T of [N, d_model], of timesteps that have their codes in common."""
         values, indices = codes.values.cpu(), codes.indices.cpu()  # [N, K]
         active = values > 0
         counts = torch.bincount(active.sum(1), minlength=self._k + 1)
-        self.l0[timestep] = self.l0.get(timestep, torch.zeros_like(counts)) + counts
+        for timestep, update, made in zip(timesteps, x, reconstruction, strict=True):
+            self.variance.setdefault(timestep, VarianceSums()).add(update, made)
+            self.l0[timestep] = self.l0.get(timestep, torch.zeros_like(counts)) + counts
+        self.positions += len(values)
         features, strengths = indices[active], values[active]
         self.active += torch.bincount(features, minlength=len(self.active))
         self._sum.index_add_(0, features, strengths.double())
         self._max.scatter_reduce_(0, features, strengths, "amax")
-
-    @property
-    def positions(self) -> int:
-        return sum(sums.count for sums in self.variance.values())
 
     @property
     def explained_variance(self) -> float:
@@ -135,15 +142,25 @@ def measure(saes: Mapping[str, Sae], data: Iterable[StepUpdates]) -> dict[str, S
     """Run served SAEs, by hook point, over the updates of held-out data.
 
     Raises:
+        ValueError: the data of a temporal SAE is of another number of steps.
         AssertionError: a TopK SAE has more than k features active, so it was not loaded as one.
     """
     found = {name: SaeMeasurement(sae.W_dec.shape[0], sae.bundle.k or sae.W_dec.shape[0]) for name, sae in saes.items()}
     for updates in data:
         for name, sae in saes.items():
-            for timestep, update in zip(updates.timesteps, updates.by_block[name], strict=True):
-                x = update.flatten(0, 1).to(sae.W_dec.device, torch.float32)
-                codes = sae.encode(x)
-                if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
-                    raise AssertionError(f"{name}: more than k={sae.bundle.k} features are active")
-                found[name].add(timestep, x, codes, sae.decode(codes))
+            x = [update.flatten(0, 1).to(sae.W_dec.device, torch.float32) for update in updates.by_block[name]]
+            if sae.bundle.steps is not None:
+                codes = _encode(sae, side_by_side(x))
+                found[name].add_run(updates.timesteps, x, codes, by_step(sae.decode(codes), len(x)))
+                continue
+            for timestep, update in zip(updates.timesteps, x, strict=True):
+                codes = _encode(sae, update)
+                found[name].add(timestep, update, codes, sae.decode(codes))
     return found
+
+
+def _encode(sae: Sae, x: Tensor) -> Codes:
+    codes = sae.encode(x)
+    if sae.bundle.k is not None and int((codes.values > 0).sum(1).max()) > sae.bundle.k:
+        raise AssertionError(f"{sae.bundle.name}: more than k={sae.bundle.k} features are active")
+    return codes

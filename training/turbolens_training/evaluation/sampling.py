@@ -91,13 +91,16 @@ def device_of(engine: Engine) -> torch.device:
     return device
 
 
-def saes_by_block(engine: Engine) -> dict[str, Sae]:
-    """The engine's SAEs by hook point.
+def saes_by_block(engine: Engine, *, temporal: bool = False) -> dict[str, Sae]:
+    """The engine's SAEs by hook point; `temporal`: some may read whole runs instead of steps.
 
     Raises:
-        ValueError: there is none, or a hook point has two.
+        ValueError: there is none, a hook point has two, or one is temporal and may not be.
     """
     blocks = [info.hook_point for info in engine.info.saes.values()]
     if not blocks or len(set(blocks)) < len(blocks):
         raise ValueError(f"one SAE at each hook point is needed; found {', '.join(engine.info.saes) or 'none'}")
+    runs = [name for name, sae in engine.saes.items() if sae.bundle.steps is not None]
+    if runs and not temporal:
+        raise ValueError(f"features are read step by step here, and those of {', '.join(runs)} are of a whole run")
     return {info.hook_point: engine.saes[name] for name, info in engine.info.saes.items()}

@@ -18,6 +18,7 @@ OF_VARIANT: Final = {
     "l0_coefficient": "jumprelu",
     "nested_k": "matryoshka",
     "prefixes": "matryoshka",
+    "run_steps": "temporal",
 }
 """Settings that only one variant has."""
 
@@ -38,10 +39,10 @@ class SaeConfig(DataConfig):
     """Folder of the bundles: one for each hook point, by its name."""
     work: Path = Path("runs/sae")
     """Folder of the checkpoint, from which a run goes on, and of the table of quality."""
-    variant: Literal["topk", "batch-topk", "jumprelu", "matryoshka"] = "topk"
+    variant: Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"] = "topk"
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
-    when it is served."""
+    when it is served; `temporal`: k for all steps of a run together, of what changed since the step before."""
     d_sae: int = 256
     """Features of each SAE."""
     k: int = 10
@@ -50,6 +51,9 @@ class SaeConfig(DataConfig):
     """Other k that a `matryoshka` is trained at; every k up to the largest can be served."""
     prefixes: tuple[int, ...] = (64, 128)
     """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all."""
+    run_steps: int = 4
+    """Denoising steps of all pictures of a `temporal`, which is served at this number alone; a token is then a
+    position's updates at all of them."""
     bandwidth: float = 0.5
     """Width of the kernel by which a `jumprelu` estimates the gradient of its thresholds, on normalised updates."""
     l0_coefficient: float = 1.0
@@ -99,6 +103,12 @@ class SaeConfig(DataConfig):
             variant = OF_VARIANT.get(field.name, self.variant)
             if variant != self.variant and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} is a setting of variant {variant}, and this is {self.variant}")
+        if self.variant == "temporal":
+            if self.run_steps < 2:
+                raise ValueError(f"run_steps={self.run_steps}, expected at least 2; at one step nothing changes")
+            for name in ("one_step_share", "multi_steps"):
+                if getattr(self, name) != getattr(DataConfig, name):
+                    raise ValueError(f"{name} does nothing for a temporal, whose pictures all take run_steps")
         if self.variant == "matryoshka":
             k_max = max(self.k, *self.nested_k)
             if not all(1 <= k <= self.d_sae for k in self.nested_k):
@@ -108,6 +118,10 @@ class SaeConfig(DataConfig):
                     f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
                     f"d_sae={self.d_sae}"
                 )
+
+    @property
+    def step_mix(self) -> tuple[float, tuple[int, ...]]:
+        return (0.0, (self.run_steps,)) if self.variant == "temporal" else super().step_mix
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""

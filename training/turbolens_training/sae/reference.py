@@ -91,3 +91,13 @@ def matryoshka_loss(weights: SaeWeights, x: Tensor, k: int, ks: Sequence[int], p
     for width in prefixes:
         losses.append(fvu(x, top_k(pre[:, :width], k) @ weights.W_dec[:width] + weights.b_dec))
     return sum(losses) / len(losses)
+
+
+def temporal_loss(weights: SaeWeights, updates: Tensor, k: int) -> float:
+    """FVU of the changes of normalised updates [T, N, d_model], in units of each step's scale."""
+    assert weights.scales is not None
+    changes = [updates[0] / weights.scales[0]]
+    for step in range(1, len(updates)):
+        changes.append((updates[step] - updates[step - 1]) / weights.scales[step])
+    y = torch.cat(changes, 1)
+    return fvu(y, top_k(pre_activations(weights, y), k) @ weights.W_dec + weights.b_dec)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
+from turbolens_training.activations.runs import RunSource
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_sources
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
@@ -49,7 +50,8 @@ def train_saes(config: SaeConfig) -> Path:
     """
     with join_ranks(config.device) as (ranks, device):
         engine = load_engine(model=config.model, device=device, saes=[], hook_points=config.hook_points)
-        training, held_out = open_sources(engine, config, config.shards)
+        chunks, held_out = open_sources(engine, config, config.shards)
+        training = RunSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
         _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)
     return config.out
 

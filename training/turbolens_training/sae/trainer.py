@@ -76,7 +76,7 @@ class SaeTrainer:
             NonFiniteLoss: the loss is not finite; the weights are those from before the step.
         """
         config, weights = self._config, self.weights
-        normal = self.normalizer(x)
+        normal = self._architecture.read(weights, self.normalizer(x))
         done = self._architecture.run(weights, normal)
         loss = done.loss
         if len(self._dead):
@@ -111,8 +111,9 @@ class SaeTrainer:
     def export(self) -> Export:
         """The SAE as it is served: on updates as the U-Net makes them, on the CPU."""
         detached = {name: tensor.detach().cpu() for name, tensor in self.weights.tensors().items()}
-        normalizer = dataclasses.replace(self.normalizer, mean=self.normalizer.mean.cpu())
-        return self._architecture.export(normalizer.fold(SaeWeights(**detached)))
+        weights = SaeWeights(**detached)
+        mean = self._architecture.read(weights, self.normalizer.mean.cpu())  # reading is linear
+        return self._architecture.export(dataclasses.replace(self.normalizer, mean=mean).fold(weights))
 
     def progress(self) -> Progress:
         fvu, l0 = self._last.tolist()

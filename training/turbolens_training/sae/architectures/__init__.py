@@ -6,6 +6,7 @@ from turbolens_training.sae.architectures.base import SaeArchitecture
 from turbolens_training.sae.architectures.batch_topk import BatchTopK
 from turbolens_training.sae.architectures.jump_relu import JumpReLU
 from turbolens_training.sae.architectures.matryoshka import Matryoshka
+from turbolens_training.sae.architectures.temporal import Temporal
 from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import SaeConfig
 
@@ -21,3 +22,5 @@ def build_architecture(config: SaeConfig) -> SaeArchitecture:
             return JumpReLU(config.k, config.bandwidth, config.l0_coefficient)
         case "matryoshka":
             return Matryoshka(config.k, config.nested_k, config.prefixes)
+        case "temporal":
+            return Temporal(config.k, config.run_steps)

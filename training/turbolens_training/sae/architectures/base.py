@@ -47,6 +47,13 @@ class SaeArchitecture(abc.ABC):
         """The tensors that gradients change, by name."""
         return weights.tensors()
 
+    def read(self, weights: SaeWeights, x: Tensor) -> Tensor:
+        """What is encoded and reconstructed of normalised updates x [N, d_in], linear in them: as a rule, x itself.
+
+        All that follows takes x as it is read.
+        """
+        return x
+
     @abc.abstractmethod
     def encode(self, weights: SaeWeights, pre: Tensor) -> Active:
         """Select activations from pre-activations [N, d_sae], as in training."""
