@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop test-ray lint protos unasync rebuild bench bench-full kernels bench-kernels clean
+.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu lint protos unasync rebuild bench bench-full kernels bench-kernels clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -91,10 +91,15 @@ bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with
 	@$(VENV)/bin/turbolens bench --model random:sdxl-turbo $(if $(shell command -v nvidia-smi), \
 		--out benchmarks/results/sdxl-turbo-gpu.json, \
 		--dtype bfloat16 --batch 1 --rounds 3 --out benchmarks/results/sdxl-turbo-cpu.json)
+	@$(if $(shell command -v nvidia-smi), $(PY) -m benchmarks.many_callers --model random:sdxl-turbo --steps 1 \
+		--out benchmarks/results/many_callers-gpu.json)
 	@$(PY) -m benchmarks.report
 
 kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one
 	@$(PY) tools/kernels_aot.py
+
+test-gpu: $(STAMP)dev    ## Pass the tests that need an NVIDIA GPU
+	@$(PY) -m pytest tests/gpu
 
 bench-kernels: $(STAMP)dev  ## Time the fused kernels beside plain torch, on an NVIDIA GPU
 	@$(PY) benchmarks/kernels.py

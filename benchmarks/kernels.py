@@ -198,6 +198,7 @@ def main() -> None:
     import triton
 
     result: dict[str, Any] = {
+        "benchmark": "kernels",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

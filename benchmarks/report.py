@@ -32,6 +32,8 @@ def section(name: str, results: Path, plots: Path) -> str:
     if not path.exists():
         return "Not measured yet."
     result = json.loads(path.read_text())
+    if result["benchmark"] == "kernels":
+        return kernels(result)
     parts = [f"{describe_machine(result['machine'])}; {result['rounds']} interleaved rounds."]
     if result["benchmark"] == "bench":
         speed = result["speed"]
@@ -50,6 +52,27 @@ def section(name: str, results: Path, plots: Path) -> str:
     # A list's lines follow one another; all else stands apart.
     text = "\n\n".join(parts)
     return re.sub(r"(?m)^(- .*)\n\n(?=- )", r"\1\n", text)
+
+
+def kernels(result: Mapping[str, Any]) -> str:
+    """Plain torch beside the fused kernel that serves, for each kernel and number of pictures."""
+    cases = {(case["kernel"], case["k"], case["pictures"], case["contender"]): case["us"] for case in result["cases"]}
+    pictures = sorted({case["pictures"] for case in result["cases"]})
+    head = ["kernel", "k", *(f"{count} pictures" for count in pictures)]
+    lines = [head, ["---"] * len(head)]
+    for kernel, k in dict.fromkeys((case["kernel"], case["k"]) for case in result["cases"]):
+        pairs = [(cases[kernel, k, count, "plain"], cases[kernel, k, count, "fused"]) for count in pictures]
+        lines.append([kernel, str(k), *(f"{plain:.0f} to {fused:.0f} ({fused / plain:.2f})" for plain, fused in pairs)])
+    ceilings = result["ceilings"]
+    return "\n".join(
+        [
+            f"{result['gpu']}; torch {result['torch']}, CUDA {result['cuda']}, Triton {result['triton']}; "
+            f"{result['rounds']} interleaved rounds. Measured in the same run: {ceilings['tflops']:.0f} TFLOP/s in a "
+            f"large matrix product, {ceilings['tb_per_s']:.2f} TB/s in a large copy.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+        ]
+    )
 
 
 def _throughput(case: Mapping[str, Any]) -> str:

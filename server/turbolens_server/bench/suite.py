@@ -89,7 +89,7 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
         Contender(
             "all features",
             lambda: engine.run(extract),
-            {"nothing asked": Aim(1 + 1.5 * of_picture), "diffusers": Aim()},
+            {"nothing asked": Aim(_extraction_aim(engine, of_picture)), "diffusers": Aim()},
         ),
         Contender("eight adds", lambda: engine.run(add), {"nothing asked": Aim(1.03)}),
         Contender("a scale a block", lambda: engine.run(scale), {"nothing asked": Aim()}),
@@ -97,11 +97,15 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
         Contender(
             "U-Net and features",
             make.unet_pass(engine, work, every),
-            {"U-Net alone": Aim(1 + 1.5 * of_unet)},
+            {"U-Net alone": Aim(_extraction_aim(engine, of_unet))},
             limits.get("U-Net and features"),
         ),
         Contender("latents only", lambda: engine.run(latents)),
-        Contender("features only", lambda: engine.run(extract_latents), {"latents only": Aim(1 + 1.5 * of_unet)}),
+        Contender(
+            "features only",
+            lambda: engine.run(extract_latents),
+            {"latents only": Aim(_extraction_aim(engine, of_unet))},
+        ),
         Contender(
             "new prompt to PNG",
             lambda: make.to_png(engine, lambda: work.jobs(make.fresh_prompt())),
@@ -117,6 +121,11 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
         "unet_and_features_floor_ms": floor,
         "largest_difference": difference,
     }
+
+
+def _extraction_aim(engine: Engine, share: float) -> float:
+    """How often a time it may take to extract features: 3 % more, or on a small model 1.5 times their arithmetic."""
+    return 1.03 if min(engine.info.default_size) >= 512 else 1 + 1.5 * share
 
 
 def _hopper_limits(engine: Engine, work: Work, floor: float) -> dict[str, float]:

@@ -106,8 +106,6 @@ class StepTap:
         self._plan = plan
         self._step = step
         self._edits = {name: plan.edits_at(name, step) for name in plan.saes}
-        # On a GPU all edits of a batch are one launch; on a CPU row by row is faster.
-        self._packed = {name: self._pack(name) for name, edits in self._edits.items() if edits and plan.on_gpu}
         self._read: list[tuple[str, tuple[int, int], list[int], Codes]] = []
         self.at = frozenset(
             point for point, names in plan.saes_at.items() if any(plan.wanted.get(n) or self._edits[n] for n in names)
@@ -126,7 +124,8 @@ class StepTap:
         for name in self._plan.saes_at[point]:
             edits = self._edits[name]
             rows, codes = self._read_rows(name, update, grid, [row for row in edits if needs_codes(edits[row])])
-            if name in self._packed:
+            # On a GPU all edits of a batch are one launch; on a CPU row by row is faster.
+            if edits and self._plan.on_gpu:
                 steered = self._steer_packed(name, steered, rows, codes)
             elif edits:
                 by_row = list(steered.unbind(0))
@@ -155,19 +154,22 @@ class StepTap:
         gain = torch.ones(rows, positions, device=device)
         bias = torch.zeros(rows, positions, d_model, device=device)
         for name in names:
-            packed = self._packed.get(name) or self._pack(name)
+            packed = self._pack(name)
             gain, bias = packed.gain * gain, self._apply(name, packed, bias, _no_codes(bias))
         return gain.unflatten(1, grid)[:, None], bias.transpose(1, 2).unflatten(2, grid)
 
     def _pack(self, name: str) -> PackedEdits:
-        """All edits on one SAE's features, on the device."""
+        """All edits on one SAE's features, on the device.
+
+        Packed where they act and not before the pass, while a GPU is still at work on what comes before.
+        """
         edits = self._edits[name]
         positions = next(len(edit.mask) for row_edits in edits.values() for edit in row_edits)
         by_row = [edits.get(row, []) for row in range(self._plan.rows)]
         return pack_edits(by_row, positions, torch.device("cpu")).to(self._plan.device)
 
     def _steer_packed(self, name: str, update: Tensor, rows: list[int], codes: Codes) -> Tensor:
-        packed = self._packed[name]
+        packed = self._pack(name)
         if not packed.needs_codes:
             return self._apply(name, packed, update, _no_codes(update))
         if len(rows) < len(update):  # of the other rows no edit asks
