@@ -90,7 +90,7 @@ bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/
 bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with random weights
 	@$(VENV)/bin/turbolens bench --model random:sdxl-turbo $(if $(shell command -v nvidia-smi), \
 		--out benchmarks/results/sdxl-turbo-gpu.json, \
-		--dtype bfloat16 --batch 1 --rounds 3 --out benchmarks/results/sdxl-turbo-cpu.json)
+		--dtype bfloat16 --batch 1 --rounds 1 --out benchmarks/results/sdxl-turbo-cpu.json)
 	@$(if $(shell command -v nvidia-smi), $(PY) -m benchmarks.many_callers --model random:sdxl-turbo --steps 1 \
 		--out benchmarks/results/many_callers-gpu.json)
 	@$(PY) -m benchmarks.report

@@ -1,15 +1,20 @@
-"""ONNX Runtime makes the pictures and features of PyTorch, for any mix of edits in a batch."""
+"""Every backend makes the pictures and features of PyTorch, for any mix of edits in a batch."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 
+from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import hash_unet, load_engine
 from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.masks import Box, BoxMask
+from turbolens_server.unet.fused import FusedBlocks
+from turbolens_server.unet.torch_unet import TorchUNet
 
 PIXELS = 2  # of 255
 VALUES = 1e-3  # of a feature's largest activation
@@ -87,6 +92,16 @@ def test_onnx_gives_what_torch_gives(pair, count):
     for a, b in zip(expected, onnx_engine.run(jobs), strict=True):
         assert_alike(a, b)
     assert np.ptp([result.latents.mean() for result in expected]) > 0 or count == 1
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_fused_blocks_give_what_torch_gives(engine, count):
+    """The blocks that are compiled on a GPU, here traced and run as they are."""
+    unet = copy.deepcopy(engine.components.unet)
+    fused = Engine(engine.components, TorchUNet(unet, FusedBlocks(unet, backend="eager")), engine.info, engine.device)
+    jobs = mixed_jobs(engine.info, count, steps=2)
+    for a, b in zip(engine.run(jobs), fused.run(jobs), strict=True):
+        assert_alike(a, b)
 
 
 @pytest.mark.parametrize("pair", ["small", "mini"], indirect=True)

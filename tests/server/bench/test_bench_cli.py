@@ -43,6 +43,10 @@ def test_a_run_on_random_weights_writes_what_it_prints(tmp_path, capsys):
         (["--model", "random:nothing"], "no such model"),
         (["--model", "random:mini", "--size", "100"], "size is 100; it must be a multiple of 16"),
         (["--model", "random:mini", "--size", "0"], "size is 0"),
+        (
+            ["--model", "random:mini", "--backend", "tensorrt", "--device", "cpu"],
+            "--backend tensorrt: TensorRT engines",
+        ),
         (["--rounds", "0"], "rounds is 0; it must be at least 1"),
         (["--batch", "0"], "batch is (0,); it must be at least 1"),
     ],

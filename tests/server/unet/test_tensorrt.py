@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from turbolens_server.unet import tensorrt_build
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.cli import main
 from turbolens_server.unet.export import GRAPH_FILE
 from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
 from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, build_plan, ensure_engine
@@ -42,6 +43,17 @@ def test_an_engine_is_built_without_a_gpu_and_found_again(built, tensorrt, half_
     assert buckets_of(engine) == BUCKETS
     assert ensure_engine(cache, graph, half_graph[0], tensorrt, TARGET, BUCKETS) == engine
     assert engine.notes["build_s"] > 0
+
+
+def test_the_command_builds_the_embedded_model_and_checks_it(tensorrt, graph_cache, capsys):
+    where = ["--cache", str(graph_cache)]
+    build = ["build", "--dtype", "float32", "--target", TARGET, "--batches", "1", "2", *where]
+    main(build)
+    main(build)  # from the cache
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("engine"))
+    assert first.split()[:2] == second.split()[:2]
+    main(["verify", *where])
+    assert first.split()[1] in capsys.readouterr().out
 
 
 def test_an_engine_for_another_gpu_version_or_model_is_not_taken(built, tensorrt):
