@@ -60,6 +60,7 @@ def import_labels(config: ImportLabelsConfig) -> int:
     write_labels(config.sae, rows)
     amend_provenance(
         config.sae,
+        zero_shot=None,  # labels by an encoder, if there were any, are gone
         labels={
             "source": config.source,
             "licence": config.licence,

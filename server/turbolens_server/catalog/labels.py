@@ -51,7 +51,7 @@ class Label:
     value: str
     region: str
     score: float
-    """AUROC of the feature's activation for it; 0.5 is chance."""
+    """AUROC, 0.5 being chance: of the feature's activation for it, or, of an encoder's labels, of its crops' fit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

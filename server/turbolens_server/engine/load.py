@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import time
@@ -26,7 +25,7 @@ from turbolens_server.engine.half_vae import UnknownDecoder, scale_stream
 from turbolens_server.engine.memory import available_bytes, memory_need
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
-from turbolens_server.sae.bundle import BundleError, hash_file
+from turbolens_server.sae.bundle import BundleError, hash_files
 from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.attention_taps import list_points, with_attention_points
@@ -227,12 +226,7 @@ def hash_unet(folder: Path, variant: str | None = None) -> str:
     weights = sorted(path for path in (folder / "unet").glob("*.safetensors") if path.name.endswith(suffix))
     if variant is None:
         weights = [path for path in weights if path.name.count(".") == 1 or "-of-" in path.name]
-    if len(weights) == 1:
-        return hash_file(weights[0])
-    digest = hashlib.sha256()
-    for path in weights:
-        digest.update(hash_file(path).encode())
-    return digest.hexdigest()
+    return hash_files(weights)
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -156,6 +157,16 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of one file, or of the hashes of several, in the order given."""
+    if len(paths) == 1:
+        return hash_file(paths[0])
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hash_file(path).encode())
+    return digest.hexdigest()
+
+
 def check_weights(weights: SaeWeights, where: str) -> None:
     """Raise BundleError where shapes disagree or a value is not finite."""
     if weights.W_enc.ndim != 2:
@@ -242,10 +253,11 @@ def save_stats(folder: Path, stats: FeatureStats) -> None:
 
 
 def amend_provenance(folder: Path, **entries: Any) -> None:
-    """Add entries to a bundle's provenance, in place of those of the same name."""
+    """Add entries to a bundle's provenance, in place of those of the same name; None removes one."""
     path = folder / "provenance.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, **entries}, indent=2) + "\n")
+    known = {**(json.loads(path.read_text()) if path.exists() else {}), **entries}
+    kept = {name: entry for name, entry in known.items() if entry is not None}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def load_bundle(folder: Path) -> Bundle:

@@ -12,9 +12,9 @@ import torch
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.engine.load import hash_unet, load_engine
 from turbolens_server.engine.types import Job
-from turbolens_server.sae.bundle import FeatureStats, SaeWeights, load_bundle, save_bundle
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_provenance, hash_file, load_bundle, save_bundle
 from turbolens_training.catalog import cli
-from turbolens_training.catalog.build import complete_stats, read_prompts
+from turbolens_training.catalog.build import complete_stats
 
 D_SAE = 24
 
@@ -72,6 +72,36 @@ def test_prompts_give_statistics_and_examples_and_labels_stay(bundle: Path, tiny
             assert values[index] == pytest.approx(example.activation, rel=1e-3)
 
 
+def test_an_encoder_labels_and_is_named_in_the_provenance(
+    bundle: Path, tiny_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    prompts, words = tmp_path / "prompts.txt", tmp_path / "words.txt"
+    prompts.write_text("".join(f"a {color} star number {i}\n" for i in range(3) for color in ("red", "blue")))
+    words.write_text("red\nstar\nred\n")
+    common = ["--model", str(tiny_folder), "--saes", str(bundle), "--prompts", str(prompts), "--steps", "1"]
+    encoder = ["--encoder", str(clip_folder)]
+    # So large a chance that random weights, too, find words.
+    cli.main(["build", *common, *encoder, "--words", str(words), "--chance", "0.9"])
+    known = read_labels(bundle, D_SAE)
+    named = [row for row in known.values() if row.labels and row.labels[0].attribute == "zero-shot"]
+    assert named
+    assert {label.value for row in named for label in row.labels} <= {"red", "star"}
+    assert all(row.label == row.labels[0].value and row.label_score == row.labels[0].score for row in named)
+    assert all(row.examples for row in named)
+    told = load_bundle(bundle).provenance["zero_shot"]
+    assert told["encoder"] == clip_folder.name
+    assert told["encoder_hash"] == hash_file(clip_folder / "model.safetensors")
+    assert (told["words"], told["candidates"], told["labelled"]) == ("words.txt", 2, len(named))
+    assert known[4].label in ("a cat", "red", "star")
+
+    # Again without words: those of the prompts, so sure that nothing is found; what the encoder had named is gone.
+    cli.main(["build", *common, *encoder, "--chance", "1e-300"])
+    assert {row.label for row in read_labels(bundle, D_SAE).values()} <= {"", "a cat"}
+    told = load_bundle(bundle).provenance["zero_shot"]
+    assert (told["words"], told["labelled"]) == ("of the prompts", 0)
+    assert told["candidates"] == len(["red", "star", "red star", "star number", "number", "blue", "blue star"])
+
+
 def test_a_bundle_of_another_model_is_built_only_by_force_and_says_so(
     bundle: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +127,12 @@ def test_a_bundle_of_another_model_is_built_only_by_force_and_says_so(
         (["--steps", "0"], "steps=(0,)"),
         (["--examples", "-1"], "examples=-1"),
         (["--model", "/nowhere"], "no such folder"),
+        (["--encoder", "clip"], "needs prompts"),
+        (["--prompts", __file__, "--encoder", "/nowhere"], "--encoder /nowhere: no such folder"),
+        (["--prompts", __file__, "--encoder", "/nowhere", "--words", "/nowhere.txt"], "--words /nowhere.txt"),
+        (["--prompts", __file__, "--encoder", "/nowhere", "--examples", "2"], "examples=2"),
+        (["--words", "words.txt"], "needs an encoder"),
+        (["--chance", "1"], "chance=1.0"),
     ],
 )
 def test_what_cannot_be_built_says_why(
@@ -116,12 +152,6 @@ def test_only_bundles_are_built(bundle: Path, tmp_path: Path) -> None:
         cli.main(["build", "--saes", str(bundle.parent)])
 
 
-def test_prompts_are_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no prompt"):
-        read_prompts(tmp_path / "a.txt")
-
-
 def test_statistics_are_completed_and_published_means_kept() -> None:
     def stats(mean: float, steps: int) -> FeatureStats:
         return FeatureStats(*(np.full(3, mean, np.float32) for _ in range(3)), np.arange(steps), np.ones(steps))
@@ -138,10 +168,12 @@ def test_labels_are_imported_by_the_same_command(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps([{"index": 2, "label": "a dog"}]))
+    amend_provenance(bundle, zero_shot={"encoder": "clip"})
     argv = ["import-labels", str(tmp_path / "labels.json"), "--sae", str(bundle), "--source", "x", "--licence", "MIT"]
     cli.main(argv)
     assert "1 labels of x" in capsys.readouterr().out
     assert read_labels(bundle, D_SAE)[2].label == "a dog"
+    assert "zero_shot" not in load_bundle(bundle).provenance  # its labels were replaced
     with pytest.raises(SystemExit, match="no column"):
         cli.main([*argv, "--label", "name"])
     with pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from turbolens_server.catalog.labels import FeatureLabels, read_labels, write_labels
+from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
 from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, save_stats
@@ -27,6 +27,8 @@ from turbolens_training.activations.stream import (
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
+from turbolens_training.catalog.words import read_lines
+from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
 
@@ -38,9 +40,10 @@ def build(config: BuildConfig) -> None:
 
     Raises:
         LoadError: the model or a bundle cannot be loaded, or they do not belong together.
-        ValueError: a folder is no bundle, two bundles share a block, or the prompts cannot be used.
+        ValueError: a folder is no bundle, two bundles share a block, or the prompts, words or encoder cannot be used.
     """
-    prompts = None if config.prompts is None else read_prompts(config.prompts)[: config.images]
+    prompts = None if config.prompts is None else read_lines(config.prompts, "prompt")[: config.images]
+    namer = None if prompts is None or config.encoder is None else load_namer(config, config.encoder, prompts)
     for folder in find_saes(config.saes) if config.saes.is_dir() else []:
         if not is_bundle(folder):
             raise ValueError(f"{folder} is no bundle; make one of it by turbolens sae import")
@@ -60,24 +63,9 @@ def build(config: BuildConfig) -> None:
         if prompts is None:
             table += _from_scenes(config, engine, alike, steps)
         else:
-            _from_prompts(config, engine, alike, steps, prompts)
+            _from_prompts(config, engine, alike, steps, prompts, namer)
     if table:
         write_table(config.work / "labels", table)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that say something.
-
-    Raises:
-        ValueError: it is unreadable or says nothing.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path}: unreadable ({error})") from error
-    if not prompts:
-        raise ValueError(f"--prompts {path}: holds no prompt")
-    return prompts
 
 
 def complete_stats(known: FeatureStats | None, measured: FeatureStats) -> FeatureStats:
@@ -117,7 +105,8 @@ def _from_scenes(
         bundle = saes[point.name].bundle
         truth = seen.truth(point.grid(*engine.info.default_size))
         rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
-        _write(config, engine, bundle, rows, top[point.name], batches * config.batch)
+        _write(config, engine, bundle, rows, top[point.name].examples(), batches * config.batch)
+        amend_provenance(_folder(bundle), labels=None, zero_shot=None)  # labels of others are gone
         table.append(summary(point.name, rows))
     if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
         mix = config.steps if steps is None else (steps,)
@@ -131,8 +120,9 @@ def _from_scenes(
 
 
 def _from_prompts(
-    config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None, prompts: list[str]
-) -> None:
+    config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None, prompts: list[str],
+    namer: Namer | None,
+) -> None:  # fmt: skip
     """Look at the prompts' pictures at every step; one pass for the examples, and one where statistics are lacking."""
     mix = config.steps if steps is None else (steps,)
 
@@ -144,10 +134,16 @@ def _from_prompts(
     for updates in _progress(data(), "pictures", batches):
         for block, codes in encode(saes, updates).items():
             top[block].add(updates, codes)
+    examples = {block: found.examples() for block, found in top.items()}
+    named = {} if namer is None else namer.name(engine, examples)
     for block, sae in saes.items():
         known = read_labels(sae.bundle.folder, sae.bundle.d_sae)
+        if namer is not None:
+            known = {**without_zero_shot(known), **named[block]}
         rows = [known.get(index, FeatureLabels(index, "", 0.0, ())) for index in range(sae.bundle.d_sae)]
-        _write(config, engine, sae.bundle, rows, top[block], len(prompts))
+        _write(config, engine, sae.bundle, rows, examples[block], len(prompts))
+        if namer is not None:
+            amend_provenance(_folder(sae.bundle), zero_shot={**namer.provenance, "labelled": len(named[block])})
     if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
         _measure(lacking, _progress(data(), "statistics", batches))
 
@@ -179,10 +175,10 @@ def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
 
 
 def _write(
-    config: BuildConfig, engine: Engine, bundle: Bundle, rows: list[FeatureLabels], top: TopExamples, pictures: int
-) -> None:
+    config: BuildConfig, engine: Engine, bundle: Bundle, rows: list[FeatureLabels],
+    examples: list[tuple[Example, ...]], pictures: int,
+) -> None:  # fmt: skip
     folder = _folder(bundle)
-    examples = top.examples()
     write_labels(folder, [dataclasses.replace(row, examples=examples[row.index]) for row in rows])
     made_from = "captioned scenes" if config.prompts is None else config.prompts.name
     made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Final
+
+LEAST_CROPS: Final = 3
+"""Crops of a feature, at least, for a word to be read off them: the mean of fewer is ruled by one odd picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +15,12 @@ class BuildConfig:
     """Measure and name the features of bundles: statistics where they lack them, top examples, labels.
 
     On the embedded model's captioned scenes every feature is named by what in a scene lifts it, from the ground truth;
-    no judge, no guess. With --prompts any model's features get statistics and top examples, and keep their labels.
+    no judge, no guess. With --prompts any model's features get statistics and top examples, and keep their labels;
+    with --encoder beside it, CLIP or another image-text encoder labels those that it finds a word for.
 
     Examples: `turbolens catalog build --saes runs/sae/bundles`; `turbolens catalog build --model
-    stabilityai/sdxl-turbo --saes ./sdxl-saes --prompts captions.txt`.
+    stabilityai/sdxl-turbo --saes ./sdxl-saes --prompts captions.txt --examples 16
+    --encoder openai/clip-vit-large-patch14`.
     """
 
     model: str = "mini"
@@ -27,6 +33,13 @@ class BuildConfig:
     """Measure a bundle on a model that it was not trained on; its provenance then names that model's hash."""
     prompts: Path | None = None
     """Text file of prompts, one a line; left out: captioned scenes, whose truth gives labels."""
+    encoder: str | None = None
+    """Image-text encoder, a `transformers` folder or hub id with safetensors: labels each feature with the word that
+    its top examples, cropped around the place, fit more than other features' do."""
+    words: Path | None = None
+    """Text file of words or phrases to label with, one a line; left out: the most frequent ones of the prompts."""
+    chance: float = 0.01
+    """Share of features to which --encoder may give a label by chance: it sets how far a word must stand out."""
     work: Path = Path("runs/sae")
     """Folder of the table of what was labelled."""
     device: str = "auto"
@@ -56,3 +69,11 @@ class BuildConfig:
             raise ValueError(f"examples={self.examples}, expected at least 0")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps={self.steps}, expected whole numbers from 1")
+        if self.encoder is not None and self.prompts is None:
+            raise ValueError("encoder: needs prompts; scenes name features by their ground truth")
+        if self.encoder is not None and self.examples < LEAST_CROPS:
+            raise ValueError(f"examples={self.examples}, expected at least {LEAST_CROPS} for an encoder to label by")
+        if self.words is not None and self.encoder is None:
+            raise ValueError("words: needs an encoder")
+        if not 0 < self.chance < 1:
+            raise ValueError(f"chance={self.chance}, expected above 0 and below 1")
