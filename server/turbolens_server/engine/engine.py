@@ -272,7 +272,11 @@ class Engine:
         Raises:
             FloatingPointError: the model gives values that are not finite.
         """
-        largest = max_batch if self._device.type == "cuda" else 1
+        largest = 1
+        if self._device.type == "cuda":
+            largest = max_batch
+            with torch.inference_mode():
+                self._parts.text.warm_up()
         for height, width in self.info.sizes:
             by_steps: dict[int, list[str]] = {self.info.default_steps: []}
             for name, sae in self._saes.items():

@@ -13,6 +13,8 @@ from torch import Tensor
 from turbolens_server.cuda_graphs import Graphed
 
 _CACHE_SIZE: Final = 512
+_TOGETHER: Final = 8
+"""Prompts encoded in one go: on a GPU each number is a recording of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,7 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> EncodedText:
         """Encode one prompt, of any length and script; tokens past the limit are cut."""
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        encoded = self.encode_together([prompt])
-        self._cache[prompt] = text = EncodedText(encoded.hidden, encoded.pooled, encoded.tokens_cut[0])
-        if len(self._cache) > _CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return text
+        return self._encode_missing([prompt])[0]
 
     def encode_together(self, prompts: Sequence[str]) -> EncodedTexts:
         """Encode prompts in one go and keep nothing: for many that are seen once."""
@@ -73,11 +68,31 @@ class TextEncoder:
         hidden, pooled = self._encode(torch.tensor(rows, device=self._device))
         return EncodedTexts(hidden, pooled, tuple(cut))
 
+    def warm_up(self) -> None:
+        """Encode as many prompts at once as will ever be, and each smaller number."""
+        for count in range(1, _TOGETHER + 1):
+            self.encode_together([""] * count)
+
     def encode_all(self, prompts: Sequence[str]) -> EncodedTexts:
-        """Encode the prompts of a batch, each by itself: what one becomes never depends on its mates."""
-        texts = [self.encode(prompt) for prompt in prompts]
+        """Encode the prompts of a batch; those that are not kept from before in one go, a few at a time."""
+        texts = self._encode_missing(prompts)
         hidden, pooled = torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts])
         return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))
+
+    def _encode_missing(self, prompts: Sequence[str]) -> list[EncodedText]:
+        found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        for start in range(0, len(missing), _TOGETHER):
+            group = missing[start : start + _TOGETHER]
+            encoded = self.encode_together(group)
+            rows = zip(encoded.hidden.split(1), encoded.pooled.split(1), encoded.tokens_cut, strict=True)
+            found |= {prompt: EncodedText(*row) for prompt, row in zip(group, rows, strict=True)}
+        for prompt, text in found.items():
+            self._cache[prompt] = text
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return [found[prompt] for prompt in prompts]
 
 
 def _fitted(ids: list[int], limit: int, padding: int) -> list[int]:
