@@ -6,7 +6,7 @@ The slow, readable twin of everything here is :mod:`turbolens_training.sae.refer
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -56,29 +56,110 @@ def initial_weights(tokens: Tensor, d_sae: int, generator: torch.Generator) -> S
     return SaeWeights(rows.T.contiguous(), rows.new_zeros(d_sae), rows, rows.new_zeros(d_model))
 
 
-def pre_activations(weights: SaeWeights, x: Tensor) -> Tensor:
-    """W_enc (x - b_dec) + b_enc: [N, d_model] -> [N, d_sae].
+class _PreActivations(torch.autograd.Function):
+    """W_enc (x - b_dec) + b_enc. A gradient that is sparse (see :func:`select`) is never written out, [N, d_sae]."""
 
-    Both biases are folded into one, which spares a product of the batch with W_enc in the backward pass.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_dec)
+        # Both biases are folded into one, which spares a product of the batch with W_enc in the backward pass.
+        return torch.addmm(b_enc - b_dec @ W_enc, x, W_enc)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        x, W_enc, b_dec = ctx.saved_tensors
+        (gradient,) = gradients
+        if gradient.is_sparse:
+            positions, features = gradient._indices()
+            values = gradient._values()
+            of_bias = x.new_zeros(W_enc.shape[1]).scatter_add_(0, features, values)
+            of_rows = decode(by_feature(values, positions, features, W_enc.shape[1]), x)
+        else:
+            of_bias = gradient.sum(0)
+            of_rows = gradient.T @ x
+        return None, of_rows.addr_(of_bias, b_dec, alpha=-1).T, of_bias, -(W_enc @ of_bias)
+
+
+def pre_activations(weights: SaeWeights, x: Tensor) -> Tensor:
+    """W_enc (x - b_dec) + b_enc: [N, d_model] -> [N, d_sae]. x is data: no gradient reaches it."""
+    pre: Tensor = _PreActivations.apply(  # type: ignore[no-untyped-call]
+        x, weights.W_enc, weights.b_enc, weights.b_dec
+    )
+    return pre
+
+
+def by_feature(values: Tensor, positions: Tensor, features: Tensor, d_sae: int) -> Active:
+    """Entries [M] of a matrix [N, d_sae] as its transpose, whose bags are features and which holds positions."""
+    features, order = features.int().sort(stable=True)  # stable: each sum has its order, and a run its bits
+    offsets = torch.searchsorted(features, torch.arange(d_sae, dtype=torch.int32, device=features.device))
+    return Active(values[order], positions[order], offsets)
+
+
+def select(pre: Tensor, features: Tensor) -> Tensor:
+    """Pre-activations of chosen features at each position: [N, d_sae], [N, m] int64 -> [N, m].
+
+    On a CPU the gradient of what :func:`pre_activations` gave is sparse: as it is zero elsewhere, that spares the
+    backward pass a product as large as the forward pass's.
     """
-    return torch.addmm(weights.b_enc - weights.b_dec @ weights.W_enc, x, weights.W_enc)
+    sparse = pre.device.type == "cpu" and pre.grad_fn is not None and pre.grad_fn.name() == "_PreActivationsBackward"
+    return pre.gather(1, features, sparse_grad=sparse)
+
+
+def _rectangular(values: Tensor, features: Tensor) -> Active:
+    """As many entries at each position: both [N, k]."""
+    offsets = torch.arange(len(values), device=values.device) * values.shape[1]
+    return Active(values.flatten(), features.flatten(), offsets)
 
 
 def top_k(pre: Tensor, k: int) -> Active:
     """The k largest pre-activations of each position, and then their positive part: [N, d_sae] -> N k entries."""
-    values, features = pre.topk(k, dim=1, sorted=False)
-    offsets = torch.arange(len(pre), device=pre.device) * k
-    return Active(values.relu().flatten(), features.flatten(), offsets)
+    features = pre.detach().topk(k, dim=1, sorted=False).indices
+    return _rectangular(select(pre, features).relu(), features)
+
+
+def top_k_among(pre: Tensor, k: int, members: Tensor, barred: Tensor) -> Active:
+    """As :func:`top_k`, of the features `members` [D] int64 alone, without those that are `barred` [D] bool."""
+    found = pre.detach()[:, members].masked_fill_(barred, -torch.inf).topk(min(k, len(members)), dim=1, sorted=False)
+    features = members[found.indices]
+    return _rectangular(select(pre, features).relu().masked_fill(found.values.isneginf(), 0), features)
+
+
+def _sum_of_rows(active: Active, rows: Tensor) -> Tensor:
+    return functional.embedding_bag(active.features, rows, active.offsets, per_sample_weights=active.values, mode="sum")
+
+
+class _RowsGradient(torch.autograd.Function):
+    """Passes a decoded batch on, and gives the decoder rows it was made of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, decoded: Tensor, rows: Tensor, values: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(values, features, offsets)
+        ctx.d_sae = len(rows)
+        return decoded.view_as(decoded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        values, features, offsets = ctx.saved_tensors
+        (gradient,) = gradients
+        entries = torch.arange(len(values), device=values.device)
+        positions = torch.searchsorted(offsets, entries, right=True) - 1
+        return gradient, _sum_of_rows(by_feature(values, positions, features, ctx.d_sae), gradient), None, None, None
 
 
 def decode(active: Active, rows: Tensor) -> Tensor:
     """Sum of decoder rows by activation, without a bias: -> [N, d_model]."""
-    return functional.embedding_bag(active.features, rows, active.offsets, per_sample_weights=active.values, mode="sum")
+    if rows.is_cuda or not rows.requires_grad:
+        return _sum_of_rows(active, rows)
+    # On a CPU, embedding_bag's own gradient of its rows takes three times as long.
+    decoded: Tensor = _RowsGradient.apply(  # type: ignore[no-untyped-call]
+        _sum_of_rows(active, rows.detach()), rows, active.values.detach(), active.features, active.offsets
+    )
+    return decoded
 
 
 def reconstruction_loss(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Mean squared error per dimension; on normalised updates, the fraction of variance unexplained."""
-    return (reconstruction - x).square().mean()
+    return functional.mse_loss(reconstruction, x)
 
 
 def auxk_target(weights: SaeWeights, x: Tensor, pre: Tensor, strongest: int) -> Tensor:
@@ -94,18 +175,15 @@ def auxk_target(weights: SaeWeights, x: Tensor, pre: Tensor, strongest: int) -> 
         return x - decode(top_k(pre, strongest), weights.W_dec) - weights.b_dec
 
 
-def auxk_loss(dead_pre: Tensor, target: Tensor, dead_rows: Tensor, k_aux: int) -> Tensor:
+def auxk_loss(learning: Active, target: Tensor, rows: Tensor) -> Tensor:
     """AuxK: the dead features alone reconstruct a target.
 
     Args:
-        dead_pre: pre-activations of the dead features [N, D]; -inf where one takes no part.
+        learning: activations of dead features, of as many as take part at a position.
         target: what they are to learn [N, d_model], without b_dec and without a gradient.
-        dead_rows: their decoder rows [D, d_model].
-        k_aux: dead features that take part at a position, at most.
+        rows: decoder rows [d_sae, d_model].
 
     Returns:
         Squared error over the target's own square: 1 where the dead do nothing, less as they learn.
     """
-    chosen = top_k(dead_pre, min(k_aux, dead_pre.shape[1]))
-    error = decode(chosen, dead_rows) - target
-    return error.square().mean() / target.square().mean().clamp(min=1e-12)
+    return functional.mse_loss(decode(learning, rows), target) / target.square().mean().clamp(min=1e-12)
