@@ -84,8 +84,11 @@ def synthetic(d_model: int, directions: int, active: int, batch: int, batches: i
 
 
 def of_mini(blocks: Sequence[str], batch: int, chunks: int, held_out: int) -> list[Data]:
-    """Updates of `mini` at some blocks, shuffled: so many chunks of its training stream and of the held-out one."""
-    config = DataConfig(device="cpu")
+    """Updates of `mini` at some blocks, shuffled: so many chunks of its training stream and of the held-out one.
+
+    Of pictures made in one step: a pass of the U-Net makes the most pictures so, and with few an SAE learns them.
+    """
+    config = DataConfig(device="cpu", one_step_share=1.0)
     streams = open_sources(load_engine(device="cpu", saes=[]), config, None)
 
     def collect(source: TokenSource, count: int) -> dict[str, Tensor]:
@@ -230,7 +233,7 @@ def run(full: SaeConfig = FULL, shipped: SaeConfig = SHIPPED, blocks: Sequence[s
     data = synthetic(1280, 10_240, full.k, full.batch, batches=64, held_out=8192)
     cases = [measure_case(full, data, max(1, full.steps // 15), sparse=True)]
     del data
-    for block in of_mini(blocks, shipped.batch, chunks=48, held_out=8):
+    for block in of_mini(blocks, shipped.batch, chunks=128, held_out=16):
         cases.append(measure_case(shipped, block, max(1, shipped.steps // 30), sparse=False))
     rounds = min(len(row.ms) for case in cases for row in case["rows"])
     return assemble("train_beside_saelens", rounds, cases, sae_lens=importlib.metadata.version("sae-lens"))

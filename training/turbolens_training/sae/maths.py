@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -89,10 +90,12 @@ def pre_activations(weights: SaeWeights, x: Tensor) -> Tensor:
 
 
 def by_feature(values: Tensor, positions: Tensor, features: Tensor, d_sae: int) -> Active:
-    """Entries [M] of a matrix [N, d_sae] as its transpose, whose bags are features and which holds positions."""
-    features, order = features.int().sort(stable=True)  # stable: each sum has its order, and a run its bits
-    offsets = torch.searchsorted(features, torch.arange(d_sae, dtype=torch.int32, device=features.device))
-    return Active(values[order], positions[order], offsets)
+    """Entries [M] of a matrix [N, d_sae] on the CPU as its transpose, whose bags are features and hold positions."""
+    count = len(features)
+    # Each key is another, so that the order is one, and a run repeats its bits. NumPy sorts them ten times as fast.
+    keys = torch.from_numpy(np.sort((features * count + torch.arange(count)).numpy()))
+    order = keys % count
+    return Active(values[order], positions[order], torch.searchsorted(keys, torch.arange(d_sae) * count))
 
 
 def select(pre: Tensor, features: Tensor) -> Tensor:
