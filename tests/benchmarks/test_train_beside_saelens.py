@@ -31,10 +31,10 @@ def data() -> Data:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_all_learn_and_every_step_is_timed(sparse, data, tmp_path):
-    case = measure_case(CONFIG, data, 2, sparse=sparse)
+    case = measure_case(CONFIG, data, 2, rate=1e-2, sparse=sparse)
     before = {
         name: explained_variance(each.weights(), CONFIG.k, data.held_out)
-        for name, each in contenders_of(CONFIG, data.tokens, sparse).items()
+        for name, each in contenders_of(CONFIG, data.tokens, rate=1e-2, sparse=sparse).items()
     }
     assert all(case["explained"][name] > before[name] for name in before)
     *others, ours = case["rows"]
