@@ -61,11 +61,12 @@ def _throughput(case: Mapping[str, Any]) -> str:
 
 
 def _explained(case: Mapping[str, Any]) -> str:
-    label, tokens = case["label"], case["tokens"]
+    label, size, tokens = case["label"], case["size"], case["tokens"]
     each = ", ".join(f"{name} {explained:.3f}" for name, explained in case["explained"].items())
     return (
-        f"{label['data']}, k {label['k']}, after {label['steps']:,} steps on {tokens['training']:,} tokens: explained "
-        f"variance of {tokens['held out']:,} held-out tokens {each}"
+        f"{label['data']}, {size['d_model']} x {size['d_sae']}, k {size['k']}, batch {size['batch']}, after "
+        f"{label['steps']:,} steps on {tokens['training']:,} tokens: explained variance of {tokens['held out']:,} held-out "
+        f"tokens {each}"
     )
 
 

@@ -39,9 +39,10 @@ FULL: Final = SaeConfig(
 )
 """The published sizes; the rate is the usual law's for this width, and the warm-up is as short as the run."""
 MINI: Final = SaeConfig(learning_rate=1e-2)
-"""As the SAEs of `mini` are trained, at the best of the rates 3e-3, 1e-2 and 4e-2 that leaves next to none dead."""
+"""As the SAEs of `mini` are trained, but for the rate. In 1,500 steps the default, 3e-3, explains less of both blocks;
+2e-2 explains more, and leaves 3.5 % of the features of one dead."""
 MINI_RATE_OF_SAELENS: Final = 3e-3
-"""Of the rates 1.5e-3, 3e-3 and 1e-2, the one at which SAELens explains most of both blocks together."""
+"""Of 1.5e-3, 3e-3 and 1e-2, the rate at which SAELens explains most of both blocks together in 1,500 steps."""
 BLOCKS: Final = ("mid.0", "up.0.0")
 """Of `mini`: the one whose SAE explains least, and one that is explained nearly whole."""
 
@@ -79,7 +80,8 @@ def synthetic(d_model: int, directions: int, active: int, batch: int, batches: i
     def make(n: int) -> Tensor:
         picks = frequency.multinomial(n * active, replacement=True, generator=generator).view(n, active)
         strengths = 0.5 + torch.rand(n, active, generator=generator)
-        return functional.embedding_bag(picks, rows, per_sample_weights=strengths, mode="sum") + mean
+        tokens: Tensor = functional.embedding_bag(picks, rows, per_sample_weights=strengths, mode="sum") + mean
+        return tokens
 
     made = torch.stack([make(batch) for _ in range(batches)])
     return Data("synthetic", made, make(held_out))
@@ -134,11 +136,11 @@ class Theirs:
                 d_in=d_in, d_sae=config.d_sae, k=config.k, normalize_activations="expected_average_only_in", **sae
             )
         )
-        rate = trainer.pop("lr", SAETrainerConfig.lr)
+        rate = trainer.get("lr", SAETrainerConfig.lr)
         self._trainer: Any = SAETrainer(
             SAETrainerConfig(
                 total_training_samples=config.steps * config.batch, train_batch_size_samples=config.batch,
-                lr=rate, lr_end=rate / 10, **trainer,
+                lr_end=rate / 10, **trainer,
             ),
             self._sae,
             iter(()),
@@ -223,16 +225,14 @@ def measure_case(config: SaeConfig, data: Data, steps_a_round: int, *, rate: flo
     times = interleave(contenders, config.steps // steps_a_round - 1)
     a_step = {name: [ms / steps_a_round for ms in by_round] for name, by_round in times.items()}
     return {
-        "label": {
-            "data": data.name, "d_model": data.held_out.shape[1], "d_sae": config.d_sae, "k": config.k,
-            "batch": config.batch, "steps": config.steps,
-        },
+        "label": {"data": data.name, "steps": config.steps},
+        "size": {"d_model": data.held_out.shape[1], "d_sae": config.d_sae, "k": config.k, "batch": config.batch},
         "rows": compare(contenders, a_step),
         "tokens": {"training": len(data.tokens), "held out": len(data.held_out)},
         "explained": {
             name: explained_variance(each.weights(), config.k, data.held_out) for name, each in trained.items()
         },
-    }  # fmt: skip
+    }
 
 
 def run(full: SaeConfig = FULL, mini: SaeConfig = MINI, blocks: Sequence[str] = BLOCKS) -> dict[str, Any]:
