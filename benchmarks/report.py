@@ -65,8 +65,8 @@ def _explained(case: Mapping[str, Any]) -> str:
     each = ", ".join(f"{name} {explained:.3f}" for name, explained in case["explained"].items())
     return (
         f"{label['data']}, {size['d_model']} x {size['d_sae']}, k {size['k']}, batch {size['batch']}, after "
-        f"{label['steps']:,} steps on {tokens['training']:,} tokens: explained variance of {tokens['held out']:,} held-out "
-        f"tokens {each}"
+        f"{label['steps']:,} steps on {tokens['training']:,} tokens: explained variance of "
+        f"{tokens['held out']:,} held-out tokens {each}"
     )
 
 

@@ -17,6 +17,8 @@ from turbolens_server.sae.bundle import SaeWeights
 
 DATA_SHARE: Final = 4 / 3
 """How much of a first decoder row is a token, to 1 of noise: 0.8 of it, once normalised."""
+_ROUND: Final = 4
+"""Features that meet in the first of two rounds of a selection on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Active:
     values: Tensor  # [M] float32, >= 0
     features: Tensor  # [M] int64, of the first position, then of the second, ...
     offsets: Tensor  # [N] int64, where each position begins
+    width: int | None = None
+    """Entries of each position, where all have as many."""
 
     def counts(self, d_sae: int) -> Tensor:
         """Positions at which each feature is active, [d_sae] int64."""
@@ -61,13 +65,15 @@ class _PreActivations(torch.autograd.Function):
     """W_enc (x - b_dec) + b_enc. A gradient that is sparse (see :func:`select`) is never written out, [N, d_sae]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, made: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec)
+        if made is not None:
+            return made.view_as(made)
         # Both biases are folded into one, which spares a product of the batch with W_enc in the backward pass.
         return torch.addmm(b_enc - b_dec @ W_enc, x, W_enc)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
         x, W_enc, b_dec = ctx.saved_tensors
         (gradient,) = gradients
         if gradient.is_sparse:
@@ -78,13 +84,22 @@ class _PreActivations(torch.autograd.Function):
         else:
             of_bias = gradient.sum(0)
             of_rows = gradient.T @ x
-        return None, of_rows.addr_(of_bias, b_dec, alpha=-1).T, of_bias, -(W_enc @ of_bias)
+        return None, of_rows.addr_(of_bias, b_dec, alpha=-1).T, of_bias, -(W_enc @ of_bias), None
 
 
-def pre_activations(weights: SaeWeights, x: Tensor) -> Tensor:
-    """W_enc (x - b_dec) + b_enc: [N, d_model] -> [N, d_sae]. x is data: no gradient reaches it."""
+def pre_activations(weights: SaeWeights, x: Tensor, made: Tensor | None = None) -> Tensor:
+    """W_enc (x - b_dec) + b_enc: [N, d_model] -> [N, d_sae].
+
+    Args:
+        weights: of the SAE.
+        x: data; no gradient reaches it.
+        made: what this gave already, for a second selection from it: of one tensor, autograd would merge the sparse
+            gradients of both entry by entry. On a GPU they are dense, and it is given back as it is.
+    """
+    if made is not None and made.is_cuda:
+        return made
     pre: Tensor = _PreActivations.apply(  # type: ignore[no-untyped-call]
-        x, weights.W_enc, weights.b_enc, weights.b_dec
+        x, weights.W_enc, weights.b_enc, weights.b_dec, None if made is None else made.detach()
     )
     return pre
 
@@ -110,14 +125,37 @@ def select(pre: Tensor, features: Tensor) -> Tensor:
 
 def _rectangular(values: Tensor, features: Tensor) -> Active:
     """As many entries at each position: both [N, k]."""
-    offsets = torch.arange(len(values), device=values.device) * values.shape[1]
-    return Active(values.flatten(), features.flatten(), offsets)
+    positions, width = values.shape
+    offsets = torch.arange(positions, device=values.device) * width
+    return Active(values.flatten(), features.flatten(), offsets, width)
+
+
+def largest(pre: Tensor, k: int) -> Tensor:
+    """The features of the k largest pre-activations of each position, in any order: [N, d_sae] -> [N, k].
+
+    In two rounds on a CPU: who is among the k largest is in one of the k groups with the largest maxima.
+    """
+    groups = pre.shape[1] // _ROUND
+    if pre.is_cuda or pre.shape[1] % _ROUND or groups < k:
+        return pre.topk(k, dim=1, sorted=False).indices
+    best = pre.view(-1, _ROUND, groups).amax(1).topk(k, dim=1, sorted=False).indices
+    left = (best[:, None] + groups * torch.arange(_ROUND)[:, None]).flatten(1)
+    return left.gather(1, pre.gather(1, left).topk(k, dim=1, sorted=False).indices)
 
 
 def top_k(pre: Tensor, k: int) -> Active:
     """The k largest pre-activations of each position, and then their positive part: [N, d_sae] -> N k entries."""
-    features = pre.detach().topk(k, dim=1, sorted=False).indices
+    features = largest(pre.detach(), k)
     return _rectangular(select(pre, features).relu(), features)
+
+
+def strongest(pre: Tensor, active: Active, k: int) -> Active:
+    """As :func:`top_k`, from what is active already where that is enough."""
+    if active.width is None or active.width < k:
+        return top_k(pre, k)
+    values, features = (entries.view(-1, active.width) for entries in (active.values, active.features))
+    picks = values.topk(k, dim=1, sorted=False).indices
+    return _rectangular(values.gather(1, picks), features.gather(1, picks))
 
 
 def top_k_among(pre: Tensor, k: int, members: Tensor, barred: Tensor) -> Active:
@@ -165,7 +203,7 @@ def reconstruction_loss(x: Tensor, reconstruction: Tensor) -> Tensor:
     return functional.mse_loss(reconstruction, x)
 
 
-def auxk_target(weights: SaeWeights, x: Tensor, pre: Tensor, strongest: int) -> Tensor:
+def auxk_target(weights: SaeWeights, x: Tensor, active: Active) -> Tensor:
     """What the strongest features of each position leave over of x, for the dead to learn: [N, d_model], detached.
 
     With all k of them (Gao et al., arXiv 2406.04093, appendix A.2) it is the SAE's own residual. Where an SAE
@@ -175,7 +213,7 @@ def auxk_target(weights: SaeWeights, x: Tensor, pre: Tensor, strongest: int) -> 
     With half of the k it is 6 %: they learn to be worth the places of the weaker half.
     """
     with torch.no_grad():
-        return x - decode(top_k(pre, strongest), weights.W_dec) - weights.b_dec
+        return x - decode(active, weights.W_dec) - weights.b_dec
 
 
 def auxk_loss(learning: Active, target: Tensor, rows: Tensor) -> Tensor:

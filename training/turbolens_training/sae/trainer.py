@@ -21,7 +21,14 @@ from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.distributed import ALONE, Ranks
-from turbolens_training.sae.maths import auxk_loss, auxk_target, reconstruction_loss, top_k_among
+from turbolens_training.sae.maths import (
+    auxk_loss,
+    auxk_target,
+    pre_activations,
+    reconstruction_loss,
+    strongest,
+    top_k_among,
+)
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
@@ -83,8 +90,9 @@ class SaeTrainer:
             # Some may have come back to life since the last look.
             alive = self._idle[self._dead] < config.dead_tokens
             places = round(config.auxk_share * config.k)
-            target = auxk_target(weights, normal, done.pre, config.k - places)
-            learning = top_k_among(done.pre, places or x.shape[1] // 2, self._dead, alive)
+            target = auxk_target(weights, normal, strongest(done.pre, done.active, config.k - places))
+            pre = pre_activations(weights, normal, done.pre)
+            learning = top_k_among(pre, places or x.shape[1] // 2, self._dead, alive)
             loss = loss + config.auxk_coefficient * auxk_loss(learning, target, weights.W_dec)
         if not torch.isfinite(loss):  # waits for the device, which a run that goes on with NaN would not repay
             raise NonFiniteLoss(x)
