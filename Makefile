@@ -9,7 +9,8 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu lint protos unasync rebuild bench bench-full kernels bench-kernels clean
+.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu lint protos unasync rebuild bench bench-full \
+	bench-train kernels bench-kernels clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -53,8 +54,8 @@ demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contac
 test: $(STAMP)dev        ## Pass the tests
 	@$(PY) -m pytest -m 'not interop and not ray'
 
-test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare
-	@$(PY) -m pytest -m interop tests/interop
+test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare; train beside it
+	@$(PY) -m pytest -m interop tests/interop tests/benchmarks
 
 test-ray: $(STAMP)ray    ## Collect activations with a Ray of two workers and compare
 	@$(PY) -m pytest -m ray tests/training/activations
@@ -93,6 +94,10 @@ bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with
 		--dtype bfloat16 --batch 1 --rounds 1 --out benchmarks/results/sdxl-turbo-cpu.json)
 	@$(if $(shell command -v nvidia-smi), $(PY) -m benchmarks.many_callers --model random:sdxl-turbo --steps 1 \
 		--out benchmarks/results/many_callers-gpu.json)
+	@$(PY) -m benchmarks.report
+
+bench-train: $(STAMP)interop  ## Train an SAE beside SAELens' own trainer, and redraw docs/performance.md
+	@$(PY) -m benchmarks.train_beside_saelens
 	@$(PY) -m benchmarks.report
 
 kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one

@@ -45,6 +45,9 @@ def section(name: str, results: Path, plots: Path) -> str:
         parts += [f"- {describe_case(case)}." for case in result["cases"]]
     if result["benchmark"] == "many_callers":
         parts += [f"- {_throughput(case)}." for case in result["cases"]]
+    if result["benchmark"] == "train_beside_saelens":
+        parts.append(f"SAELens {result['sae_lens']}.")
+        parts += [f"- {_explained(case)}." for case in result["cases"]]
     parts.append(to_markdown(result))
     plots.mkdir(parents=True, exist_ok=True)
     draw(result, plots / f"{name}.svg")
@@ -78,6 +81,16 @@ def kernels(result: Mapping[str, Any]) -> str:
 def _throughput(case: Mapping[str, Any]) -> str:
     label = ", ".join(f"{value} {name}" for name, value in case["label"].items())
     return f"{label}: " + ", ".join(f"{name} {value:.1f} pictures/s" for name, value in case["pictures_per_s"].items())
+
+
+def _explained(case: Mapping[str, Any]) -> str:
+    label, size, tokens = case["label"], case["size"], case["tokens"]
+    each = ", ".join(f"{name} {explained:.3f}" for name, explained in case["explained"].items())
+    return (
+        f"{label['data']}, {size['d_model']} x {size['d_sae']}, k {size['k']}, batch {size['batch']}, after "
+        f"{label['steps']:,} steps on {tokens['training']:,} tokens: explained variance of "
+        f"{tokens['held out']:,} held-out tokens {each}"
+    )
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

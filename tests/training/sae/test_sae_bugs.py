@@ -43,6 +43,7 @@ from turbolens_training.activations.stream import Updates
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.sae import maths, reference
 from turbolens_training.sae.architectures import build_architecture
+from turbolens_training.sae.architectures.batch_topk import batch_top_k
 from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
@@ -76,9 +77,11 @@ def random_tokens(seed: int, n: int = 40) -> torch.Tensor:
 @given(st.integers(0, 2**31), st.integers(0, K))
 def test_auxk_teaches_the_dead_what_the_strongest_leave_over(seed: int, strongest: int) -> None:
     weights, x = random_weights(seed), random_tokens(seed)
-    target = maths.auxk_target(weights, x, maths.pre_activations(weights, x), strongest)
+    pre = maths.pre_activations(weights, x)
     expected = reference.auxk_target(weights, x, strongest)
-    assert torch.allclose(target, expected)
+    for active in (maths.top_k(pre, K), batch_top_k(pre, K)):
+        target = maths.auxk_target(weights, x, maths.strongest(pre, active, strongest))
+        assert torch.allclose(target, expected)
     # What they learn, added to the reconstruction by the strongest, is x.
     z = reference.top_k(reference.pre_activations(weights, x), strongest)
     assert torch.allclose(target + z @ weights.W_dec + weights.b_dec, x)

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
-from turbolens_training.sae.maths import auxk_loss, decode, initial_weights, pre_activations, top_k
+from turbolens_training.sae import reference
+from turbolens_training.sae.maths import auxk_loss, decode, initial_weights, pre_activations, top_k, top_k_among
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
@@ -72,7 +73,7 @@ def test_auxk_makes_dead_features_reconstruct_the_residual() -> None:
     encoder, rows = encoder.requires_grad_(), rows.requires_grad_()
     optimizer = torch.optim.Adam([encoder, rows], lr=0.01)
     for _ in range(200):
-        loss = auxk_loss(x @ encoder, residual, rows, K_AUX)
+        loss = auxk_loss(top_k(x @ encoder, K_AUX), residual, rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,20 +89,64 @@ def _dead_part(pre: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def test_auxk_is_the_share_of_the_residual_that_the_dead_leave_without_a_bias(dead: int) -> None:
     residual, encoder, rows, x = dead_features(dead=dead)
     pre = x @ encoder
-    expected = (residual - _dead_part(pre, rows)).square().sum() / residual.square().sum()
-    assert auxk_loss(pre, residual, rows, K_AUX).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert auxk_loss(torch.full_like(pre, -1.0), residual, rows, K_AUX).item() == pytest.approx(1.0)
+    learning = top_k_among(pre, K_AUX, torch.arange(dead), torch.zeros(dead, dtype=torch.bool))
+    expected = reference.auxk_loss(pre, residual, rows, K_AUX)
+    assert auxk_loss(learning, residual, rows).item() == pytest.approx(expected, rel=1e-5)
+    assert auxk_loss(top_k(torch.full_like(pre, -1.0), 1), residual, rows).item() == pytest.approx(1.0)
 
 
-def test_auxk_does_not_reach_what_is_masked_out() -> None:
+@pytest.mark.parametrize("k", [1, 4, 6])
+def test_only_members_that_are_not_barred_are_chosen(k: int) -> None:
+    pre = torch.randn(50, D_SAE, generator=torch.Generator().manual_seed(0))
+    members, barred = torch.tensor([3, 7, 11, 12, 30]), torch.tensor([False, True, False, True, False])
+    allowed = members[~barred]
+    expected = torch.zeros(50, D_SAE)
+    expected[:, allowed] = reference.top_k(pre[:, allowed], k)
+    assert torch.equal(reference.dense(top_k_among(pre, k, members, barred), D_SAE), expected)
+
+
+def test_auxk_does_not_reach_what_is_barred() -> None:
     residual, encoder, rows, x = dead_features()
     pre = (x @ encoder).requires_grad_()
-    masked = torch.arange(pre.shape[1]) < 3
-    auxk_loss(pre.masked_fill(masked, -torch.inf), residual, rows, K_AUX).backward()
+    barred = torch.arange(pre.shape[1]) < 3
+    auxk_loss(top_k_among(pre, K_AUX, torch.arange(len(rows)), barred), residual, rows).backward()
     assert pre.grad is not None
     assert torch.isfinite(pre.grad).all()
-    assert (pre.grad[:, masked] == 0).all()
-    assert (pre.grad[:, ~masked] != 0).any()
+    assert (pre.grad[:, barred] == 0).all()
+    assert (pre.grad[:, ~barred] != 0).any()
+
+
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 6), dense_too=st.booleans())
+def test_gradients_are_those_of_dense_maths(seed: int, k: int, dense_too: bool) -> None:
+    """Whether pre-activations get a sparse gradient alone, or a dense one on top."""
+    x = torch.randn(30, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = []
+    for sparse in (True, False):
+        weights = as_double(random_weights(seed))
+        parameters = [tensor.requires_grad_() for tensor in weights.tensors().values()]
+        if sparse:
+            pre = pre_activations(weights, x)
+            reconstruction = decode(top_k(pre, k), weights.W_dec) + weights.b_dec
+        else:
+            pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
+            mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1).indices, True)
+            reconstruction = (pre * mask).relu() @ weights.W_dec + weights.b_dec
+        loss = (reconstruction - x).square().mean()
+        if dense_too:
+            loss = loss + pre.square().mean()
+        found.append(torch.autograd.grad(loss, parameters))
+    assert all(torch.allclose(ours, expected) for ours, expected in zip(*found, strict=True))
+
+
+def test_the_gradient_for_pre_activations_is_never_written_out() -> None:
+    weights = random_weights(0)
+    for tensor in weights.tensors().values():
+        tensor.requires_grad_()
+    kinds: list[torch.layout] = []
+    pre = pre_activations(weights, torch.randn(30, D_MODEL))
+    pre.register_hook(lambda gradient: kinds.append(gradient.layout))
+    decode(top_k(pre, K), weights.W_dec).sum().backward()
+    assert kinds == [torch.sparse_coo]
 
 
 def test_rows_are_unit_after_every_step() -> None:

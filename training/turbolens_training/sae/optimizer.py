@@ -24,6 +24,6 @@ class UnitRowAdam(torch.optim.Adam):
         """One constrained step; closures are not supported."""
         rows = self._unit_rows
         if rows.grad is not None:
-            rows.grad -= (rows.grad * rows).sum(1, keepdim=True) * rows
+            rows.grad.addcmul_((rows.grad * rows).sum(1, keepdim=True), rows, value=-1)
         super().step(closure)
         rows /= rows.norm(dim=1, keepdim=True)

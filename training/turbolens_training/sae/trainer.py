@@ -21,7 +21,14 @@ from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.distributed import ALONE, Ranks
-from turbolens_training.sae.maths import auxk_loss, auxk_target, reconstruction_loss
+from turbolens_training.sae.maths import (
+    auxk_loss,
+    auxk_target,
+    pre_activations,
+    reconstruction_loss,
+    strongest,
+    top_k_among,
+)
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
@@ -82,11 +89,11 @@ class SaeTrainer:
         if len(self._dead):
             # Some may have come back to life since the last look.
             alive = self._idle[self._dead] < config.dead_tokens
-            dead_pre = done.pre[:, self._dead].masked_fill(alive, -torch.inf)
             places = round(config.auxk_share * config.k)
-            target = auxk_target(weights, normal, done.pre, config.k - places)
-            auxk = auxk_loss(dead_pre, target, weights.W_dec[self._dead], places or x.shape[1] // 2)
-            loss = loss + config.auxk_coefficient * auxk
+            target = auxk_target(weights, normal, strongest(done.pre, done.active, config.k - places))
+            pre = pre_activations(weights, normal, done.pre)
+            learning = top_k_among(pre, places or x.shape[1] // 2, self._dead, alive)
+            loss = loss + config.auxk_coefficient * auxk_loss(learning, target, weights.W_dec)
         if not torch.isfinite(loss):  # waits for the device, which a run that goes on with NaN would not repay
             raise NonFiniteLoss(x)
         self._optimizer.param_groups[0]["lr"] = config.rate(step)
