@@ -79,6 +79,7 @@ def plot_sweep(path: Path, results: Results) -> None:
     """Explained variance against L0, a panel for each block: TopK as a line for each d_sae, the others as marks."""
     blocks = [row["block"] for row in results[0]["quality"]]
     sizes = sorted({result["d_sae"] for result in results})
+    ticks = sorted({result["k"] for result in results})
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.3 * len(blocks), 3.4), squeeze=False)
     for axis, block in zip(axes[0], blocks, strict=True):
         lines: dict[int, list[tuple[float, float]]] = {}
@@ -93,7 +94,7 @@ def plot_sweep(path: Path, results: Results) -> None:
         for d_sae, points in sorted(lines.items()):
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{sizes.index(d_sae)}", label=f"topk, {d_sae}")
         axis.set(title=block, xlabel="active features at a position", xscale="log")
-        axis.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
+        axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("explained variance")
