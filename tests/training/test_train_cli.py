@@ -77,7 +77,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("mini", "sae", "dose", "eval", "riebench", "rebuild"))
+    assert all(name in shown for name in ("mini", "sae", "sweep", "dose", "eval", "riebench", "rebuild"))
 
 
 def test_a_bad_model_is_one_line() -> None:

@@ -16,6 +16,7 @@ from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.sweep.config import SweepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class CacheConfig:
 Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
+    | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
     | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
@@ -116,6 +118,10 @@ def run(command: Command) -> None:
             from turbolens_training.sae.run import train_saes
 
             train_saes(command)
+        case SweepConfig():
+            from turbolens_training.sae.sweep.sweep import sweep
+
+            sweep(command)
         case CacheConfig(FillCacheConfig() as action):
             from turbolens_training.activations.cache_cli import fill
 

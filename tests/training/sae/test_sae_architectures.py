@@ -116,6 +116,17 @@ def test_thresholds_learn_by_the_straight_through_gradients(seed: int, bandwidth
     assert torch.allclose(weights.threshold.grad, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_jumprelu_starts_with_k_features_that_reconstruct_as_well_as_their_scale_lets_them() -> None:
+    """Started too large, activations shrink past their thresholds, and nothing becomes active again."""
+    tokens = torch.randn(500, D_MODEL, generator=torch.Generator().manual_seed(0))
+    architecture = JumpReLU(k=4, bandwidth=0.5, coefficient=1.0)
+    weights = architecture.initial_weights(tokens, D_SAE, torch.Generator().manual_seed(0))
+    done = architecture.run(weights, tokens)
+    assert done.active.counts(D_SAE).sum() / len(tokens) == pytest.approx(4, abs=0.1)
+    made = done.reconstruction
+    assert (tokens * made).sum() / made.square().sum() == pytest.approx(1, abs=0.01)
+
+
 def test_batch_topk_selects_by_batch_in_training_and_by_threshold_when_served() -> None:
     architecture = BatchTopK(2)
     weights = architecture.initial_weights(torch.randn(50, D_MODEL), D_SAE, torch.Generator().manual_seed(0))

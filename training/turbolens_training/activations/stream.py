@@ -176,12 +176,15 @@ class PromptStream:
         rng = random.Random(f"{self._key}/{index}/steps")
         return 1 if rng.random() < self._one_step_share else rng.choice(self._multi_steps)
 
-    def updates(self, index: int) -> Updates:
-        """Chunk `index`, the same every time."""
+    def drawn(self, index: int) -> tuple[Sequence[str], list[int]]:
+        """Captions and seeds of chunk `index`."""
         rng = self._rng(index)
         captions = self._prompts.draw(index, self._images, rng, held_out=self.split == HELD_OUT)
-        seeds = [rng.getrandbits(62) for _ in captions]
-        return collect_updates(self.engine, captions, seeds, self.steps_of(index))
+        return captions, [rng.getrandbits(62) for _ in captions]
+
+    def updates(self, index: int) -> Updates:
+        """Chunk `index`, the same every time."""
+        return collect_updates(self.engine, *self.drawn(index), self.steps_of(index))
 
     def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
         """Chunk `index` as training data, see :func:`sample_tokens`."""

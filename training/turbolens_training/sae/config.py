@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from turbolens_training.activations.config import DataConfig
 from turbolens_training.export.config import Gates
 
+Variant = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
+VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
 OF_EXPORT: Final = ("gates", "allow_below_gates")
 """Settings that decide whether a result is exported, not what it is."""
 OF_THE_MACHINE: Final = ("model", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps")
@@ -39,7 +41,7 @@ class SaeConfig(DataConfig):
     """Folder of the bundles: one for each hook point, by its name."""
     work: Path = Path("runs/sae")
     """Folder of the checkpoint, from which a run goes on, and of the table of quality."""
-    variant: Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"] = "topk"
+    variant: Variant = "topk"
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
     when it is served; `temporal`: k for all steps of a run together, of what changed since the step before."""

@@ -74,11 +74,19 @@ class JumpReLU(SaeArchitecture):
     """Weight of the penalty (L0 / k - 1)^2."""
 
     def initial_weights(self, tokens: Tensor, d_sae: int, generator: Generator) -> SaeWeights:
-        """As for the others, with the threshold at which k features are active on average."""
+        """As for the others, with the threshold at which k features are active on average, and in proportion.
+
+        Rows that point to tokens reconstruct them several times too large. A TopK learns out of that; here activations
+        shrink past their thresholds, to where no gradient moves these, and nothing becomes active again (measured on
+        the embedded model: 0.7 features instead of 10, 90 % dead). So the encoder starts at the best scale.
+        """
         weights = super().initial_weights(tokens, d_sae, generator)
-        pre = pre_activations(weights, tokens[:LOOK])
-        threshold = pre.flatten().topk(len(pre) * self.k).values[-1]
-        return dataclasses.replace(weights, threshold=torch.full_like(weights.b_enc, threshold.item()))
+        x = tokens[:LOOK]
+        pre = pre_activations(weights, x)
+        threshold = torch.full_like(weights.b_enc, pre.flatten().topk(len(pre) * self.k).values[-1].item())
+        made = self.decode(weights, jump_relu(pre, threshold, self.bandwidth))
+        scale = (x * made).sum() / made.square().sum().clamp(min=1e-12)
+        return dataclasses.replace(weights, W_enc=weights.W_enc * scale, threshold=threshold * scale)
 
     def encode(self, weights: SaeWeights, pre: Tensor) -> Active:
         return jump_relu(pre, _threshold(weights), self.bandwidth)
