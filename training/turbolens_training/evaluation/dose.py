@@ -225,13 +225,16 @@ def _row(concept: Concept, steering: Steering, strength: float, effect: Effect) 
 def choose(
     engine: Engine, labels: dict[str, list[dict[str, Any]]], concept: Concept, config: DoseConfig
 ) -> list[tuple[Steering, Effect]]:
-    """Every candidate with its effect on the scenes of the choice, best first."""
+    """Every candidate with its effect on the scenes of the choice, best first.
+
+    Where none moves a picture all the way at that strength, the one that comes closest is best.
+    """
     scenes = draw_scenes(engine, concept, config.choice_scenes, f"{config.seed}/choice")
     tried = []
     for steering in candidates(labels, concept, config.singles):
         drawn = generate(engine, scenes, steering.edit(config.choice_strength), config.batch)
         tried.append((steering, judge(scenes, concept, drawn)))
-    return sorted(tried, key=lambda pair: -pair[1].score)
+    return sorted(tried, key=lambda pair: (-pair[1].score, -pair[1].margin))
 
 
 def block_table(trials: list[tuple[Concept, Steering, Effect]]) -> list[dict[str, object]]:

@@ -68,10 +68,10 @@ class SaeConfig(DataConfig):
     """Peak rate of Adam. The usual law, 2e-4 / sqrt(d_sae / 2^14), gives 1.6e-3, too slow for 3,000 steps."""
     warm_up: int = 100
     """Steps in which the rate rises from 0."""
-    decay_share: float = 0.2
+    decay_share: float = 0.5
     """Share of the steps at the end in which the rate falls to 0."""
-    auxk_coefficient: float = 1 / 32
-    """Weight of the loss by which dead features learn."""
+    auxk_coefficient: float = 1 / 8
+    """Weight of the loss by which dead features learn; published: 1 / 32, which leaves some of `mini`'s dead."""
     auxk_share: float = 0.5
     """Share of the k places of a position, the weakest, that dead features learn to fill. 0: they learn what all k
     leave over, d_model / 2 of them at a position, as published."""
