@@ -139,7 +139,7 @@ def explore(lens: tl.Lens, out: Path) -> None:
         tiles.append((f"{strongest.ref}: {strongest.label or 'no label'}", own.overlay(strongest, base)))
         if sae == "up.0.1":
             tiles[-1][1].resize((512, 512), Image.Resampling.BICUBIC).save(out / "heatmap.png")
-    sheet.row(f'"{PROMPT}", seed {SEED}, and where the strongest labelled feature of each block fires', tiles)
+    sheet.row(f'"{PROMPT}", seed {SEED}, and where each block fires most', tiles)
 
     print("\n2. Concepts found by words, added at several strengths (in means of the feature)")
     chosen = {}
