@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu lint protos unasync rebuild bench bench-full \
+.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu test-slow lint protos unasync rebuild bench bench-full \
 	bench-train kernels bench-kernels clean
 
 help:            ## Say what there is
@@ -52,7 +52,10 @@ demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contac
 	@$(PY) examples/demo.py --out demo
 
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -m 'not interop and not ray'
+	@$(PY) -m pytest -m 'not interop and not ray and not slow'
+
+test-slow: $(STAMP)dev   ## Run the tutorial as it is written
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
 
 test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare; train beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks

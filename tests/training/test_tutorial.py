@@ -16,6 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 BLOCK = re.compile(r"<!-- tutorial -->\n```(sh|python)\n(.*?)```", re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tutorial_does_what_it_says(tmp_path):
     blocks = BLOCK.findall(PAGE.read_text())
