@@ -53,11 +53,11 @@ def open_backend(
     name, reason = AUTO[device.type] if name == "auto" else (name, f"asked for: {name}")
     match name:
         case "torch" | "torch-compile":
-            blocks = FusedBlocks(unet.to(device)) if name == "torch-compile" else None
+            unet.to(device)
+            blocks = FusedBlocks(unet) if name == "torch-compile" else None
             if device.type == "cuda":
-                points = [point.name for point in spec.points]
-                return GraphedUNet(unet.to(device), points, blocks, name), reason, {}
-            return TorchUNet(unet.to(device), blocks, name), reason, {}
+                return GraphedUNet(unet, [point.name for point in spec.points], blocks, name), reason, {}
+            return TorchUNet(unet, blocks, name), reason, {}
         case "onnx":
             runtime = need("onnxruntime", "onnx")
             graph = ensure_graph(cache, unet, spec, model_hash)
