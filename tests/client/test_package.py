@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
@@ -17,25 +16,18 @@ Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_
 replace scale set_to
 """
 METHODS = "close extract generate get_feature list_features model search_features stream_features stream_generate"
-HEAVY = ("torch", "diffusers", "transformers", "PIL", "turbolens_server", "turbolens_training")
 
 
-def test_importing_loads_nothing_heavy():
-    code = f"import sys, turbolens; print([m for m in {HEAVY} if m in sys.modules])"
+def test_importing_loads_the_wire_and_numpy_and_nothing_else():
+    """What makes an import slow is what it drags in, so that is held: a clock would judge the machine."""
+    code = "import sys; before = set(sys.modules); import turbolens; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_importing_is_quick():
-    def seconds(code: str) -> float:
-        # Processor time: the wall clock would measure whatever else the machine is doing.
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code], check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    best = min(seconds("import turbolens") for _ in range(5)) - min(seconds("pass") for _ in range(5))
-    assert best < 0.3
+    loaded = {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    ours = {name for name in loaded if name.startswith("turbolens")}
+    assert ours == {"turbolens", "turbolens_proto"}
+    # grpc itself looks for its optional companions (grpc_health and the like) and for its compiled core's runtime.
+    strange = {name for name in loaded - ours if not name.lstrip("_").startswith(("grpc", "cython"))}
+    assert strange <= {"google", "numpy", "typing_extensions"}
 
 
 def test_everything_public_exists_and_has_a_docstring():
