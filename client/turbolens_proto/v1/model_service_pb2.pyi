@@ -342,9 +342,9 @@ class Limits(_message.Message):
     max_request_id_chars: _builtins.int
     """Characters of a request id."""
     max_mask_shapes: _builtins.int
-    """Boxes, or polygons, of one mask."""
+    """Boxes and polygons of all masks of one request."""
     max_mask_points: _builtins.int
-    """Corners of one mask's polygons in all."""
+    """Corners of all polygons of one request."""
     max_mask_pixels: _builtins.int
     """Pixels of all PNG masks of one request."""
     max_mask_edge: _builtins.int

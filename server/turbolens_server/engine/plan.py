@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbolens_server.engine.types import Edit, Job, SaeOptions, SparseCodes, Unit
+from turbolens_server.engine.types import Edit, Job, SaeOptions, SparseCodes, Unit, WeightedFeature
 from turbolens_server.kernels import ops
 from turbolens_server.kernels.edits import PackedEdits, pack_edits
 from turbolens_server.sae.sae import Codes, Sae, in_one
@@ -18,6 +20,31 @@ from turbolens_server.sae.temporal import refuse_edit, refuse_steps, side_by_sid
 
 if TYPE_CHECKING:
     from turbolens_server.engine.engine import EngineInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class PointEdits:
+    """The edits of a batch at one hook point and step.
+
+    The SAEs that they name stand side by side as one dictionary, the features of each after those of the one before.
+    So an edit may name features of several, every SAE reads the same update, and `replace` comes first whosever
+    features it puts in.
+    """
+
+    offset_of: dict[str, int]
+    """Where the features of each SAE begin."""
+    by_row: dict[int, list[ResolvedEdit]]
+    """In the request's order, on the CPU; a row without edits is left out."""
+
+    @property
+    def saes(self) -> tuple[str, ...]:
+        """The SAEs in the order of the dictionary."""
+        return tuple(self.offset_of)
+
+    @property
+    def closed(self) -> list[int]:
+        """Rows with an edit that depends on the activations of this pass."""
+        return [row for row, edits in self.by_row.items() if needs_codes(edits)]
 
 
 class BatchPlan:
@@ -48,7 +75,7 @@ class BatchPlan:
         self.options: dict[str, dict[int, SaeOptions]] = {}
         """How a row reads an SAE, by SAE and row; where none is named, at its own k and whole."""
         self._edits: dict[str, dict[int, list[tuple[Edit, Tensor]]]] = {}
-        """By SAE and row: the edits that move its features, with their masks on the block's grid."""
+        """By hook point and row: the edits that act there, with their masks on the block's grid."""
         for row, job in enumerate(jobs):
             _check_temporal(job, info)
             for name in job.saes:
@@ -56,38 +83,52 @@ class BatchPlan:
             for options in job.sae_options:
                 self.options.setdefault(options.sae, {})[row] = options
             for edit in job.edits:
-                for name in dict.fromkeys(feature.sae for feature in edit.features):
-                    grid = points[info.saes[name].hook_point].grid(job.height, job.width)
+                for at in dict.fromkeys(info.saes[feature.sae].hook_point for feature in edit.features):
+                    grid = points[at].grid(job.height, job.width)
                     mask = np.ones(grid, np.float32) if edit.mask is None else edit.mask.on_grid(*grid)
                     flat = torch.from_numpy(mask).flatten()
-                    self._edits.setdefault(name, {}).setdefault(row, []).append((edit, flat))
+                    self._edits.setdefault(at, {}).setdefault(row, []).append((edit, flat))
 
-    def edits_at(self, sae: str, step: int) -> dict[int, list[ResolvedEdit]]:
-        """The edits on one SAE's features at one step, by row, in request order; on the CPU."""
-        resolved: dict[int, list[ResolvedEdit]] = {}
-        for row, edits in self._edits.get(sae, {}).items():
-            for edit, mask in edits:
-                if edit.steps is None or edit.steps[0] <= step < edit.steps[1]:
-                    resolved.setdefault(row, []).append(self._resolve(edit, mask, sae, step))
-        return resolved
+    def edits_at(self, point: str, step: int) -> PointEdits:
+        """The edits at one hook point and step."""
+        acting = {
+            row: [(edit, mask) for edit, mask in edits if edit.steps is None or edit.steps[0] <= step < edit.steps[1]]
+            for row, edits in self._edits.get(point, {}).items()
+        }
+        named = {feature.sae for edits in acting.values() for edit, _ in edits for feature in edit.features}
+        saes = [name for name in self.saes_at[point] if name in named]
+        sizes = [self._info.saes[name].bundle.d_sae for name in saes]
+        offsets = dict(zip(saes, itertools.accumulate(sizes, initial=0), strict=False))
+        by_row = {
+            row: [self._resolve(edit, mask, offsets, step) for edit, mask in edits]
+            for row, edits in acting.items()
+            if edits
+        }
+        return PointEdits(offsets, by_row)
 
-    def _resolve(self, edit: Edit, mask: Tensor, sae: str, step: int) -> ResolvedEdit:
-        features = [feature for feature in edit.features if feature.sae == sae]
-        amounts = [edit.amount * self._unit(edit, feature.index, sae, step) * feature.weight for feature in features]
+    def _resolve(self, edit: Edit, mask: Tensor, offsets: Mapping[str, int], step: int) -> ResolvedEdit:
+        """An edit at the hook point whose edited SAEs begin at `offsets`."""
+        here = [feature for feature in edit.features if feature.sae in offsets]
+        amounts = [edit.amount * self._unit(edit, feature, step) * feature.weight for feature in here]
         return ResolvedEdit(
             kind=edit.kind,
-            features=torch.tensor([feature.index for feature in features]),
+            features=torch.tensor([offsets[feature.sae] + feature.index for feature in here]),
             amounts=torch.tensor(amounts, dtype=torch.float32),
             mask=mask,
         )
 
-    def _unit(self, edit: Edit, index: int, sae: str, step: int) -> float:
+    def _unit(self, edit: Edit, feature: WeightedFeature, step: int) -> float:
         if edit.kind == "scale" or edit.unit is Unit.RAW:
             return 1.0
-        stats = self._info.saes[sae].bundle.stats
+        stats = self._info.saes[feature.sae].bundle.stats
         if stats is None:
-            raise ValueError(f"{sae} has no statistics, which unit {edit.unit.value!r} needs")
-        return float(stats.mean[index]) if edit.unit is Unit.MEAN else stats.norm_at(self._timesteps[step])
+            raise ValueError(f"{feature.sae} has no statistics, which unit {edit.unit.value!r} needs")
+        return float(stats.mean[feature.index]) if edit.unit is Unit.MEAN else stats.norm_at(self._timesteps[step])
+
+    def directions(self, saes: Sequence[str], step: int) -> Tensor:
+        """What one of each feature adds to the update of a step, of SAEs side by side, [sum of d_sae, d_model]."""
+        each = [self.saes[name].directions(step) for name in saes]
+        return each[0] if len(each) == 1 else torch.cat(each)
 
 
 def _check_temporal(job: Job, info: EngineInfo) -> None:
@@ -105,36 +146,40 @@ class StepTap:
     def __init__(self, plan: BatchPlan, step: int) -> None:
         self._plan = plan
         self._step = step
-        self._edits = {name: plan.edits_at(name, step) for name in plan.saes}
+        self._edits = {point: plan.edits_at(point, step) for point in plan.saes_at}
         self._read: list[tuple[str, tuple[int, int], list[int], Codes]] = []
         self.at = frozenset(
-            point for point, names in plan.saes_at.items() if any(plan.wanted.get(n) or self._edits[n] for n in names)
-        )
-        """Hook points with something to do; where there is none, the U-Net runs as if it had no taps."""
-        self.closed = frozenset(
             point
             for point, names in plan.saes_at.items()
-            if any(needs_codes(edits) for n in names for edits in self._edits[n].values())
+            if self._edits[point].by_row or any(plan.wanted.get(name) for name in names)
         )
+        """Hook points with something to do; where there is none, the U-Net runs as if it had no taps."""
+        self.closed = frozenset(point for point, edits in self._edits.items() if edits.closed)
         """Hook points with an edit that depends on the activations of this pass."""
 
     def __call__(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
         """Read and steer the update [B, P, d_model] of one hook point."""
-        steered = update
+        edits, closed = self._edits[point], self._edits[point].closed
+        codes = []  # of the closed rows, by SAE, as features of the whole dictionary
         for name in self._plan.saes_at[point]:
-            edits = self._edits[name]
-            rows, codes = self._read_rows(name, update, grid, [row for row in edits if needs_codes(edits[row])])
-            # On a GPU all edits of a batch are one launch; on a CPU row by row is faster.
-            if edits and self._plan.on_gpu:
-                steered = self._steer_packed(name, steered, rows, codes)
-            elif edits:
-                by_row = list(steered.unbind(0))
-                directions = self._plan.saes[name].directions(self._step)
-                for row, row_edits in edits.items():
-                    own = Codes(*(part[rows.index(row)] for part in codes)) if needs_codes(row_edits) else None
-                    by_row[row] = steer(by_row[row], row_edits, directions, own)
-                steered = torch.stack(by_row)
-        return steered
+            offset = edits.offset_of.get(name)
+            rows, own = self._read_rows(name, update, grid, [] if offset is None else closed)
+            # A temporal SAE encodes no rows: none of its edits asks for activations.
+            if offset is not None and closed and rows:
+                values, indices = own if rows == closed else (part[[rows.index(row) for row in closed]] for part in own)
+                codes.append(Codes(values, indices + offset))
+        if not edits.by_row:
+            return update
+        known = Codes(*(torch.cat(parts, -1) for parts in zip(*codes, strict=True))) if codes else None
+        # On a GPU all edits of a batch are one launch; on a CPU row by row is faster.
+        if self._plan.on_gpu:
+            return self._steer_packed(point, update, grid, known)
+        steered = list(update.unbind(0))
+        directions = self._plan.directions(edits.saes, self._step)
+        for row, row_edits in edits.by_row.items():
+            of_row = Codes(*(part[closed.index(row)] for part in known)) if known and row in closed else None
+            steered[row] = steer(steered[row], row_edits, directions, of_row)
+        return torch.stack(steered)
 
     def read(self, point: str, update: Tensor, grid: tuple[int, int]) -> None:
         """Read the update [B, P, d_model] of one hook point."""
@@ -146,43 +191,39 @@ class StepTap:
 
         None where nothing is edited.
         """
-        names = [name for name in self._plan.saes_at[point] if self._edits[name]]
-        if not names:
+        edits = self._edits[point]
+        if not edits.by_row:
             return None
-        rows, positions, device = self._plan.rows, grid[0] * grid[1], self._plan.device
-        d_model = self._plan.saes[names[0]].bundle.d_model
-        gain = torch.ones(rows, positions, device=device)
-        bias = torch.zeros(rows, positions, d_model, device=device)
-        for name in names:
-            packed = self._pack(name)
-            gain, bias = packed.gain * gain, self._apply(name, packed, bias, _no_codes(bias))
-        return gain.unflatten(1, grid)[:, None], bias.transpose(1, 2).unflatten(2, grid)
+        d_model = self._plan.saes[edits.saes[0]].bundle.d_model
+        bias = torch.zeros(self._plan.rows, grid[0] * grid[1], d_model, device=self._plan.device)
+        packed = self._pack(point, grid)
+        bias = self._apply(point, packed, bias, _no_codes(bias))
+        return packed.gain.unflatten(1, grid)[:, None], bias.transpose(1, 2).unflatten(2, grid)
 
-    def _pack(self, name: str) -> PackedEdits:
-        """All edits on one SAE's features, on the device.
+    def _pack(self, point: str, grid: tuple[int, int]) -> PackedEdits:
+        """All edits at one hook point, on the device.
 
         Packed where they act and not before the pass, while a GPU is still at work on what comes before.
         """
-        edits = self._edits[name]
-        positions = next(len(edit.mask) for row_edits in edits.values() for edit in row_edits)
-        by_row = [edits.get(row, []) for row in range(self._plan.rows)]
-        return pack_edits(by_row, positions, torch.device("cpu")).to(self._plan.device)
+        by_row = [self._edits[point].by_row.get(row, []) for row in range(self._plan.rows)]
+        return pack_edits(by_row, grid[0] * grid[1], torch.device("cpu")).to(self._plan.device)
 
-    def _steer_packed(self, name: str, update: Tensor, rows: list[int], codes: Codes) -> Tensor:
-        packed = self._pack(name)
-        if not packed.needs_codes:
-            return self._apply(name, packed, update, _no_codes(update))
-        if len(rows) < len(update):  # of the other rows no edit asks
-            shape = (len(update), *codes.values.shape[1:])
-            every = Codes(codes.values.new_zeros(shape), codes.indices.new_zeros(shape))
-            every.values[rows], every.indices[rows] = codes.values, codes.indices
-            codes = every
-        return self._apply(name, packed, update, codes)
+    def _steer_packed(self, point: str, update: Tensor, grid: tuple[int, int], known: Codes | None) -> Tensor:
+        packed = self._pack(point, grid)
+        if known is None:
+            return self._apply(point, packed, update, _no_codes(update))
+        closed = self._edits[point].closed
+        if len(closed) < len(update):  # of the other rows no edit asks
+            shape = (len(update), *known.values.shape[1:])
+            every = Codes(known.values.new_zeros(shape), known.indices.new_zeros(shape))
+            every.values[closed], every.indices[closed] = known.values, known.indices
+            known = every
+        return self._apply(point, packed, update, known)
 
-    def _apply(self, name: str, packed: PackedEdits, update: Tensor, codes: Codes) -> Tensor:
+    def _apply(self, point: str, packed: PackedEdits, update: Tensor, codes: Codes) -> Tensor:
         return ops.apply_edits(
             update, packed.gain, packed.offsets, packed.features, packed.slope, packed.shift,
-            self._plan.saes[name].directions(self._step), codes.values, codes.indices,
+            self._plan.directions(self._edits[point].saes, self._step), codes.values, codes.indices,
         )  # fmt: skip
 
     def _read_rows(

@@ -98,6 +98,7 @@ def _compose(edits: Sequence[ResolvedEdit], positions: int, device: torch.device
         if edit.kind == "replace":
             gain = gain - edit.mask
             swapped[torch.searchsorted(features, edit.features)] += edit.amounts[:, None] * edit.mask
+    gain = gain.clamp_min(0)  # masks that share a place out may add up to a grey level more than 1
     slope = torch.zeros_like(swapped)
     shift = torch.zeros_like(swapped)
     for edit in edits:

@@ -18,12 +18,14 @@ from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_
 from turbolens_server.engine.engine import EngineInfo
 from turbolens_server.engine.types import Edit, EditKind, Job, SaeOptions, Unit, WeightedFeature
 from turbolens_server.rpc.errors import Violation, invalid
-from turbolens_server.sae.masks import Box, BoxMask, FloatGrid, Mask, PolygonMask, read_png
+from turbolens_server.sae.masks import Box, BoxMask, FloatGrid, GridMask, Mask, PolygonMask, read_png
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps
 
 MAX_SEED: Final = 2**63 - 1
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
+_MASK_SLACK: Final = 0.5 / 255 + 1e-6
+"""What rounding to the grey levels of a PNG adds to a weight."""
 _SHOWN: Final = 60  # characters of a received value in an error
 
 GenerateRequest = generation_service_pb2.GenerateRequest
@@ -42,9 +44,9 @@ class RequestLimits:
     max_mask_bytes: int = 4 * 2**20
     # What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.
     max_mask_shapes: int = 256
-    """Boxes, or polygons, of one mask."""
+    """Boxes and polygons of all masks of a request."""
     max_mask_points: int = 4096
-    """Corners of one mask's polygons in all."""
+    """Corners of all polygons of a request."""
     max_mask_pixels: int = 2**24
     """Of all PNG masks of a request."""
 
@@ -83,7 +85,8 @@ class _Checker:
         self.info = info
         self.limits = limits
         self.violations: list[Violation] = []
-        self.mask_pixels = 0
+        self.points = {point.name: point for point in info.hook_points}
+        self.mask_pixels = self.mask_shapes = self.mask_corners = 0
         self.prefixes: dict[str, int] = {}
         """Features that an SAE has in this request, where it is not read whole."""
 
@@ -269,12 +272,19 @@ class _Checker:
         mask = self.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
         if kind is None or len(self.violations) > before:
             return None
-        if mask is not None:
-            for sae in dict.fromkeys(feature.sae for feature in features):
-                if not self.grid(mask, sae, size).any():
-                    self.violations.append(Violation(f"{path}.mask", f"covers nothing on the grid of {sae}"))
-                    return None
-        return Edit(kind, features, amount, unit, mask, window)
+        if mask is None:
+            return Edit(kind, features, amount, unit, None, window)
+        # Once here and not for every seed in the engine; and a picture would wait in the queue at its full size.
+        grids = {self.points[at].grid(*size): at for at in self.points_of(features)}
+        on_grids = GridMask({shape: mask.on_grid(*shape) for shape in grids})
+        if empty := [at for shape, at in grids.items() if not on_grids.on_grid(*shape).any()]:
+            self.violations.append(Violation(f"{path}.mask", f"covers nothing on the grid of {empty[0]}"))
+            return None
+        return Edit(kind, features, amount, unit, on_grids, window)
+
+    def points_of(self, features: Sequence[WeightedFeature]) -> list[str]:
+        """Hook points that an edit of these features acts at."""
+        return list(dict.fromkeys(self.info.saes[feature.sae].hook_point for feature in features))
 
     def features(self, path: str, edit: steering_pb2.Edit, kind: str | None, unit: Unit) -> tuple[WeightedFeature, ...]:
         count, most = len(edit.features), self.limits.max_features_per_edit
@@ -342,13 +352,23 @@ class _Checker:
             self.violations.append(Violation(f"{field}.png", "is black everywhere: the edit would act nowhere"))
         return picture
 
+    def fits(self, field: str, *, shapes: int, corners: int = 0) -> bool:
+        """Whether the masks of the request may hold so many more shapes and corners."""
+        self.mask_shapes += shapes
+        self.mask_corners += corners
+        most, most_corners = self.limits.max_mask_shapes, self.limits.max_mask_points
+        if self.mask_shapes <= most and self.mask_corners <= most_corners:
+            return True
+        shown = f"{self.mask_shapes} shapes with {self.mask_corners} corners up to here"
+        allowed = f"the masks of a request may hold {most} boxes and polygons, with {most_corners} corners of polygons"
+        self.bad(field, shown, f"{allowed}; for more, send a PNG")
+        return False
+
     def boxes(self, field: str, boxes: Sequence[steering_pb2.Box]) -> Mask | None:
         if not boxes:
             self.violations.append(Violation(field, "is empty; give at least one box"))
             return None
-        most = self.limits.max_mask_shapes
-        if len(boxes) > most:
-            self.bad(field, f"{len(boxes)} boxes", f"a mask takes at most {most}; for more, send a PNG")
+        if not self.fits(field, shapes=len(boxes)):
             return None
         for i, b in enumerate(boxes):
             if not (0 <= b.left < b.right <= 1 and 0 <= b.top < b.bottom <= 1):
@@ -360,12 +380,7 @@ class _Checker:
         if not polygons:
             self.violations.append(Violation(field, "is empty; give at least one polygon"))
             return None
-        corners = sum(len(polygon.points) for polygon in polygons)
-        most, most_corners = self.limits.max_mask_shapes, self.limits.max_mask_points
-        if len(polygons) > most or corners > most_corners:
-            shown = f"{len(polygons)} polygons with {corners} points"
-            allowed = f"a mask takes at most {most} polygons with {most_corners} points in all; for more, send a PNG"
-            self.bad(field, shown, allowed)
+        if not self.fits(field, shapes=len(polygons), corners=sum(len(polygon.points) for polygon in polygons)):
             return None
         shapes = []
         for i, polygon in enumerate(polygons):
@@ -379,27 +394,25 @@ class _Checker:
             shapes.append(points)
         return PolygonMask(tuple(shapes))
 
-    def grid(self, mask: Mask | None, sae: str, size: tuple[int, int]) -> FloatGrid:
-        point = next(p for p in self.info.hook_points if p.name == self.info.saes[sae].hook_point)
-        shape = point.grid(*size)
-        return np.ones(shape, np.float32) if mask is None else mask.on_grid(*shape)
-
     def no_overlap(self, edits: Sequence[Edit], steps: int, size: tuple[int, int]) -> None:
-        """Two `replace` edits of one block at one step may not claim the same place."""
+        """The `replace` edits of one block at one step may not claim more than the whole of any place."""
         claims: dict[tuple[str, int], list[tuple[int, FloatGrid]]] = {}
         for i, edit in enumerate(edits):
             if edit.kind != "replace":
                 continue
-            for sae in dict.fromkeys(feature.sae for feature in edit.features):
-                grid = self.grid(edit.mask, sae, size)
+            for at in self.points_of(edit.features):
+                shape = self.points[at].grid(*size)
+                grid = np.ones(shape, np.float32) if edit.mask is None else edit.mask.on_grid(*shape)
                 for step in range(*(edit.steps or (0, steps))):
-                    taken = claims.setdefault((self.info.saes[sae].hook_point, step), [])
-                    for other, area in taken:
-                        if other != i and (area + grid).max() > 1 + 1e-5:
-                            text = f"replaces the same place of {sae} as edits[{other}]; masks may not overlap"
-                            self.violations.append(Violation(f"edits[{i}].mask", text))
-                            return
+                    taken = claims.setdefault((at, step), [])
                     taken.append((i, grid))
+                    total = np.sum([area for _, area in taken], axis=0)
+                    if total.max() > 1 + _MASK_SLACK * len(taken):
+                        fullest = np.unravel_index(total.argmax(), shape)
+                        others = ", ".join(f"edits[{other}]" for other, area in taken[:-1] if area[fullest] > 0)
+                        text = f"replaces the same place of {at} as {others}; masks may not overlap"
+                        self.violations.append(Violation(f"edits[{i}].mask", text))
+                        return
 
 
 def _area(points: Sequence[tuple[float, float]]) -> float:

@@ -35,23 +35,26 @@ def decode_dense(bundle: Bundle, z: Tensor) -> Tensor:
 def steer_dense(
     bundle: Bundle, x: Tensor, edits: Sequence[ResolvedEdit], k: int | None = None, prefix: int | None = None
 ) -> Tensor:
-    """Steer updates x [P, d_in] of one picture by edits, with every activation written out.
+    """Steer updates x [P, d_in] of one picture by edits of one SAE's features."""
+    return move_dense(x, encode_dense(bundle, x, k, prefix), bundle.weights.W_dec, edits)
+
+
+def move_dense(x: Tensor, z: Tensor, W_dec: Tensor, edits: Sequence[ResolvedEdit]) -> Tensor:
+    """Steer updates x [P, d_in] by edits of features of a dictionary, with every activation z [P, d_sae] written out.
 
     The result is x + sum_j (z'_j - z_j) d_j; a `replace` swaps that share of the whole update instead, and leaves
-    the swapped-in activations for the edits after it.
+    the swapped-in activations for the edits after it. Several SAEs at one hook point are one dictionary: their
+    activations and decoder rows [d_sae, d_in] side by side.
     """
-    z = encode_dense(bundle, x, k, prefix)  # [P, d_sae]
-    W_dec = bundle.weights.W_dec
-    out = x.float().clone()
-    ordered = [e for e in edits if e.kind == "replace"] + [e for e in edits if e.kind != "replace"]
+    z, out = z.clone(), x.float().clone()
+    replaced = [e for e in edits if e.kind == "replace"]
     for position in range(len(x)):
-        for edit in ordered:
+        left = max(0.0, 1 - sum(float(edit.mask[position]) for edit in replaced))
+        out[position] *= left
+        z[position] *= left
+        for edit in (*replaced, *(e for e in edits if e.kind != "replace")):
             m = float(edit.mask[position])
-            features, amounts = edit.features.tolist(), edit.amounts.tolist()
-            if edit.kind == "replace":
-                out[position] = (1 - m) * out[position]
-                z[position] = (1 - m) * z[position]
-            for j, amount in zip(features, amounts, strict=True):
+            for j, amount in zip(edit.features.tolist(), edit.amounts.tolist(), strict=True):
                 old = float(z[position, j])
                 new = {
                     "add": old + amount * m,

@@ -78,6 +78,7 @@ def affine(edits: Sequence[ResolvedEdit], W_dec: Tensor, positions: int) -> tupl
     for edit in edits:
         if edit.kind == "replace":
             gain = gain - edit.mask[:, None]
+    gain = gain.clamp_min(0)  # masks that share a place out may add up to a grey level more than 1
     for edit in sorted(edits, key=lambda edit: edit.kind != "replace"):  # `replace` first, then in list order
         bias = bias + edit.mask[:, None] * (edit.amounts @ W_dec[edit.features])
     return gain, bias

@@ -15,8 +15,9 @@ from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.types import Edit, Job, SaeOptions, Unit, WeightedFeature
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
 from turbolens_server.sae.masks import Box, BoxMask
-from turbolens_server.sae.reference import encode_dense, steer_dense
+from turbolens_server.sae.reference import encode_dense, move_dense, steer_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.steering import ResolvedEdit
 
 GRID = (8, 8)
 LEFT = BoxMask((Box(0, 0, 0.5, 1),))
@@ -103,7 +104,7 @@ def test_each_row_of_a_batch_is_read_at_the_k_and_prefix_it_asks_for(nested, row
     tap = StepTap(plan, 0)
     steered = tap("mid.0", update, GRID)
     for row, (k, prefix) in enumerate(rows):
-        expected = steer_dense(bundle, update[row], plan.edits_at("mid.0", 0)[row], k, prefix)
+        expected = steer_dense(bundle, update[row], plan.edits_at("mid.0", 0).by_row[row], k, prefix)
         assert torch.allclose(steered[row], expected, atol=1e-4)
     found = dict(tap.collect())
     assert list(found) == (list(range(len(rows))) if wanted else [])
@@ -112,3 +113,78 @@ def test_each_row_of_a_batch_is_read_at_the_k_and_prefix_it_asks_for(nested, row
         dense[np.repeat(np.arange(64), codes.counts), codes.indices] = codes.values
         assert codes.d_sae == D_SAE
         assert np.allclose(dense, encode_dense(bundle, update[row], *rows[row]).numpy(), atol=1e-4)
+
+
+AT = "mid.0"
+
+
+@pytest.fixture(scope="module")
+def two_saes(engine):
+    """Two random SAEs of unlike sizes at one hook point: what an engine tells that serves them, and themselves."""
+    saes = {}
+    for seed, (name, d_sae, k) in enumerate([("a", 24, 3), ("b", 40, 5)]):
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.nn.functional.normalize(torch.randn(d_sae, 128, generator=generator), dim=1)
+        weights = SaeWeights(W_dec.T.contiguous(), torch.zeros(d_sae), W_dec, torch.randn(128, generator=generator))
+        saes[name] = SaeInfo(name, AT, Bundle(name, AT, "topk", k, weights, None, "", None, {}), forced=False)
+    info = dataclasses.replace(engine.info, saes=saes)
+    return info, {name: Sae(sae.bundle, torch.device("cpu")) for name, sae in saes.items()}
+
+
+@st.composite
+def edits_of_two_saes(draw):
+    """Up to five edits, each of features of one or both; those that replace each have a stripe of their own."""
+    features = st.tuples(st.sampled_from("ab"), st.integers(0, 23), st.sampled_from([1.0, -0.5]))
+    edits = []
+    for number in range(draw(st.integers(0, 5))):
+        kind = draw(st.sampled_from(["add", "scale", "set", "replace"]))
+        named = draw(st.lists(features, min_size=1, max_size=4, unique_by=lambda feature: feature[:2]))
+        stripe = BoxMask((Box(number / 5, 0, (number + 1) / 5, 1),))
+        mask = stripe if kind == "replace" else draw(st.sampled_from([None, LEFT]))
+        amount = draw(st.sampled_from([-2.0, 0.0, 0.5, 3.0]))
+        weighted = tuple(WeightedFeature(sae, i, 1.0 if kind == "scale" else weight) for sae, i, weight in named)
+        edits.append(Edit(kind, weighted, amount, Unit.RAW, mask))
+    return tuple(edits)
+
+
+def as_one_dictionary(edit: Edit, offset: dict[str, int]) -> ResolvedEdit:
+    mask = torch.ones(64) if edit.mask is None else torch.from_numpy(edit.mask.on_grid(*GRID)).flatten()
+    features = torch.tensor([offset[feature.sae] + feature.index for feature in edit.features])
+    amounts = torch.tensor([edit.amount * feature.weight for feature in edit.features])
+    return ResolvedEdit(edit.kind, features, amounts, mask)
+
+
+@given(st.lists(edits_of_two_saes(), min_size=1, max_size=3), st.sampled_from(["b", "a", "ab", ""]), st.booleans())
+def test_two_saes_of_one_hook_point_are_steered_as_one_dictionary(two_saes, rows, wanted, packed):
+    info, saes = two_saes
+    jobs = [Job("", 7, 1, *info.default_size, edits=edits, saes=tuple(wanted)) for edits in rows]
+    plan = BatchPlan(jobs, info, saes, torch.device("cpu"), [999.0])
+    plan.on_gpu = packed  # the way that steers a whole batch at once
+    update = torch.randn(len(rows), 64, 128, generator=torch.Generator().manual_seed(len(rows)))
+    tap = StepTap(plan, 0)
+    steered = tap(AT, update, GRID)
+
+    bundles = [sae.bundle for sae in info.saes.values()]
+    W_dec = torch.cat([bundle.weights.W_dec for bundle in bundles])
+    for row, edits in enumerate(rows):
+        z = torch.cat([encode_dense(bundle, update[row]) for bundle in bundles], dim=1)
+        expected = move_dense(update[row], z, W_dec, [as_one_dictionary(edit, {"a": 0, "b": 24}) for edit in edits])
+        assert torch.allclose(steered[row], expected, atol=1e-4)
+    if not tap.closed and (affine := tap.affine(AT, GRID)):
+        gain, bias = (part.flatten(2).transpose(1, 2) for part in affine)
+        assert torch.allclose(gain * update + bias, steered, atol=1e-4)
+
+
+def test_swapping_the_order_of_two_edits_of_two_saes_changes_nothing_where_one_replaces(two_saes):
+    info, saes = two_saes
+    update = torch.randn(1, 64, 128)
+    add = Edit("add", (WeightedFeature("a", 3),), 2.0, Unit.RAW)
+    replace = Edit("replace", (WeightedFeature("b", 5),), 4.0, Unit.RAW)
+    found = []
+    for edits in ((add, replace), (replace, add)):
+        plan = BatchPlan([Job("", 7, 1, *info.default_size, edits=edits)], info, saes, torch.device("cpu"), [999.0])
+        found.append(StepTap(plan, 0)(AT, update, GRID))
+    directions = {name: sae.W_dec for name, sae in saes.items()}
+    expected = (2 * directions["a"][3] + 4 * directions["b"][5]).expand(1, 64, 128)
+    assert torch.allclose(found[0], expected, atol=1e-5)
+    assert torch.equal(*found)

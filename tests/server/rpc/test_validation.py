@@ -289,6 +289,42 @@ def test_replacements_side_by_side_or_at_other_times_are_allowed():
     validate_generate(a_request(*edits, sampling={"steps": 2}), INFO, LIMITS)
 
 
+def grey(*levels):
+    """A mask PNG of one row of 8-bit pixels."""
+    return png(np.array([levels]))
+
+
+def test_replacements_may_share_a_place_up_to_the_whole_of_it():
+    half = an_edit(replace={}, mask=grey(128))  # 0.502: twice that is more than 1 by no more than a grey level
+    third = an_edit(replace={}, mask=grey(102))  # 0.4
+    validate_generate(a_request(half, half), INFO, LIMITS)
+    validate_generate(a_request(third, third), INFO, LIMITS)
+    assert "as edits[0], edits[1]" in violations(a_request(third, third, third))["edits[2].mask"]
+    assert "as edits[0]" in violations(a_request(half, an_edit(replace={}, mask=grey(150))))["edits[1].mask"]
+
+
+def test_edits_of_two_saes_at_one_block_may_not_replace_the_same_place():
+    other = an_edit(replace={})
+    other["features"][0]["feature"]["sae"] = "mid.0-b"
+    served = dataclasses.replace(INFO, saes={**INFO.saes, "mid.0-b": INFO.saes["mid.0"]})
+    assert (
+        "the same place of mid.0 as edits[0]"
+        in violations(a_request(an_edit(replace={}), other), served)["edits[1].mask"]
+    )
+    both = an_edit(replace={})
+    both["features"] += other["features"]
+    validate_generate(a_request(both), served, LIMITS)
+
+
+def test_masks_become_what_the_engine_needs_of_them_once():
+    request = a_request(an_edit(mask=grey(0, 255)), an_edit(), seeds=[1, 2])
+    first, second = validate_generate(request, INFO, LIMITS).jobs
+    assert first.edits[0].mask is second.edits[0].mask
+    (grid,) = first.edits[0].mask.grids.values()
+    assert grid.mean() == 0.5
+    assert first.edits[1].mask is None
+
+
 def test_masks_cannot_cost_much_more_than_they_weigh():
     white = png(np.full((4000, 4000), 255))
     assert len(white["png"]) < 100_000
