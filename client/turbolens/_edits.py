@@ -45,13 +45,13 @@ class HasRef(Protocol):
 
 
 FeatureLike: TypeAlias = FeatureRef | HasRef | tuple[str, int] | str
-"""A feature: `feature("up.0.1", 412)`, a search result, `("up.0.1", 412)` or `"up.0.1/412"`."""
+"""A feature: `feature("up.0.1", 162)`, a search result, `("up.0.1", 162)` or `"up.0.1/162"`."""
 Features: TypeAlias = FeatureLike | Sequence[FeatureLike] | Mapping[FeatureLike, float]
 """One feature, several, or several with weights."""
 
 
 def feature(sae: str, index: int) -> FeatureRef:
-    """Name a feature: `feature("up.0.1", 412)`."""
+    """Name a feature: `feature("up.0.1", 162)`."""
     return FeatureRef(sae, int(index))
 
 
@@ -68,7 +68,7 @@ def to_ref(like: FeatureLike) -> FeatureRef:
     if isinstance(like, str):
         sae, slash, index = like.rpartition("/")
         if not slash or not index.isdecimal():
-            raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/412"')
+            raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/162"')
         return FeatureRef(sae, int(index))
     if isinstance(like, tuple) and len(like) == 2:
         return FeatureRef(str(like[0]), int(like[1]))

@@ -67,7 +67,7 @@ class Catalog:
         """
         match = _NAME.fullmatch(name)
         if match is None or match["index"] is None:
-            raise not_found(f"{name[:80]!r} is no feature; names look like saes/up.0.1/features/412")
+            raise not_found(f"{name[:80]!r} is no feature; names look like saes/up.0.1/features/162")
         rows = self._sae_rows(match["sae"])
         if len(match["index"]) > 9 or int(match["index"]) >= len(rows):
             raise not_found(f"{match['sae']} has features 0 to {len(rows) - 1}, not {match['index'][:20]}")
