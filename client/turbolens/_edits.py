@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
+import numpy as np
+
 from turbolens_proto.v1 import steering_pb2
 
 Unit = Literal["mean", "raw", "norm"]
@@ -138,21 +140,48 @@ def polygon(*points: tuple[float, float]) -> Mask:
 
 
 def mask(picture: Any) -> Mask:
-    """A mask from a picture of any size: PNG bytes, a PIL image, or an array [height, width] in [0, 1]."""
+    """A mask from a picture of any size: PNG bytes, a PIL image, or an array [height, width] in [0, 1].
+
+    A PIL image is grey, and its black is 0 and its white 1: of mode "1", "L", "I" or "I;16" (both of 16 bits), or "F"
+    (numbers in [0, 1], like an array).
+
+    Raises:
+        ValueError: the array's numbers are not in [0, 1], or the image is not grey.
+    """
     if isinstance(picture, bytes):
         return Mask(steering_pb2.Mask(png=picture))
     from PIL import Image
 
-    if not isinstance(picture, Image.Image):
-        import numpy as np
-
-        values = np.asarray(picture, dtype=np.float64)
-        if values.ndim != 2 or not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise ValueError(f"a mask is [height, width] with finite values in [0, 1], got shape {values.shape}")
-        picture = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    image = _grey(picture) if isinstance(picture, Image.Image) else _grey_of_shares(picture)
     file = io.BytesIO()
-    picture.convert("L").save(file, "PNG")
+    image.save(file, "PNG")
     return Mask(steering_pb2.Mask(png=file.getvalue()))
+
+
+def _grey_of_shares(array: Any) -> Any:
+    """An array of numbers in [0, 1] as an image."""
+    from PIL import Image
+
+    values = np.asarray(array, dtype=np.float64)
+    if values.ndim != 2 or not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise ValueError(f"a mask is [height, width] with finite values in [0, 1], got shape {values.shape}")
+    return Image.fromarray(np.round(values * 255).astype(np.uint8))
+
+
+def _grey(image: Any) -> Any:
+    """A PIL image as one that PNG can hold without changing what its numbers mean, as `convert("L")` would."""
+    from PIL import Image
+
+    if image.mode in ("1", "L"):
+        return image
+    if image.mode == "F":
+        return _grey_of_shares(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"a mask of mode {image.mode} holds 0 to 65535, got {values.min()} to {values.max()}")
+        return Image.fromarray(values.astype(np.uint16))
+    raise ValueError(f'a mask is a grey image, got mode {image.mode}; convert it first, such as by image.convert("L")')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

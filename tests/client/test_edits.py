@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +57,41 @@ def test_masks_from_pictures_agree():
     image = Image.fromarray(np.round(values * 255).astype(np.uint8))
     assert tl.mask(values).message.png == tl.mask(image).message.png
     assert tl.mask(b"as it is").message.png == b"as it is"
+
+
+@pytest.mark.parametrize(
+    ("image", "bits"),
+    [
+        (Image.fromarray(np.array([[False, True]])), 1),
+        (Image.fromarray(np.array([[0, 128, 255]], np.uint8)), 8),
+        (Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), 8),
+        (Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)), 16),
+        (Image.fromarray(np.array([[0, 32768, 65535]], np.int32)), 16),
+    ],
+)
+def test_a_grey_image_keeps_its_meaning(image, bits):
+    """Black is 0, white is 1 and the middle is a half, in every mode."""
+    data = tl.mask(image).message.png
+    assert data[24] == bits, "the PNG's depth"
+    got = np.asarray(Image.open(io.BytesIO(data)), np.float64) / (2**bits - 1)
+    assert got[0] == pytest.approx([0, 0.5, 1][:: 2 if bits == 1 else 1], abs=0.003)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK"])
+def test_an_image_that_is_not_grey_is_refused(mode):
+    with pytest.raises(ValueError, match=rf'mode {mode}.*convert\("L"\)'):
+        tl.mask(Image.new(mode, (2, 2)))
+
+
+@pytest.mark.parametrize("values", [np.array([[0, 70000]], np.int32), np.array([[-1, 2]], np.int32)])
+def test_an_image_of_numbers_past_16_bits_is_refused(values):
+    with pytest.raises(ValueError, match="0 to 65535"):
+        tl.mask(Image.fromarray(values))
+
+
+def test_an_image_of_numbers_past_1_is_refused():
+    with pytest.raises(ValueError, match="mask"):
+        tl.mask(Image.fromarray(np.array([[0, 255]], np.float32)))
 
 
 @pytest.mark.parametrize("bad", [np.ones(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan)])
