@@ -75,13 +75,18 @@ def sampling(steps: int | None, width: int | None, height: int | None) -> run_pb
     return run_pb2.Sampling(steps=steps, width=width, height=height)
 
 
-def selection(features: Selection, only: Only, float32: bool) -> run_pb2.FeatureSelection | None:
+def selection(
+    features: Selection, only: Only, float32: bool, *, argument: str = "features"
+) -> run_pb2.FeatureSelection | None:
     """What to return of the features, and how.
 
     Raises:
-        ValueError: `only` or `float32` says more of features that are not asked for.
+        ValueError: `only` or `float32` says more of features that are not asked for, or a list is empty, which on the
+            wire would mean all; `argument` is what the caller calls `features`.
     """
     refs = [] if only is None else to_refs(only)
+    if only is not None and not refs:
+        raise ValueError("only is empty and would select nothing; leave it out for every feature")
     if features is None and refs:
         features = list(dict.fromkeys(ref.sae for ref in refs))
     if features is None or features is False:
@@ -89,6 +94,9 @@ def selection(features: Selection, only: Only, float32: bool) -> run_pb2.Feature
             raise ValueError("only and float32 are about the features that come back; ask for features too")
         return None
     saes = [features] if isinstance(features, str) else [] if features is True else list(features)
+    if features is not True and not saes:
+        otherwise = "leave it out for none, or pass True for all" if argument == "features" else "leave it out for all"
+        raise ValueError(f"{argument} is empty and would select nothing; {otherwise}")
     return run_pb2.FeatureSelection(
         saes=saes,
         only=[steering_pb2.FeatureRef(sae=ref.sae, index=ref.index) for ref in refs],
@@ -166,6 +174,6 @@ def extract_request(
         sampling=sampling(steps, width, height),
         seeds=seeds,
         edits=[edit.to_proto() for edit in steer],
-        features=selection(wanted, only, float32),
+        features=selection(wanted, only, float32, argument="saes"),
         sae_options=sae_options(k, prefix),
     )

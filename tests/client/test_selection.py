@@ -68,6 +68,20 @@ def test_more_about_features_that_are_not_asked_for_is_a_mistake(arguments, clie
     assert not fake.requests
 
 
+@pytest.mark.parametrize("empty", [[], (), np.array([], str)])
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        ("generate", "features"), ("generate", "only"), ("stream_generate", "features"), ("stream_generate", "only"),
+        ("extract", "saes"), ("extract", "only"), ("stream_features", "saes"), ("stream_features", "only"),
+    ],
+)  # fmt: skip
+def test_an_empty_list_selects_nothing_and_never_everything(call, argument, empty, client, fake):
+    with pytest.raises(ValueError, match=rf"^{argument} is empty .*leave it out"):
+        list(getattr(client, call)("x", seed=1, **{argument: empty}))
+    assert not fake.requests
+
+
 def test_what_is_no_feature_is_said(client):
     with pytest.raises(ValueError, match="BLOCK/INDEX"):
         client.extract("x", only=["up"])
