@@ -14,6 +14,7 @@ from turbolens._edits import Edit, FeatureLike, to_ref
 from turbolens._embedded import EmbeddedServer, start_embedded
 from turbolens._errors import TurboLensError, from_rpc_error
 from turbolens._features import Feature, Match, Table
+from turbolens._numbers import whole
 from turbolens._requests import (
     ExtractOptions,
     GenerateOptions,
@@ -255,7 +256,9 @@ class AsyncLens:
         Returns:
             A list of :class:`Match`.
         """
-        request = feature_service_pb2.SearchFeaturesRequest(query=query, saes=[block] if block else [], page_size=limit)
+        request = feature_service_pb2.SearchFeaturesRequest(
+            query=query, saes=[block] if block else [], page_size=whole(limit, "limit")
+        )
         answer = await self._call(self._features.SearchFeatures, request, None)
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"))

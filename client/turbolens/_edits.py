@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, cast, runtime_check
 
 import numpy as np
 
+from turbolens._numbers import whole
 from turbolens_proto.v1 import steering_pb2
 
 Unit = Literal["mean", "raw", "norm"]
@@ -46,6 +47,7 @@ class HasRef(Protocol):
         ...
 
 
+_FORMS: Final = (str, tuple, FeatureRef, HasRef)
 FeatureLike: TypeAlias = FeatureRef | HasRef | tuple[str, int] | str
 """A feature: `feature("up.0.1", 162)`, a search result, `("up.0.1", 162)` or `"up.0.1/162"`."""
 Features: TypeAlias = FeatureLike | Sequence[FeatureLike] | Mapping[FeatureLike, float]
@@ -54,7 +56,7 @@ Features: TypeAlias = FeatureLike | Sequence[FeatureLike] | Mapping[FeatureLike,
 
 def feature(sae: str, index: int) -> FeatureRef:
     """Name a feature: `feature("up.0.1", 162)`."""
-    return FeatureRef(sae, int(index))
+    return FeatureRef(sae, whole(index, "a feature's index"))
 
 
 def to_ref(like: FeatureLike) -> FeatureRef:
@@ -72,8 +74,8 @@ def to_ref(like: FeatureLike) -> FeatureRef:
         if not slash or not index.isdecimal():
             raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/162"')
         return FeatureRef(sae, int(index))
-    if isinstance(like, tuple) and len(like) == 2:
-        return FeatureRef(str(like[0]), int(like[1]))
+    if isinstance(like, tuple) and len(like) == 2 and isinstance(like[0], str):
+        return feature(*like)
     raise TypeError(f"{like!r} is no feature; give a search result, feature(sae, index) or a (sae, index) tuple")
 
 
@@ -82,8 +84,8 @@ def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
         return tuple((to_ref(like), float(weight)) for like, weight in features.items())
     if isinstance(features, (str, FeatureRef, HasRef)):
         return ((to_ref(features), None),)
-    if isinstance(features, tuple) and len(features) == 2 and isinstance(features[1], int):
-        return ((FeatureRef(str(features[0]), features[1]), None),)
+    if isinstance(features, tuple) and len(features) == 2 and not isinstance(features[1], _FORMS):
+        return ((to_ref(cast(FeatureLike, features)), None),)  # a name and its index, not two features
     several = cast(Sequence[FeatureLike], features)
     return tuple((to_ref(like), None) for like in several)
 
@@ -200,6 +202,10 @@ class Edit:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
+        if self.steps is not None:
+            start, end = self.steps
+            steps = whole(start, "the start of steps"), whole(end, "the end of steps")
+            object.__setattr__(self, "steps", steps)
 
     def __repr__(self) -> str:
         terms = [(str(ref), weight) for ref, weight in self.features]

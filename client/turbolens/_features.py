@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from turbolens._edits import FeatureLike, FeatureRef, to_ref
 from turbolens._heatmap import overlay
+from turbolens._numbers import whole
 from turbolens_proto.v1 import feature_service_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -175,14 +176,16 @@ class BlockFeatures:
         return Table(rows, ("feature", "mean", "label"))
 
     def _index(self, feature: int | FeatureLike) -> int:
-        if not isinstance(feature, (int, np.integer)):
-            ref = to_ref(feature)
+        if hasattr(type(feature), "__index__"):
+            index = whole(feature, "a feature's index")
+        else:
+            ref = to_ref(cast(FeatureLike, feature))
             if ref.sae != self.sae:
                 raise KeyError(f"{ref} is no feature of {self.sae}")
-            feature = ref.index
-        if not 0 <= feature < self.d_sae:
-            raise IndexError(f"{self.sae} has features 0 to {self.d_sae - 1}, not {feature}")
-        return int(feature)
+            index = ref.index
+        if not 0 <= index < self.d_sae:
+            raise IndexError(f"{self.sae} has features 0 to {self.d_sae - 1}, not {index}")
+        return index
 
     def heatmap(self, feature: int | FeatureLike) -> npt.NDArray[np.float32]:
         """Activation of one feature at each position, mean over steps, zeros counted: [height, width].

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from turbolens._edits import Edit, FeatureLike, to_refs
+from turbolens._numbers import whole, whole_or_none
 from turbolens._results import FORMATS
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
@@ -57,13 +58,14 @@ def one_or_many(seed: int | None, seeds: Sequence[int] | None) -> list[int]:
     """The seeds of a request; none where the server is to draw one.
 
     Raises:
+        TypeError: one is no whole number.
         ValueError: both were given, or an empty list, or one that does not fit 63 bits.
     """
     if seed is not None and seeds is not None:
         raise ValueError("give seed for one picture or seeds for several, not both")
     if seeds is not None and not len(seeds):
         raise ValueError("seeds is empty; give at least one")
-    several = ([] if seed is None else [seed]) if seeds is None else [int(one) for one in seeds]
+    several = [whole(one, "seed") for one in (([] if seed is None else [seed]) if seeds is None else seeds)]
     for one in several:
         if one >= 2**63:
             raise ValueError(f"seed {one} is too large; a seed is at least 0 and below 2**63")
@@ -72,7 +74,11 @@ def one_or_many(seed: int | None, seeds: Sequence[int] | None) -> list[int]:
 
 def sampling(steps: int | None, width: int | None, height: int | None) -> run_pb2.Sampling:
     """Settings of a run; what is None is the server's default."""
-    return run_pb2.Sampling(steps=steps, width=width, height=height)
+    return run_pb2.Sampling(
+        steps=whole_or_none(steps, "steps"),
+        width=whole_or_none(width, "width"),
+        height=whole_or_none(height, "height"),
+    )
 
 
 def selection(
@@ -108,13 +114,20 @@ def sae_options(k: PerSae, prefix: PerSae) -> list[run_pb2.SaeOptions]:
     """How SAEs are read, one entry for each that either names.
 
     Raises:
-        TypeError: one is not a mapping.
+        TypeError: one is not a mapping, or not of whole numbers.
     """
     for name, given in (("k", k), ("prefix", prefix)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f'{name} is {given!r}; say of which SAE: {name}={{"up.0.1": {given!r}}}')
     k, prefix = k or {}, prefix or {}
-    return [run_pb2.SaeOptions(sae=sae, k=k.get(sae), prefix=prefix.get(sae)) for sae in dict.fromkeys((*k, *prefix))]
+    return [
+        run_pb2.SaeOptions(
+            sae=sae,
+            k=whole_or_none(k.get(sae), f"k of {sae}"),
+            prefix=whole_or_none(prefix.get(sae), f"prefix of {sae}"),
+        )
+        for sae in dict.fromkeys((*k, *prefix))
+    ]
 
 
 def generate_request(
@@ -146,7 +159,7 @@ def generate_request(
         edits=[edit.to_proto() for edit in steer],
         features=selection(features, only, float32),
         sae_options=sae_options(k, prefix),
-        image=run_pb2.ImageOptions(format=FORMATS[format], quality=quality),
+        image=run_pb2.ImageOptions(format=FORMATS[format], quality=whole_or_none(quality, "quality")),
         return_latents=latents,
     )
 

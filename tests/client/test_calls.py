@@ -56,6 +56,28 @@ def test_one_seed_one_picture_many_seeds_many(client):
     assert [e.seed for e in client.extract("x", seeds=np.array([5, 6]))] == [5, 6]
 
 
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3)])
+def test_numbers_of_any_whole_type_are_sent(number, client, fake):
+    client.generate("x", seed=number, steps=number, width=number, height=number, quality=number, k={"up.0.1": number})
+    sent = fake.last(gs.GenerateRequest)
+    assert list(sent.seeds) == [3]
+    assert (sent.sampling.steps, sent.sampling.width, sent.sampling.height) == (3, 3, 3)
+    assert (sent.image.quality, sent.sae_options[0].k) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"), ({"seeds": [1, 2.5]}, "seed"), ({"seeds": ["3"]}, "seed"),
+        ({"steps": 2.0}, "steps"), ({"width": True}, "width"), ({"k": {"up.0.1": 2.0}}, "k of up.0.1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_whole_are_a_mistake(argument, what, client, fake):
+    with pytest.raises(TypeError, match=rf"^{what} is .*whole number"):
+        client.generate("x", **argument)
+    assert not fake.requests
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -20,6 +20,38 @@ def test_a_feature_in_any_form(like):
     assert (term.feature.sae, term.feature.index) == ("up.0.1", 4)
 
 
+WHOLE = [4, np.int64(4), np.uint8(4), np.array(4)]
+"""The same number as it comes out of a list, an array and a loop over one."""
+NOT_WHOLE = [4.0, np.float32(4.5), True, np.bool_(True), "4", None]
+
+
+@pytest.mark.parametrize("number", WHOLE)
+def test_an_index_or_a_step_of_any_whole_type(number):
+    plain = tl.add("up.0.1/4", 2, steps=(0, 4))
+    assert tl.add(("up.0.1", number), 2, steps=(0, number)) == plain
+    assert tl.add([("up.0.1", number)], 2, steps=(number - 4, number)) == plain
+    assert tl.add(tl.feature("up.0.1", number), 2, steps=(0, number)).to_proto() == plain.to_proto()
+    assert repr(tl.add(("up.0.1", number), 2, steps=(0, number))) == repr(plain)
+
+
+@pytest.mark.parametrize("number", NOT_WHOLE)
+def test_an_index_or_a_step_that_is_no_whole_number_is_a_mistake(number):
+    for make in (
+        lambda: tl.add([("up.0.1", number)], 2),
+        lambda: tl.add(tl.feature("up.0.1", number), 2),
+        lambda: tl.add("up.0.1/4", 2, steps=(0, number)),
+    ):
+        with pytest.raises(TypeError, match="whole number"):
+            make()
+
+
+def test_a_pair_of_features_is_no_name_and_index():
+    for pair in (("up.0.1/4", "up.0.1/5"), (("up.0.1", 4), ("up.0.1", 5)), ("up.0.1/4", tl.feature("up.0.1", 5))):
+        assert [term.feature.index for term in tl.add(pair, 2).to_proto().features] == [4, 5]
+    with pytest.raises(TypeError, match="whole number"):
+        tl.add(("up.0.1", 4.0), 2)
+
+
 def test_groups_and_weights():
     message = tl.add({"mid.0/1": 1.0, "mid.0/2": -0.5}, 3).to_proto()
     assert [(t.feature.index, t.weight) for t in message.features] == [(1, 1.0), (2, -0.5)]
