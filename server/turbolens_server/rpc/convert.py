@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Final
 
 import grpc
 import numpy as np
@@ -26,6 +27,8 @@ from turbolens_server.rpc.validation import (
 )
 from turbolens_server.sae.masks import MAX_EDGE
 
+_LEAST_HALF: Final = np.float32(np.finfo(np.float16).smallest_subnormal)
+
 
 def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseFeatures:
     """Codes as a message, in the selection's type and with its features only.
@@ -45,6 +48,8 @@ def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseF
     if half and largest > float(np.finfo(np.float16).max):
         message = f"{codes.sae} has an activation of {largest:g}, past float16's range; ask for VALUE_TYPE_FLOAT32"
         raise RpcError(grpc.StatusCode.FAILED_PRECONDITION, message, "FLOAT16_OVERFLOW")
+    if half:
+        values = np.maximum(values, _LEAST_HALF)  # an active feature would round to 0, which says that it is not
     return run_pb2.SparseFeatures(
         sae=codes.sae,
         step=codes.step,

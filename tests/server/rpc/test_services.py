@@ -188,6 +188,16 @@ async def test_a_value_past_float16_is_refused_with_advice(running):
     assert np.frombuffer(full.values, "<f4").max() == 70_000
 
 
+async def test_a_value_below_float16_stays_positive(running):
+    running.engine.peak = 1e-9  # the last of the falling activations
+    (half, _) = await extract(running, saes=["mid.0"])
+    values = np.frombuffer(half.values, "<f2")
+    assert values.min() == np.finfo(np.float16).smallest_subnormal > 0
+    assert values[:-1] == pytest.approx(np.linspace(0.5, 0, 15)[:-1], rel=1e-3)
+    (full, _) = await extract(running, saes=["mid.0"], value_type=run.VALUE_TYPE_FLOAT32)
+    assert np.frombuffer(full.values, "<f4").min() == np.float32(1e-9)
+
+
 async def test_a_stream_of_pictures_tells_all_as_it_happens(running):
     running.engine.gate.clear()
     request = gs.StreamGenerateRequest(
