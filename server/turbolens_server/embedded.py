@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,8 +26,10 @@ class Embedded:
             LoadError: the model or an SAE cannot be served.
         """
         engine = load_from(config)
-        self._folder = Path(tempfile.mkdtemp(prefix="turbolens-"))  # readable by this user alone
-        self.target = f"unix:{self._folder / 'socket'}"
+        folder = tempfile.mkdtemp(prefix="turbolens-")  # readable by this user alone
+        # Of a server that nobody closes, it goes with the server or at the interpreter's end.
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.target = f"unix:{Path(folder) / 'socket'}"
         """gRPC target to connect to."""
         self._loop = asyncio.new_event_loop()
         self._serving: Serving | None = None
@@ -59,8 +61,7 @@ class Embedded:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self._folder)
+        self._remove_folder()
 
     def __enter__(self) -> Embedded:
         return self

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -42,6 +45,25 @@ def test_it_serves_on_a_private_socket_until_it_is_closed(loads):
     assert (loads[0].model, loads[0].max_seeds) == ("fake", 2)
     assert not folder.exists()
     running.close()
+
+
+def test_one_that_nobody_closes_leaves_no_folder_behind(tmp_path):
+    code = """
+from fake_engine import FakeEngine
+from turbolens_server import embedded
+
+embedded.load_from = lambda config: FakeEngine()
+server = embedded.start("fake")
+print(server.target)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    folder = Path(done.stdout.strip().removeprefix("unix:")).parent
+    assert folder.parent == tmp_path
+    assert not folder.exists()
 
 
 def test_what_cannot_be_loaded_is_told(monkeypatch):
