@@ -141,7 +141,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                         coded = None if preview is None else await _off_loop(convert.image, preview, valid)
                         yield answer(step=generation.StepEvent(seed_index=job, step=step, steps=steps, preview=coded))
                     case FeaturesReady():
-                        yield answer(features=_features_event(event, valid))
+                        yield answer(features=await _off_loop(_features_event, event, valid))
                     case Result():
                         results.append(event)
                         made = await _off_loop(convert.generation, event, valid, features=False)
@@ -186,7 +186,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                     case Queued(position):
                         yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
                     case FeaturesReady():
-                        yield answer(features=_features_event(event, valid))
+                        yield answer(features=await _off_loop(_features_event, event, valid))
                     case Result():
                         results.append(event)
                     case NotFinite():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 
 import grpc
 import numpy as np
@@ -17,6 +18,7 @@ from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
 from turbolens_server.engine.engine import SaeInfo
+from turbolens_server.rpc import convert
 
 
 def a_request(**fields) -> gs.GenerateRequest:
@@ -224,6 +226,26 @@ async def test_a_stream_of_features_tells_all(running):
     events = [event async for event in running.features.StreamFeatures(request)]
     assert [event.WhichOneof("event") for event in events] == ["queued"] + ["features"] * 18 + ["done"]
     assert [event.features.seed_index for event in events[1:-1]] == [i for i in range(9) for _ in range(2)]
+
+
+async def test_features_are_packed_off_the_event_loop_in_calls_and_streams(running, monkeypatch):
+    threads = []
+
+    def packed(codes, selection):
+        threads.append(threading.current_thread())
+        return pack(codes, selection)
+
+    pack = convert.sparse_features
+    monkeypatch.setattr(convert, "sparse_features", packed)
+    await extract(running)
+    request = fs.StreamFeaturesRequest(request={"prompt": {"text": "x"}})
+    packed_features = [event async for event in running.features.StreamFeatures(request)]
+    request = gs.StreamGenerateRequest(request=a_request(features={}))
+    packed_pictures = [event async for event in running.generation.StreamGenerate(request)]
+    assert [e.features.features.sae for e in packed_features if e.HasField("features")] == ["mid.0", "up.0.1"]
+    assert [e.features.features.sae for e in packed_pictures if e.HasField("features")] == ["mid.0", "up.0.1"]
+    assert len(threads) == 2 * 2 + 2 + 2
+    assert threading.current_thread() not in threads  # the loop's, in this test
 
 
 async def test_features_are_listed_found_and_got(running):
