@@ -13,7 +13,11 @@ from turbolens_server.logs import configure_logging, get_logger
 
 
 def main(argv: list[str]) -> None:
-    """Entry point: serve until told to stop; a start that fails is one line and exit code 1."""
+    """Entry point: serve until told to stop.
+
+    A start that fails is one line and exit code 1; so is a GPU that is lost, for whoever watches the process to start
+    another.
+    """
     try:
         config = read_config(argv)
     except ConfigError as error:
@@ -24,18 +28,23 @@ def main(argv: list[str]) -> None:
     from turbolens_server.sae.bundle import BundleError
 
     try:
-        left_loading = asyncio.run(_serve(config))
+        code = asyncio.run(_serve(config))
     except (LoadError, BundleError) as error:
         sys.exit(f"turbolens serve: {error}")
-    if left_loading:
-        # A thread that reads weights cannot be stopped, and ending the interpreter under it can crash in native code.
-        # It holds nothing that needs saving.
+    if code is not None:
+        # A thread that reads weights cannot be stopped, and ending the interpreter under it, or beside a lost GPU, can
+        # crash or hang in native code. Nothing needs saving.
         logging.shutdown()
-        os._exit(0)
+        os._exit(code)
 
 
-async def _serve(config: ServerConfig) -> bool:
-    """Serve until told to stop; True where that came while the model was loading, which then goes on in its thread."""
+async def _serve(config: ServerConfig) -> int | None:
+    """Serve until told to stop, or until the GPU is lost.
+
+    Returns:
+        The exit code where the process cannot end in the ordinary way: 0 where it was told to stop while the model was
+        loading, which then goes on in its thread, and 1 where the GPU is lost; else None.
+    """
     from turbolens_server.serving import Serving, load_and_serve
 
     log = get_logger()
@@ -50,16 +59,19 @@ async def _serve(config: ServerConfig) -> bool:
         sys.exit(f"turbolens serve: cannot listen on {config.host}:{config.port} ({error}); is the port taken?")
     log.info("listening", address=f"{config.host}:{port}")
     loading = asyncio.create_task(load_and_serve(serving, config))
-    waiting = asyncio.create_task(told.wait())
+    ends = {asyncio.create_task(end.wait()) for end in (told, serving.device_lost)}
     try:
-        await asyncio.wait({loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-        await waiting
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping", grace_s=config.grace_s)
     finally:
-        waiting.cancel()
+        for end in ends:
+            end.cancel()
         left_loading = loading.cancel()
         await serving.stop(0 if left_loading or loading.exception() else config.grace_s)
     log.info("stopped")
-    return left_loading
+    if serving.device_lost.is_set():
+        return 1
+    return 0 if left_loading else None

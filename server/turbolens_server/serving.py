@@ -28,6 +28,7 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.calls import CallInterceptor
+from turbolens_server.rpc.errors import device_is_lost
 from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
 from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
@@ -72,6 +73,9 @@ class Serving:
         self._config = config
         self._room = Room(RequestLimits(max_seeds=config.max_seeds))
         self._health = health.HealthServicer()
+        self.device_lost = asyncio.Event()
+        """The GPU answers this process no more: nothing but a new process can serve."""
+        self._telling: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._room), self._server)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._room), self._server)
@@ -102,7 +106,7 @@ class Serving:
         """
         config = self._config
         limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
-        scheduler = Scheduler(engine, limits)
+        scheduler = Scheduler(engine, limits, on_error=self._on_error)
         try:
             if config.warm_up:
                 await scheduler.call(lambda engine: engine.warm_up(config.max_batch))
@@ -122,9 +126,16 @@ class Serving:
         if self._room.ready is not None:
             await self._room.ready.scheduler.close()
 
+    def _on_error(self, error: Exception) -> None:
+        if device_is_lost(error) and not self.device_lost.is_set():
+            self.device_lost.set()
+            get_logger().error("device lost", error=str(error).partition("\n")[0])
+            self._telling = asyncio.create_task(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         # The empty name is the process: alive from the first moment, so that a loading pod is not killed.
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        states = health_pb2.HealthCheckResponse
+        await self._health.set("", states.NOT_SERVING if self.device_lost.is_set() else states.SERVING)
         for name in SERVICES:
             await self._health.set(name, status)
 

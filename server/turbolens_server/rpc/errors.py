@@ -17,6 +17,10 @@ DETAILS_KEY: Final = "grpc-status-details-bin"
 # gRPC drops a call's whole status where its trailing metadata pass 8 KiB, and text that is not ASCII grows on the way.
 _MESSAGE_CHARS: Final = 400
 _VIOLATIONS_BYTES: Final = 3000
+# What errors of a GPU begin with, torch's AcceleratorError among them: after one, every later call repeats it.
+_OF_A_GPU: Final = ("CUDA error", "HIP error", "Triton Error [CUDA]")
+# Of those, what a smaller batch gets past.
+_PASSING: Final = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,16 @@ def not_finite(what: NotFinite, seed: int) -> RpcError:
     message = f"picture {what.job} (seed {seed}): {what}"
     metadata = {"seed_index": str(what.job), "seed": str(seed)}
     return RpcError(grpc.StatusCode.INTERNAL, message, "NON_FINITE", metadata=metadata)
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether an error of the engine says that this process can use its GPU no more, whatever it asks of it."""
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and text.startswith(_OF_A_GPU)
+        and not any(passing in text for passing in _PASSING)
+    )
 
 
 def loading() -> RpcError:

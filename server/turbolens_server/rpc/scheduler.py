@@ -82,16 +82,25 @@ class Ticket:
 class Scheduler:
     """Runs jobs of many requests in shared batches. Its methods belong to one event loop."""
 
-    def __init__(self, engine: Engine, limits: QueueLimits, *, pipelined: bool | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        limits: QueueLimits,
+        *,
+        pipelined: bool | None = None,
+        on_error: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         """Start the engine's threads.
 
         Args:
             engine: called in these threads only.
             limits: of batches and of the queue.
             pipelined: decode a batch in a thread of its own while the next is denoised; None: as the engine says.
+            on_error: told on the loop of every error that the engine raises, before its callers are.
         """
         self.limits = limits
         self._engine = engine
+        self._on_error = on_error
         self._batcher: Batcher[Ticket] = Batcher(limits.max_batch, limits.batch_wait_s)
         self._pipelined = engine.pipelined if pipelined is None else pipelined
         self._denoise = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -119,6 +128,9 @@ class Scheduler:
         self._calls += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._denoise, function, self._engine)
+        except Exception as error:
+            self._on_error(error)
+            raise
         finally:
             self._calls -= 1
 
@@ -248,6 +260,7 @@ class Scheduler:
                     self._free()
                 await loop.run_in_executor(self._decode, decode, denoised)
         except Exception as error:
+            self._on_error(error)
             for ticket in {slot.request for slot in batch}:
                 self._end(ticket, error)
         else:

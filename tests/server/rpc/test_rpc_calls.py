@@ -15,7 +15,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
+from turbolens_proto.v1 import generation_service_pb2_grpc
 from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_server import app, serving
 from turbolens_server.config import ServerConfig
@@ -147,6 +149,80 @@ async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, lo
     assert [line["event"] for line in log_lines] == ["listening", "backend", "ready", "stopping", "stopped"]
     assert log_lines[0]["address"].startswith("127.0.0.1:")
     assert (log_lines[2]["load_s"], fake.warmed_up) == (1.5, [8])
+
+
+async def health_of(channel, *services) -> list[int]:
+    stub = health_pb2_grpc.HealthStub(channel)
+    return [(await stub.Check(health_pb2.HealthCheckRequest(service=service))).status for service in services]
+
+
+LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+
+
+@pytest.mark.parametrize("call", ["generate", "search"])
+async def test_a_lost_gpu_ends_the_service(running, log_lines, call):
+    everything = ("", *serving.SERVICES)
+    assert await health_of(running.channel, *everything) == [SERVING] * 4
+
+    def fail(*_, **__):
+        raise RuntimeError(LOST)
+
+    running.engine.denoise = running.engine.embed_text = fail
+    for _ in range(2):
+        asked = (
+            running.generation.Generate(a_request())
+            if call == "generate"
+            else running.features.SearchFeatures(fs.SearchFeaturesRequest(query="blue"))
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asked
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert running.serving.device_lost.is_set()
+    assert await health_of(running.channel, *everything) == [NOT_SERVING] * 4
+    lost = [line for line in log_lines if line["event"] == "device lost"]
+    assert [line["error"] for line in lost] == [LOST.splitlines()[0]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError("shapes do not fit"),
+        ValueError("CUDA error: said by something else"),
+    ],
+)  # fmt: skip
+async def test_an_error_that_passes_leaves_the_service_up(running, error):
+    running.engine.fails = error
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running.generation.Generate(a_request())
+    assert not running.serving.device_lost.is_set()
+    assert await health_of(running.channel, "", *serving.SERVICES) == [SERVING] * 4
+    running.engine.fails = None
+    assert len((await running.generation.Generate(a_request())).generations) == 1
+
+
+LOSES_ITS_GPU = """
+from fake_engine import FakeEngine
+from turbolens_server import app, serving
+engine = FakeEngine()
+engine.fails = RuntimeError("CUDA error: an illegal memory access was encountered")
+serving.load_from = lambda config: engine
+app.main(["--port", "0", "--log-format", "json"])
+"""
+
+
+def test_a_program_that_loses_its_gpu_fails_to_be_started_anew():
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", LOSES_ITS_GPU], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as program:
+        lines = (json.loads(line) for line in program.stderr if line.startswith("{"))
+        address = next(line["address"] for line in lines if line["event"] == "listening")
+        next(line for line in lines if line["event"] == "ready")
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
+            generation_service_pb2_grpc.GenerationServiceStub(channel).Generate(a_request(), timeout=10)
+        assert program.wait(30) == 1
+        assert {"device lost", "stopped"} <= {line["event"] for line in lines}
 
 
 async def test_a_model_that_warms_up_to_nothing_is_no_model(loading, fake):
