@@ -7,7 +7,7 @@ import dataclasses
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_
 if TYPE_CHECKING:
     from PIL import Image
 
+FileFormat = Literal["png", "jpeg", "webp"]
 Labels = Mapping[str, Mapping[int, str]]
 FORMATS: Final = {
     "png": run_pb2.IMAGE_FORMAT_PNG,
@@ -25,6 +26,12 @@ FORMATS: Final = {
     "webp": run_pb2.IMAGE_FORMAT_WEBP,
     "raw": run_pb2.IMAGE_FORMAT_RAW,
 }
+
+
+def format_of(path: Path) -> FileFormat | None:
+    """The format that a file's ending names, of those that a server codes; None: another."""
+    formats: dict[str, FileFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    return formats.get(path.suffix.lower())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,8 +71,8 @@ class Coded:
     def save(self, path: str | Path) -> None:
         """Write the picture: the server's own bytes where the file's ending is their format, else coded anew."""
         path = Path(path)
-        ending = {".jpg": "jpeg"}.get(path.suffix.lower(), path.suffix.lower().removeprefix("."))
-        if ending != "raw" and FORMATS.get(ending) == self._message.format:
+        named = format_of(path)
+        if named is not None and FORMATS[named] == self._message.format:
             path.write_bytes(self._message.data)
         else:
             self.image.save(path)

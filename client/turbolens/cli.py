@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import tyro
 from tyro.conf import Positional
 
 import turbolens as tl
+from turbolens._results import format_of
 
 COMMANDS: Final = "turbolens.commands"
 _EXTRAS: Final = {
@@ -40,34 +41,63 @@ class _Run:
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
     add: Repeated = ()
-    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/162=8, in means of the feature; may be repeated."""
+    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/162=8, in the unit; may be repeated."""
     scale: Repeated = ()
     """Edit BLOCK/INDEX=FACTOR; 0 removes the feature; may be repeated."""
     set: Repeated = ()
-    """Edit BLOCK/INDEX=VALUE, in means of the feature; may be repeated."""
+    """Edit BLOCK/INDEX=VALUE, in the unit; may be repeated."""
+    replace: Repeated = ()
+    """Edit BLOCK/INDEX=STRENGTH, in the unit, in place of all that the block would have written; may be repeated."""
+    unit: Literal["mean", "raw", "norm"] = "mean"
+    """What 1 is in add, set and replace: the feature's mean, an activation of 1, or the block's update norm."""
     mask: str | None = None
-    """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where the edits act."""
+    """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where these edits act."""
+    edit_steps: str | None = None
+    """START,END: these edits act from step START, counted from 0, up to and not including END; left out: always."""
+    edits_file: Annotated[Path | None, tyro.conf.arg(name="edits")] = None
+    """JSON that `tl.edits_to_json` made, for weights, polygons and all else; comes before the edits named here."""
     k: Repeated = ()
     """SAE=K: so many features active at a position, where the SAE allows it; may be repeated."""
     prefix: Repeated = ()
     """SAE=PREFIX: only so many first features exist, where the SAE allows it; may be repeated."""
 
     def edits(self) -> list[tl.Edit]:
-        """The edits, in the order add, scale, set."""
-        where = None
-        if self.mask is not None:
-            corners = [float(part) for part in self.mask.split(",")]
-            if len(corners) != 4:
-                raise ValueError(f"--mask {self.mask}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
-            where = tl.box(*corners)
-        made = []
-        for make, texts in ((tl.add, self.add), (tl.scale, self.scale), (tl.set_to, self.set)):
+        """The edits, in the order of the file, then add, scale, set, replace."""
+        made = [] if self.edits_file is None else _edits_of(self.edits_file)
+        where = None if self.mask is None else _box(self.mask)
+        when = None if self.edit_steps is None else _range(self.edit_steps)
+        for kind, texts in (("add", self.add), ("scale", self.scale), ("set", self.set), ("replace", self.replace)):
             for text in texts:
                 name, equals, amount = text.partition("=")
                 if not equals:
                     raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/162=8")
-                made.append(make(name, float(amount), mask=where))
+                if kind == "scale":
+                    made.append(tl.scale(name, float(amount), mask=where, steps=when))
+                else:
+                    make = {"add": tl.add, "set": tl.set_to, "replace": tl.replace}[kind]
+                    made.append(make(name, float(amount), unit=self.unit, mask=where, steps=when))
         return made
+
+
+def _edits_of(file: Path) -> list[tl.Edit]:
+    try:
+        return tl.edits_from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--edits {file}: {error}") from None
+
+
+def _box(text: str) -> tl.Mask:
+    corners = [float(part) for part in text.split(",")]
+    if len(corners) != 4:
+        raise ValueError(f"--mask {text}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
+    return tl.box(*corners)
+
+
+def _range(text: str) -> tuple[int, int]:
+    start, _, end = text.partition(",")
+    if not start.isdecimal() or not end.isdecimal():
+        raise ValueError(f"--edit-steps {text}: write START,END, such as 0,1 for the first step")
+    return int(start), int(end)
 
 
 def _per_sae(option: str, texts: Sequence[str]) -> dict[str, int]:
@@ -89,13 +119,13 @@ class Generate(_Run):
     """
 
     out: Path = Path("picture.png")
-    """File to write; its ending says the format."""
+    """File to write; its ending says the format: .png, .jpg and .webp come so from the server, others are made here."""
 
     def run(self) -> None:
         with tl.connect(self.server) as lens:
             picture = lens.generate(
                 self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), k=_per_sae("k", self.k),
-                prefix=_per_sae("prefix", self.prefix),
+                prefix=_per_sae("prefix", self.prefix), format=format_of(self.out) or "png",
             )  # fmt: skip
         picture.save(self.out)
         for warning in picture.warnings:

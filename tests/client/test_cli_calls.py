@@ -42,6 +42,43 @@ def test_every_edit_given_is_sent(turbolens, fake, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}  seed 7\n"
 
 
+def test_edits_take_a_unit_and_a_range_of_steps_where_they_have_one(turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turbolens(
+        "generate", "a star", "--replace", "up.0.1/3=4", "--add", "up.0.1/1=8", "--scale", "up.0.1/2=0", "--set",
+        "up.0.1/5=2", "--unit", "norm", "--edit-steps", "0,2",
+    )  # fmt: skip
+    assert [tl.Edit.from_proto(edit) for edit in fake.last(gs.GenerateRequest).edits] == [
+        tl.add("up.0.1/1", 8, unit="norm", steps=(0, 2)),
+        tl.scale("up.0.1/2", 0, steps=(0, 2)),
+        tl.set_to("up.0.1/5", 2, unit="norm", steps=(0, 2)),
+        tl.replace("up.0.1/3", 4, unit="norm", steps=(0, 2)),
+    ]
+
+
+def test_edits_come_from_a_file_too(turbolens, fake, tmp_path):
+    kept = [tl.add({"up.0.1/1": 1, "up.0.1/2": -0.5}, 3, mask=tl.polygon((0, 0), (1, 0), (0, 1)), steps=(0, 1))]
+    file = tmp_path / "edits.json"
+    file.write_text(tl.edits_to_json(kept))
+    turbolens("extract", "a star", "--edits", str(file), "--scale", "up.0.1/4=0", "--mask", "0,0,1,.5")
+    sent = [tl.Edit.from_proto(edit) for edit in fake.last(fs.ExtractFeaturesRequest).edits]
+    assert sent == [*kept, tl.ablate("up.0.1/4", mask=tl.box(0, 0, 1, 0.5))]
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "begins"),
+    [
+        ("a.png", run.IMAGE_FORMAT_PNG, b"\x89PNG"), ("a.JPG", run.IMAGE_FORMAT_JPEG, b"\xff\xd8"),
+        ("a.jpeg", run.IMAGE_FORMAT_JPEG, b"\xff\xd8"), ("a.webp", run.IMAGE_FORMAT_WEBP, b"RIFF"),
+        ("a.bmp", run.IMAGE_FORMAT_PNG, b"BM"),
+    ],
+)  # fmt: skip
+def test_the_ending_of_the_file_says_what_the_server_is_asked_for(turbolens, fake, tmp_path, name, format, begins):
+    turbolens("generate", "a star", "--out", str(tmp_path / name))
+    assert fake.last(gs.GenerateRequest).image.format == format
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
 def test_a_note_goes_to_stderr(turbolens, tmp_path, capsys):
     turbolens("generate", "x" * 60, "--out", str(tmp_path / "a.png"))
     told = capsys.readouterr()
@@ -107,6 +144,9 @@ def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys
         (["generate", "x", "--add", "up.0.1/3"], "BLOCK/INDEX=NUMBER"),
         (["generate", "x", "--add", "up.0.1/3=much"], "much"),
         (["generate", "x", "--mask", "0,0,1"], "LEFT,TOP,RIGHT,BOTTOM"),
+        (["generate", "x", "--edit-steps", "1"], "START,END"),
+        (["generate", "x", "--edits", "/no/such/file.json"], "/no/such/file.json"),
+        (["generate", "x", "--edits", __file__], "--edits"),
         (["extract", "x", "--k", "4"], "SAE=NUMBER"),
         (["extract", "x", "--prefix", "up.0.1=many"], "SAE=NUMBER"),
         (["features", "show", "up.0.1/99"], "0 to 15"),
