@@ -260,7 +260,7 @@ def test_an_installed_package_has_every_file_that_the_repository_has():
     for where in tool["packages"]["find"]["where"]:
         for path in (ROOT / where).rglob("*"):
             *folders, name = path.relative_to(ROOT / where).parts
-            if path.is_dir() or path.suffix in (".py", ".pyi", ".pyc") or folders[0].endswith(".egg-info"):
+            if path.is_dir() or path.suffix in (".py", ".pyi", ".pyc") or ".egg-info/" in str(path):
                 continue
             package = list(itertools.takewhile(str.isidentifier, folders))
             inside = "/".join([*folders[len(package) :], name])
