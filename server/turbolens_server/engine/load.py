@@ -221,12 +221,44 @@ def load_pipeline(
 
 
 def hash_unet(folder: Path, variant: str | None = None) -> str:
-    """SHA-256 over the U-Net's weight files, in order of name."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    weights = sorted(path for path in (folder / "unet").glob("*.safetensors") if path.name.endswith(suffix))
-    if variant is None:
-        weights = [path for path in weights if path.name.count(".") == 1 or "-of-" in path.name]
-    return hash_files(weights)
+    """SHA-256 over the U-Net's weight files, in order of name.
+
+    Raises:
+        LoadError: there are none.
+    """
+    return hash_files(_unet_files(folder / "unet", variant))
+
+
+def _unet_files(folder: Path, variant: str | None) -> list[Path]:
+    """The weight files that `diffusers` loads: the variant's where the folder has it, shards where there is an index.
+
+    A pipeline may have a variant of some parts only, so a U-Net without it is loaded as it is.
+    """
+    names = {path.name for path in folder.glob("*") if path.is_file()}
+    if not variant or not any("." in name and name.split(".")[1].startswith(variant) for name in names):
+        variant = None
+    stem, dot = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    # The second is how older versions of diffusers named it.
+    for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
+        if index in names:
+            wanted = sorted(set(_weight_map(folder / index).values()))
+            break
+    else:
+        wanted = [f"{stem}{dot}.safetensors"]
+    if missing := [name for name in wanted if name not in names]:
+        raise LoadError(f"{folder}: {missing[0]} is missing, and the model is known by the hash of its weights")
+    return [folder / name for name in wanted]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, of an index of shards."""
+    try:
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("no files by tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{index}: no index of shards ({_first_line(error)})") from error
+    return found
 
 
 def versions() -> dict[str, str]:

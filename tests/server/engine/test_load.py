@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -184,6 +185,71 @@ def test_the_wrong_width_is_refused(bundle, tiny_folder):
     rewritten = random_weights(32)
     save_file(rewritten.tensors(), bundle / "sae_weights.safetensors")
     assert "32 dimensions" in refused(model=str(tiny_folder), saes=[str(bundle)])
+
+
+UNET = "unet/diffusion_pytorch_model"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def model_copy(tmp_path, tiny_folder) -> Path:
+    """A model to rename files of."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def test_a_model_is_known_by_its_unets_weights(model_copy):
+    assert hash_unet(model_copy) == digest(model_copy / f"{UNET}.safetensors")
+
+
+def test_a_unet_without_the_variant_is_known_by_the_weights_that_are_loaded(model_copy):
+    text = model_copy / "text_encoder"
+    (text / "model.safetensors").rename(text / "model.fp16.safetensors")
+    engine = load_engine(model=str(model_copy), variant="fp16")
+    assert engine.info.model_hash == digest(model_copy / f"{UNET}.safetensors")
+
+
+def test_a_variant_is_known_by_its_own_weights(model_copy):
+    other = {name: tensor + 1 for name, tensor in load_file(model_copy / f"{UNET}.safetensors").items()}
+    save_file(other, model_copy / f"{UNET}.fp16.safetensors")
+    assert hash_unet(model_copy, "fp16") == digest(model_copy / f"{UNET}.fp16.safetensors")
+    assert hash_unet(model_copy) == digest(model_copy / f"{UNET}.safetensors")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_as_diffusers_saves_them_are_all_hashed(variant, model_copy):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model_copy / "unet")
+    (model_copy / f"{UNET}.safetensors").unlink()
+    unet.save_pretrained(model_copy / "unet", variant=variant, max_shard_size="1MB")
+    shards = sorted((model_copy / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    expected = hashlib.sha256("".join(digest(shard) for shard in shards).encode()).hexdigest()
+    assert load_engine(model=str(model_copy), variant=variant).info.model_hash == expected
+
+
+def test_shards_in_the_older_naming_are_all_hashed(model_copy):
+    unet = model_copy / "unet"
+    whole = load_file(unet / "diffusion_pytorch_model.safetensors")
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    names = [f"diffusion_pytorch_model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)]
+    keys = sorted(whole)
+    for name, part in zip(names, (keys[::2], keys[1::2]), strict=True):
+        save_file({key: whole[key] for key in part}, unet / name, {"format": "pt"})
+    weight_map = {key: names[n % 2] for n, key in enumerate(keys)}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (unet / "diffusion_pytorch_model.safetensors.fp16.index.json").write_text(json.dumps(index))
+    expected = hashlib.sha256("".join(digest(unet / name) for name in names).encode()).hexdigest()
+    assert hash_unet(model_copy, "fp16") == expected
+
+
+def test_a_unet_without_weights_has_no_hash(model_copy):
+    (model_copy / f"{UNET}.safetensors").unlink()
+    with pytest.raises(LoadError, match="is missing"):
+        hash_unet(model_copy)
 
 
 def test_the_embedded_saes_were_trained_on_the_embedded_model(engine):
