@@ -26,6 +26,11 @@ _WARM_UPS: Final = 2
 """Runs before a recording: kernels are compiled and chosen in the first, which a recording must not see."""
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one of this thread, which is the one that recordings, streams and events are made on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording(Generic[T]):
     """What was recorded."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from turbolens_proto.v1 import run_pb2
+from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_pipeline
 from turbolens_server.engine.plan import BatchPlan, StepTap
@@ -81,7 +82,7 @@ def unet_pass(engine: Engine, work: Work, saes: Sequence[str]) -> Callable[[], o
     plan = BatchPlan(work.jobs(saes=tuple(saes)), engine.info, engine.saes, engine.device, [999.0])
 
     def run() -> None:
-        with torch.inference_mode():
+        with on_device(engine.device), torch.inference_mode():
             engine.unet.predict(sample, timestep, text.hidden, text.pooled, time_ids, StepTap(plan, 0))
 
     return run

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.memory import MemoryNeed
@@ -31,6 +33,9 @@ from turbolens_server.engine.types import (
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_server.unet.backend import UNetBackend
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,18 @@ def pipelined_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _on_own_device(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
+    """The method with the engine's device as the current one: it may be called in any thread, each of which has its
+    own current device."""
+
+    @functools.wraps(method)
+    def call(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> T:
+        with on_device(engine.device):
+            return method(engine, *args, **kwargs)
+
+    return call
+
+
 class Engine:
     """Runs batches of jobs in two stages: `denoise`, from prompts to latents, and `decode`, from latents to pictures.
 
@@ -156,6 +173,7 @@ class Engine:
         """The SAEs by name, ready to run."""
         return self._saes
 
+    @_on_own_device
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Pooled text embeddings of the model's own encoder, unit norm, [n, d]; in the thread of `denoise`."""
@@ -192,6 +210,7 @@ class Engine:
             raise FloatingPointError(f"job {failed[0].job}: {failed[0]}")
         return results
 
+    @_on_own_device
     @torch.inference_mode()
     def denoise(
         self, jobs: Sequence[Job], *, on_event: OnEvent | None = None, cancelled: Cancelled | None = None
@@ -233,6 +252,7 @@ class Engine:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
         return Denoised(jobs, run.latents, live, features, text.tokens_cut)
 
+    @_on_own_device
     @torch.inference_mode()
     def decode(
         self, denoised: Denoised, *, on_event: OnEvent | None = None, cancelled: Cancelled | None = None
@@ -263,6 +283,7 @@ class Engine:
             emit(result)
         return results
 
+    @_on_own_device
     def warm_up(self, max_batch: int) -> None:
         """Run what will be served once, so that the first caller does not wait for it.
 

@@ -18,6 +18,7 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 
+from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import MAX_BATCH
 from turbolens_server.engine.decode import GraphedVae
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo, pipelined_on
@@ -155,41 +156,42 @@ def load_engine(
     )
     if refusal := memory.refusal(_describe(torch_device), f"a batch of {max_batch} at {size[1]}x{size[0]}"):
         raise LoadError(f"{model}: {refusal}")
-    text = TextEncoder(
-        (pipeline.tokenizer, pipeline.tokenizer_2),
-        (encoders[0].to(torch_device), encoders[1].to(torch_device)),
-        torch_device,
-    )
-    decoder = decoder.to(torch_device)
-    tapped = tuple(points[name] for name in order)
-    spec = GraphSpec.of(unet, tapped, downscale, text.max_tokens)
-    artifacts = ArtifactCache(cache or default_cache())
-    try:
-        runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
-    except BackendError as error:
-        raise LoadError(f"--backend {backend}: {error}") from error
-    info = EngineInfo(
-        model=model,
-        model_hash=model_hash,
-        hook_points=tapped,
-        saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
-        default_steps=1,
-        max_steps=max_steps,
-        default_size=size,
-        sizes=(size,),
-        max_prompt_tokens=text.max_tokens,
-        backend=runner.name,
-        backend_reason=reason,
-        device=_describe(torch_device),
-        dtype=str(torch_dtype).removeprefix("torch."),
-        versions=versions() | more,
-        memory=memory,
-        load_s=time.monotonic() - start,
-    )
-    on_gpu = torch_device.type == "cuda"
-    pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on_gpu else decoder
-    parts = Components(text, unet, decoder, pipeline.scheduler, downscale, pictures)
-    return Engine(parts, runner, info, torch_device)
+    with on_device(torch_device):
+        text = TextEncoder(
+            (pipeline.tokenizer, pipeline.tokenizer_2),
+            (encoders[0].to(torch_device), encoders[1].to(torch_device)),
+            torch_device,
+        )
+        decoder = decoder.to(torch_device)
+        tapped = tuple(points[name] for name in order)
+        spec = GraphSpec.of(unet, tapped, downscale, text.max_tokens)
+        artifacts = ArtifactCache(cache or default_cache())
+        try:
+            runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
+        except BackendError as error:
+            raise LoadError(f"--backend {backend}: {error}") from error
+        info = EngineInfo(
+            model=model,
+            model_hash=model_hash,
+            hook_points=tapped,
+            saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
+            default_steps=1,
+            max_steps=max_steps,
+            default_size=size,
+            sizes=(size,),
+            max_prompt_tokens=text.max_tokens,
+            backend=runner.name,
+            backend_reason=reason,
+            device=_describe(torch_device),
+            dtype=str(torch_dtype).removeprefix("torch."),
+            versions=versions() | more,
+            memory=memory,
+            load_s=time.monotonic() - start,
+        )
+        on_gpu = torch_device.type == "cuda"
+        pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on_gpu else decoder
+        parts = Components(text, unet, decoder, pipeline.scheduler, downscale, pictures)
+        return Engine(parts, runner, info, torch_device)
 
 
 def load_pipeline(

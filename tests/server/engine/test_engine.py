@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
+from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.decode import decode_latents, decode_rows
 from turbolens_server.engine.types import (
     Edit,
@@ -19,6 +22,7 @@ from turbolens_server.engine.types import (
 )
 from turbolens_server.sae.masks import Box, BoxMask
 
+ENGINE = "turbolens_server.engine.engine"
 PROMPT = "a big red star on the left, night background"
 PIXELS = 3  # of 255: a batch of another size rounds differently, and steering carries that on
 LATENTS = 2e-3
@@ -242,3 +246,37 @@ def test_samplers_prepared_once_do_not_remember_a_run(engine):
     first = engine.run([job(steps=3)])[0]
     engine.run([job(seed=8, steps=3)])
     assert np.array_equal(engine.run([job(steps=3)])[0].latents, first.latents)
+
+
+def test_every_entry_works_on_the_engines_own_device(engine, monkeypatch):
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def entered(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def checked(function):
+        def call(*args, **more):
+            assert set(current) == {engine.device}, "another device may be the current one"
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(f"{ENGINE}.on_device", entered)
+    monkeypatch.setattr(f"{ENGINE}.decode_rows", checked(decode_rows))
+    monkeypatch.setattr(engine.components.text, "_encode", checked(engine.components.text._encode))
+    monkeypatch.setattr(engine.unet, "predict", checked(engine.unet.predict))
+    engine.embed_text(["a prompt that no other test has"])
+    engine.decode(engine.denoise([job("nor this one")]))
+    engine.warm_up(1)
+    assert not current
+
+
+def test_a_gpu_is_the_current_one_by_its_number():
+    context = on_device(torch.device("cuda:1"))
+    assert isinstance(context, torch.cuda.device)
+    assert context.idx == 1
+    with on_device(torch.device("cpu")):
+        pass
