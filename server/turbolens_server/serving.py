@@ -32,6 +32,7 @@ from turbolens_server.rpc.errors import device_is_lost
 from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
 from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
+from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
@@ -102,7 +103,7 @@ class Serving:
         """Serve an engine.
 
         Raises:
-            LoadError: warming up, the model gave values that are not finite.
+            LoadError: warming up, the model gave values that are not finite, or what runs its U-Net failed.
         """
         config = self._config
         limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
@@ -113,7 +114,7 @@ class Serving:
             catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
         except Exception as error:
             await scheduler.close()
-            if isinstance(error, FloatingPointError):
+            if isinstance(error, FloatingPointError | BackendError):
                 raise LoadError(f"{engine.info.model}: {error}") from error
             raise
         self._room.ready = Ready(engine, scheduler, catalog)

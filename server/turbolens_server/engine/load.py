@@ -24,6 +24,7 @@ from turbolens_server.engine.decode import GraphedVae
 from turbolens_server.engine.engine import Components, Engine, EngineInfo, SaeInfo, pipelined_on
 from turbolens_server.engine.half_vae import UnknownDecoder, scale_stream
 from turbolens_server.engine.memory import available_bytes, memory_need
+from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
 from turbolens_server.sae.bundle import BundleError, hash_files
@@ -110,7 +111,8 @@ def load_engine(
     unet = pipeline.unet.eval()
     try:
         check_supported(unet)
-    except UnsupportedUNet as error:
+        check_scheduler(pipeline.scheduler, max_steps)
+    except (UnsupportedUNet, UnsupportedScheduler) as error:
         raise LoadError(f"{model}: {error}") from error
     decoder = _vae(vae, pipeline.vae, torch_dtype).eval()
     downscale = pipeline.vae_scale_factor

@@ -13,6 +13,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
+class UnsupportedScheduler(ValueError):
+    """A sampler that cannot be served; the text names it and says why."""
+
+
 @dataclasses.dataclass
 class Run:
     """One batch on its way from noise to latents."""
@@ -63,6 +67,31 @@ class Sampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
         return Run(scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)
+
+
+def check_scheduler(scheduler: Any, max_steps: int) -> None:
+    """Raise UnsupportedScheduler where a run would not be one pass of the U-Net and one estimate a step.
+
+    Step numbers and the ranges of edits count passes, and previews and pictures of every step show estimates. Many
+    samplers of `diffusers` tell no estimate, and some call the U-Net more often than they have steps.
+    """
+    name, use = type(scheduler).__name__, "use another, such as EulerAncestralDiscreteScheduler"
+    for steps in range(1, max_steps + 1):
+        taken = f"{steps} step{'s' if steps > 1 else ''}"
+        way_out = use if steps == 1 else f"lower --max-steps to {steps - 1}, or {use}"
+        try:
+            run = Sampler(scheduler, torch.device("cpu")).start(steps, [0], (4, 8, 8), torch.float32)
+            passes, t = len(run.timesteps), run.timesteps[0]
+            told = passes != steps or run.advance(torch.zeros_like(run.scaled(t)), t) is not None
+        except AttributeError:
+            told = False
+        except Exception as error:  # each sampler has its own way to refuse a number of steps
+            why = " ".join(str(error).split())[:200]
+            raise UnsupportedScheduler(f"scheduler {name} cannot take {taken} ({why}); {way_out}") from error
+        if not told:
+            raise UnsupportedScheduler(f"scheduler {name} gives no estimate of the picture at each step; {use}")
+        if passes != steps:
+            raise UnsupportedScheduler(f"scheduler {name} takes {passes} passes for {taken}; {way_out}")
 
 
 def _fresh(prepared: Any) -> Any:

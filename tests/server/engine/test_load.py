@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.engine.load import LoadError, embedded_saes, hash_unet, load_engine
-from turbolens_server.engine.types import Job
+from turbolens_server.engine.types import Job, StepDone
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.reference import encode_dense
+from turbolens_server.unet.tapped import UnsupportedUNet, check_supported
+from turbolens_training.mini import model as mini
 
 
 def random_weights(d_in: int, d_sae: int = 48) -> SaeWeights:
@@ -250,6 +253,47 @@ def test_a_unet_without_weights_has_no_hash(model_copy):
     (model_copy / f"{UNET}.safetensors").unlink()
     with pytest.raises(LoadError, match="is missing"):
         hash_unet(model_copy)
+
+
+def with_scheduler(folder: Path, name: str) -> str:
+    """The folder of a model, with another scheduler of diffusers."""
+    for file, change in (
+        ("scheduler/scheduler_config.json", {"_class_name": name}),
+        ("model_index.json", {"scheduler": ["diffusers", name]}),
+    ):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **change}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        ("LCMScheduler", "scheduler LCMScheduler gives no estimate"),
+        ("DPMSolverMultistepScheduler", "no estimate"),
+        ("UniPCMultistepScheduler", "no estimate"),
+        ("TCDScheduler", "no estimate"),
+        ("HeunDiscreteScheduler", "scheduler HeunDiscreteScheduler takes 3 passes for 2 steps"),
+        ("PNDMScheduler", "scheduler PNDMScheduler cannot take 1 step ("),
+    ],
+)
+def test_a_scheduler_whose_steps_cannot_be_told_is_refused(scheduler, says, model_copy):
+    assert says in refused(model=with_scheduler(model_copy, scheduler))
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "LMSDiscreteScheduler"])
+def test_other_schedulers_are_served_step_by_step(scheduler, model_copy):
+    engine = load_engine(model=with_scheduler(model_copy, scheduler))
+    done = []
+    engine.run([Job("x", 0, 3, *engine.info.default_size)], on_event=done.append)
+    assert [event.step for event in done if isinstance(event, StepDone)] == [0, 1, 2]
+
+
+def test_a_unet_distilled_for_guidance_is_refused():
+    told = {key: value for key, value in mini.build_unet().config.items() if key != "_use_default_values"}
+    unet = UNet2DConditionModel.from_config({**told, "time_cond_proj_dim": 32})
+    with pytest.raises(UnsupportedUNet, match="time_cond_proj_dim=32"):
+        check_supported(unet)
 
 
 def test_the_embedded_saes_were_trained_on_the_embedded_model(engine):

@@ -22,6 +22,7 @@ from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_server import app, serving
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.load import LoadError
+from turbolens_server.unet.backend import BackendError
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -225,8 +226,9 @@ def test_a_program_that_loses_its_gpu_fails_to_be_started_anew():
         assert {"device lost", "stopped"} <= {line["event"] for line in lines}
 
 
-async def test_a_model_that_warms_up_to_nothing_is_no_model(loading, fake):
-    fake.warm_up_fails = FloatingPointError("the U-Net gave values that are not finite")
+@pytest.mark.parametrize("kind", [FloatingPointError, BackendError])
+async def test_a_model_that_cannot_warm_up_is_no_model(kind, loading, fake):
+    fake.warm_up_fails = kind("the U-Net gave values that are not finite")
     with pytest.raises(LoadError, match="fake: the U-Net gave"):
         await loading.serving.make_ready(fake)
 
