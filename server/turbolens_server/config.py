@@ -45,6 +45,8 @@ class ServerConfig:
     """Variant of the weight files, such as `fp16`."""
     vae: str | None = None
     """Another VAE, by folder or hub id, such as a fast or a half-precision one."""
+    size: int = 0
+    """Edge of the pictures in pixels, which are square; 0: the model's own."""
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` for all."""
     port: int = 50051
@@ -74,7 +76,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         least_of = {"port": 0, "max_steps": 1, "max_seeds": 1, "max_batch": 1, "batch_wait_ms": 0, "max_queue": 1}
-        least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0}
+        least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0, "size": 0}
         for name, least in least_of.items():
             if not getattr(self, name) >= least:  # not-a-number too
                 why = " (max_seeds: a request must fit)" if name == "max_queue_pictures" else ""

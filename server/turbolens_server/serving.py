@@ -62,6 +62,7 @@ def load_from(config: ServerConfig) -> Engine:
         force_sae=config.force_sae,
         max_steps=config.max_steps,
         max_batch=config.max_batch,
+        size=config.size or None,
         backend=config.backend,
         cache=Path(config.cache).expanduser() if config.cache else None,
     )

@@ -34,7 +34,7 @@ class BenchConfig:
     steps: tuple[int, ...] = (1,)
     """Denoising steps; each number is a case of its own."""
     size: int | None = None
-    """Pixels each way; left out: the model's own size."""
+    """As for `turbolens serve`; left out: the model's own."""
     rounds: int = 20
     """Rounds in which each contender is timed once."""
     out: Path | None = None

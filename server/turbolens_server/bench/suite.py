@@ -23,8 +23,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """Measure every case.
 
     Raises:
-        LoadError: the model or an SAE cannot be loaded.
-        ValueError: there is no SAE to measure, or the size does not fit the model.
+        LoadError: the model or an SAE cannot be loaded, or the size does not fit the model.
+        ValueError: there is no SAE to measure.
     """
     began = time.perf_counter()
     engine = load_engine(
@@ -35,15 +35,13 @@ def run(config: BenchConfig) -> dict[str, Any]:
         saes=config.sae or None,
         backend=config.backend,
         max_batch=max(config.batch),
+        size=config.size,
     )
     load_s = time.perf_counter() - began
     info = engine.info
     if not info.saes:
         raise ValueError(f"{config.model} comes without SAEs; name some with --sae")
-    height, width = info.default_size if config.size is None else (config.size, config.size)
-    coarsest = max(point.downscale for point in info.hook_points)
-    if height < coarsest or height % coarsest or width % coarsest:
-        raise ValueError(f"size is {height}; it must be a multiple of {coarsest}, the coarsest grid's cell")
+    height, width = info.default_size
     bare = BarePipeline(engine, config.variant)
     speed = measure_speed(engine.device, engine.components.unet.dtype)
     cases = []

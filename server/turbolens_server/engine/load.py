@@ -77,6 +77,7 @@ def load_engine(
     force_sae: bool = False,
     max_steps: int = 4,
     max_batch: int = MAX_BATCH,
+    size: int | None = None,
     backend: str = "auto",
     cache: Path | None = None,
     hook_points: Sequence[str] = (),
@@ -96,6 +97,7 @@ def load_engine(
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
         max_batch: pictures that run together at most, for which there must be memory.
+        size: edge of the pictures in pixels, which are square; None: the model's own.
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
         cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
         hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
@@ -141,22 +143,22 @@ def load_engine(
         *(sae.hook_point for sae in loaded),
     }
     order = [name for name in points if name in used]
-    default = (unet.config.sample_size * downscale,) * 2
-    size = (512, 512) if default == (1024, 1024) and "turbo" in model.lower() else default
+    edge = unet.config.sample_size * downscale if size is None else _edge(size, unet, downscale)
+    served = (edge, edge)
     memory = memory_need(
         unet=unet,
         vae=decoder,
         texts=encoders,
         saes=[sae.bundle.weights.tensors().values() for sae in loaded],
-        dictionaries=[(math.prod(points[sae.hook_point].grid(*size)), sae.bundle.d_sae) for sae in loaded],
-        runs=[math.prod(points[sae.hook_point].grid(*size)) * sae.bundle.d_in for sae in loaded if sae.bundle.steps],
+        dictionaries=[(math.prod(points[sae.hook_point].grid(*served)), sae.bundle.d_sae) for sae in loaded],
+        runs=[math.prod(points[sae.hook_point].grid(*served)) * sae.bundle.d_in for sae in loaded if sae.bundle.steps],
         max_batch=max_batch,
-        latent_size=(size[0] // downscale, size[1] // downscale),
+        latent_size=(edge // downscale, edge // downscale),
         tokens=pipeline.tokenizer.model_max_length,
         pipelined=pipelined_on(torch_device),
         available=available,
     )
-    if refusal := memory.refusal(_describe(torch_device), f"a batch of {max_batch} at {size[1]}x{size[0]}"):
+    if refusal := memory.refusal(_describe(torch_device), f"a batch of {max_batch} at {edge}x{edge}"):
         raise LoadError(f"{model}: {refusal}")
     with on_device(torch_device):
         text = TextEncoder(
@@ -179,8 +181,8 @@ def load_engine(
             saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
             default_steps=1,
             max_steps=max_steps,
-            default_size=size,
-            sizes=(size,),
+            default_size=served,
+            sizes=(served,),
             max_prompt_tokens=text.max_tokens,
             backend=runner.name,
             backend_reason=reason,
@@ -336,6 +338,14 @@ def resolve(name: str, flag: str, patterns: Sequence[str] = _FILE_PATTERNS) -> P
             f"{flag} {name}: not a local folder, and the hub gave nothing ({_first_line(error)}); download it where "
             f"there is a network (`hf download {name}`) and pass the folder, or set HF_HOME to a cache that holds it"
         ) from error
+
+
+def _edge(size: int, unet: Any, downscale: int) -> int:
+    """A picture's edge that the U-Net can halve as often as it does, and that the exported graph takes."""
+    cell = downscale * 2 ** (len(unet.config.block_out_channels) - 1)
+    if size % cell or size < 2 * cell:
+        raise LoadError(f"--size {size}: must be a multiple of {cell}, from {2 * cell}")
+    return size
 
 
 def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:

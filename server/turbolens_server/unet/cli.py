@@ -33,8 +33,8 @@ class _Cached:
 class Build(_Cached):
     """Export the U-Net to ONNX, check it against PyTorch, and build a TensorRT engine from it.
 
-    Give the model and SAEs that will be served: their hook points are part of the engine. TensorRT builds for the GPU
-    of this machine; TensorRT-RTX also without a GPU, for a --target.
+    Give the model, SAEs and size that will be served: hook points and shapes are part of the engine. TensorRT builds
+    for the GPU of this machine; TensorRT-RTX also without a GPU, for a --target.
 
     Example: turbolens engine build --model ./sdxl-turbo --sae ./sdxl-saes --target sm89 --batches 1 4 8
     """
@@ -53,8 +53,8 @@ class Build(_Cached):
     """Compute capability to build for, such as `sm89`; empty: that of this machine's GPU."""
     batches: tuple[int, ...] = (1, 2, 4, 8)
     """Batch sizes to build for; a batch between two runs as the larger."""
-    size: tuple[int, int] | None = None
-    """Height and width of the pictures in pixels; left out: the model's own."""
+    size: int | None = None
+    """As for `turbolens serve`; left out: the model's own."""
 
     def run(self) -> None:
         from turbolens_server.unet.artifacts import ArtifactCache
@@ -89,14 +89,11 @@ def _export(build: Build) -> tuple[Entry, GraphSpec, tuple[int, int], float]:
 
     engine = load_engine(
         model=build.model, device="cpu", dtype=build.dtype, variant=build.variant, saes=build.sae or None,
-        force_sae=build.force_sae, backend="torch",
+        force_sae=build.force_sae, size=build.size, backend="torch",
     )  # fmt: skip
     info, parts = engine.info, engine.components
     spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
-    height, width = build.size or info.default_size
-    cell = parts.vae_downscale * spec.stride
-    if height % cell or width % cell or min(height, width) < 2 * cell:
-        raise ValueError(f"--size {height} {width}: both must be multiples of {cell}, from {2 * cell}")
+    height, width = info.default_size
     start = time.monotonic()
     graph = ensure_graph(ArtifactCache(build.root()), parts.unet, spec, info.model_hash)
     shape = height // parts.vae_downscale, width // parts.vae_downscale

@@ -41,8 +41,8 @@ def test_a_run_on_random_weights_writes_what_it_prints(tmp_path, capsys):
     ("arguments", "text"),
     [
         (["--model", "random:nothing"], "no such model"),
-        (["--model", "random:mini", "--size", "100"], "size is 100; it must be a multiple of 16"),
-        (["--model", "random:mini", "--size", "0"], "size is 0"),
+        (["--model", "random:mini", "--size", "100"], "--size 100: must be a multiple of 16, from 32"),
+        (["--model", "random:mini", "--size", "0"], "--size 0: must be"),
         (
             ["--model", "random:mini", "--backend", "tensorrt", "--device", "cpu"],
             "--backend tensorrt: TensorRT engines",

@@ -15,10 +15,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from turbolens_server.config import read_config
 from turbolens_server.engine.load import LoadError, embedded_saes, hash_unet, load_engine
 from turbolens_server.engine.types import Job, StepDone
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.reference import encode_dense
+from turbolens_server.serving import load_from
 from turbolens_server.unet.tapped import UnsupportedUNet, check_supported
 from turbolens_training.mini import model as mini
 
@@ -294,6 +296,27 @@ def test_a_unet_distilled_for_guidance_is_refused():
     unet = UNet2DConditionModel.from_config({**told, "time_cond_proj_dim": 32})
     with pytest.raises(UnsupportedUNet, match="time_cond_proj_dim=32"):
         check_supported(unet)
+
+
+def test_the_size_is_the_models_own_whatever_its_folder_is_called(tmp_path, tiny_folder):
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "turbolens-turbo"))
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 256}))
+    downscale = 2 ** (len(json.loads((model / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    size = 256 * downscale
+    assert load_engine(model=str(model)).info.sizes == ((size, size),)
+
+
+def test_another_size_is_served_where_it_is_asked_for(tiny_folder):
+    engine = load_from(read_config(["--model", str(tiny_folder), "--size", "96"], {}))
+    assert engine.info.default_size == (96, 96)
+    assert engine.info.sizes == ((96, 96),)
+    assert engine.run([Job("x", 0, 1, 96, 96)])[0].picture.shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize("size", [0, -32, 16, 100, 104])
+def test_a_size_that_the_unet_cannot_halve_is_refused(size, tiny_folder):
+    assert re.search(rf"--size {size}: must be a multiple of 16, from 32", refused(model=str(tiny_folder), size=size))
 
 
 def test_the_embedded_saes_were_trained_on_the_embedded_model(engine):

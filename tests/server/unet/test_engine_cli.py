@@ -54,7 +54,7 @@ def test_list_verify_prune(cache, capsys):
     ("argv", "says"),
     [
         (["--batches", "0"], "--batches 0"),
-        (["--target", "sm89", "--size", "100", "128"], "multiples of 16"),
+        (["--target", "sm89", "--size", "100"], "--size 100: must be a multiple of 16"),
         (["--target", "sm89", "--model", "/no/such/folder"], "no such folder"),
     ],
 )
