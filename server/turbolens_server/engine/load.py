@@ -171,7 +171,9 @@ def load_engine(
         spec = GraphSpec.of(unet, tapped, downscale, text.max_tokens)
         artifacts = ArtifactCache(cache or default_cache())
         try:
-            runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts)
+            runner, reason, more = open_backend(
+                backend, unet, spec, model_hash, torch_device, artifacts, (edge // downscale, edge // downscale)
+            )
         except BackendError as error:
             raise LoadError(f"--backend {backend}: {error}") from error
         info = EngineInfo(

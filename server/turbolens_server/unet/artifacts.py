@@ -128,6 +128,15 @@ class ArtifactCache:
             if (self.root / kind).is_dir():
                 yield from sorted(f for f in (self.root / kind).iterdir() if not f.name.startswith(_PARTIAL))
 
+    def key_of(self, folder: Path) -> dict[str, Any] | None:
+        """What the entry in a folder was made of and for, whole or damaged; None where that cannot be told any more."""
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            kind, key = manifest["kind"], manifest["key"]
+            return key if self.folder(kind, key).name == folder.name else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def verify(self, folder: Path, *, contents: bool = True) -> Entry:
         """An entry, with every file's size and (with `contents`) hash checked.
 

@@ -32,6 +32,7 @@ def open_backend(
     model_hash: str,
     device: torch.device,
     cache: ArtifactCache,
+    latent: tuple[int, int],
 ) -> tuple[UNetBackend, str, dict[str, str]]:
     """A backend for a U-Net that is still on the CPU.
 
@@ -43,6 +44,7 @@ def open_backend(
         model_hash: of the U-Net's weights.
         device: to run on.
         cache: of exported graphs and engines.
+        latent: (height, width) of the latents that are served.
 
     Returns:
         The backend, why it is this one, and the versions of what it runs on.
@@ -69,7 +71,7 @@ def open_backend(
                 raise BackendError(f"TensorRT engines run on a GPU, not on {device}")
             tensorrt = find_tensorrt()
             dtype = next(unet.parameters()).dtype
-            engine = find_engine(cache, graph_key(unet, spec, model_hash, dtype), tensorrt, target)
+            engine = find_engine(cache, graph_key(unet, spec, model_hash, dtype), tensorrt, target, latent)
             unet.to("meta")
             compiled = TensorRTRunner(tensorrt, engine, spec, device, dtype)
             return GraphUNet("tensorrt", spec, compiled), reason, {tensorrt.flavour: tensorrt.version}

@@ -17,31 +17,40 @@ from turbolens_server.unet.tensorrt_api import TensorRT
 from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, engine_key
 
 
-def find_engine(cache: ArtifactCache, graph_key: Mapping[str, Any], tensorrt: TensorRT, target: str) -> Entry:
-    """The engine of a graph that this TensorRT can run on this target: of several, the one for the largest batches.
+def find_engine(
+    cache: ArtifactCache, graph_key: Mapping[str, Any], tensorrt: TensorRT, target: str, latent: tuple[int, int]
+) -> Entry:
+    """The engine of a graph that this TensorRT can run on this target for latents of one (height, width).
+
+    Of several it is the one for the largest batches. What is damaged stands in the way only where it is what is
+    wanted.
 
     Raises:
-        BackendError: there is none (the text tells those for other versions and GPUs), or it is damaged.
+        BackendError: there is none (the text tells those for other versions, GPUs and sizes), or it is damaged.
     """
     wanted = engine_key(graph_key, tensorrt, target)
-    fitting: list[Entry] = []
+    fitting: list[tuple[int, Path]] = []
     others = set()
     for folder in cache.entries():
-        if folder.parent.name != "engines":
+        if folder.parent.name != "engines" or (key := cache.key_of(folder)) is None:
             continue
-        entry = cache.verify(folder, contents=False)
-        if {name: value for name, value in entry.key.items() if name != "buckets"} == wanted:
-            fitting.append(entry)
-        elif entry.key["graph"] == wanted["graph"]:
-            others.add(f"{entry.key['tensorrt']} {entry.key['version']} on {entry.key['target']}")
+        if key["graph"] != wanted["graph"]:
+            continue
+        buckets = [Bucket(*shape) for shape in key["buckets"]]
+        batches = [bucket.batch for bucket in buckets if (bucket.height, bucket.width) == latent]
+        if not batches or any(key[name] != value for name, value in wanted.items()):
+            sizes = sorted({f"{bucket.height}x{bucket.width}" for bucket in buckets})
+            others.add(f"{key['tensorrt']} {key['version']} on {key['target']} for latents of {', '.join(sizes)}")
+        else:
+            fitting.append((max(batches), folder))
     if not fitting:
-        beside = f" (there is one for {', '.join(sorted(others))})" if others else ""
+        beside = f" (there is one for {'; '.join(sorted(others))})" if others else ""
         raise BackendError(
-            f"{cache.root} holds no engine of this model for {tensorrt} on {target}{beside}; "
-            "run `turbolens engine build` with the same --model, --sae and --dtype"
+            f"{cache.root} holds no engine of this model for {tensorrt} on {target} for latents of "
+            f"{latent[0]}x{latent[1]}{beside}; "
+            "run `turbolens engine build` with the same --model, --sae, --dtype and --size"
         )
-    best = max(fitting, key=lambda entry: buckets_of(entry)[-1])
-    return cache.verify(best.folder)
+    return cache.verify(max(fitting)[1])
 
 
 def buckets_of(entry: Entry) -> list[Bucket]:

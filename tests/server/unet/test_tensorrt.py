@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.cli import main
 from turbolens_server.unet.export import GRAPH_FILE
-from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
-from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, build_plan, ensure_engine
+from turbolens_server.unet.tensorrt_api import TensorRT, current_target, find_tensorrt
+from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, build_plan, engine_key, ensure_engine
 from turbolens_server.unet.tensorrt_unet import buckets_of, deserialize, find_engine, split_batch
 
 TARGET = "sm89"
 BUCKETS = [Bucket(1, 16, 16)]
+LATENT = (16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def built(tensorrt, half_graph, graph_cache):
 def test_an_engine_is_built_without_a_gpu_and_found_again(built, tensorrt, half_graph):
     cache, graph, engine = built
     assert (engine.folder / PLAN_FILE).stat().st_size > graph.size / 2
-    assert find_engine(cache, graph.key, tensorrt, TARGET) == engine
+    assert find_engine(cache, graph.key, tensorrt, TARGET, LATENT) == engine
     assert buckets_of(engine) == BUCKETS
     assert ensure_engine(cache, graph, half_graph[0], tensorrt, TARGET, BUCKETS) == engine
     assert engine.notes["build_s"] > 0
@@ -60,10 +62,12 @@ def test_an_engine_for_another_gpu_version_or_model_is_not_taken(built, tensorrt
     cache, graph, _ = built
     newer = dataclasses.replace(tensorrt, version="99.0")
     for other, target in ((newer, TARGET), (tensorrt, "sm90")):
-        with pytest.raises(BackendError, match=rf"{tensorrt.version} on {TARGET}\); run `turbolens engine build`"):
-            find_engine(cache, graph.key, other, target)
+        with pytest.raises(
+            BackendError, match=rf"{tensorrt.version} on {TARGET} for latents of 16x16\); run `turbolens engine build`"
+        ):
+            find_engine(cache, graph.key, other, target, LATENT)
     with pytest.raises(BackendError, match=r"holds no engine of this model .*; run"):
-        find_engine(cache, {**graph.key, "model": "another"}, tensorrt, TARGET)
+        find_engine(cache, {**graph.key, "model": "another"}, tensorrt, TARGET, LATENT)
 
 
 def test_a_truncated_engine_is_refused(built, tensorrt, tmp_path):
@@ -73,7 +77,46 @@ def test_a_truncated_engine_is_refused(built, tensorrt, tmp_path):
     bad = copy.add("engines", engine.key, lambda folder: _write(folder, whole))
     (bad.folder / PLAN_FILE).write_bytes(whole[:-1])
     with pytest.raises(BackendError, match=r"bytes, .* were written"):
-        find_engine(copy, graph.key, tensorrt, TARGET)
+        find_engine(copy, graph.key, tensorrt, TARGET, LATENT)
+
+
+ANY = TensorRT("tensorrt_rtx", "1.7", None)
+GRAPH = {"model": "a" * 64}
+
+
+def kept(cache, graph=GRAPH, buckets=((1, 16, 16),), target=TARGET):
+    """An entry as a build leaves it, with a plan that is none."""
+    key = {**engine_key(graph, ANY, target), "buckets": [list(bucket) for bucket in buckets]}
+    return cache.add("engines", key, lambda folder: _write(folder, b"plan"))
+
+
+def test_the_engine_is_the_one_for_the_size_that_is_served(tmp_path):
+    cache = ArtifactCache(tmp_path)
+    small = kept(cache, buckets=((1, 16, 16), (8, 16, 16)))
+    large = kept(cache, buckets=((1, 24, 24),))
+    both = kept(cache, buckets=((2, 24, 24), (9, 32, 32)))
+    kept(cache, buckets=((4, 16, 16),))
+    assert find_engine(cache, GRAPH, ANY, TARGET, (16, 16)) == small
+    assert find_engine(cache, GRAPH, ANY, TARGET, (24, 24)) == both, "the larger batches at that size"
+    assert find_engine(cache, GRAPH, ANY, TARGET, (32, 32)) == both
+    shutil.rmtree(both.folder)
+    assert find_engine(cache, GRAPH, ANY, TARGET, (24, 24)) == large
+    with pytest.raises(BackendError, match=r"for latents of 48x48 \(there is one for .*24x24.*and --size"):
+        find_engine(cache, GRAPH, ANY, TARGET, (48, 48))
+
+
+def test_damage_to_an_engine_that_is_not_wanted_does_not_matter(tmp_path):
+    cache = ArtifactCache(tmp_path)
+    wanted = kept(cache)
+    others = [kept(cache, {"model": "b" * 64}), kept(cache, target="sm90"), kept(cache, buckets=((1, 24, 24),))]
+    for entry in others:
+        (entry.folder / PLAN_FILE).unlink()
+    nothing = kept(cache, {"model": "c" * 64})
+    (nothing.folder / "manifest.json").write_text("{")
+    assert find_engine(cache, GRAPH, ANY, TARGET, LATENT) == wanted
+    (wanted.folder / PLAN_FILE).write_bytes(b"nalp")
+    with pytest.raises(BackendError, match="has changed"):
+        find_engine(cache, GRAPH, ANY, TARGET, LATENT)
 
 
 def _write(folder, data):
