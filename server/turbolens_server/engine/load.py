@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -27,7 +28,8 @@ from turbolens_server.engine.memory import available_bytes, memory_need
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
-from turbolens_server.sae.bundle import BundleError, hash_files
+from turbolens_server.sae.bundle import hash_files
+from turbolens_server.sae.formats.names import check_name, find_block
 from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.attention_taps import list_points, with_attention_points
@@ -92,8 +94,8 @@ def load_engine(
         variant: file variant to load, such as "fp16".
         vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
         saes: each a bundle, the folder of an SAE of another project, a folder of several, or a hub id; `BLOCK=` in
-            front says where one sits whose folder does not. None: the embedded model's own, a random model's,
-            or none.
+            front says where one sits whose folder does not, `NAME=` or `NAME@BLOCK=` what requests call it.
+            None: the embedded model's own, a random model's, or none.
         force_sae: serve an SAE on a model that it was not trained on.
         max_steps: most denoising steps a request may ask for.
         max_batch: pictures that run together at most, for which there must be memory.
@@ -135,7 +137,7 @@ def load_engine(
             )
     names = [sae.name for sae in loaded]
     if doubled := {name for name in names if names.count(name) > 1}:
-        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; give one another name in its cfg.json")
+        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; name one by --sae NAME=PATH")
     if unknown := [name for name in hook_points if name not in points]:
         raise LoadError(f"{model}: no hook point {', '.join(unknown)}; it has {list_points(points)}")
     used = {
@@ -388,19 +390,33 @@ def _upscale(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
+def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
+    """What one `--sae` says: (name, hook point, folder or hub id), of `[NAME][@][BLOCK]=PATH` or a path alone."""
+    front, _, path = source.partition("=")
+    if not front or not path or "/" in front or Path(source).expanduser().exists():
+        return None, None, source
+    name, at, block = front.rpartition("@")
+    if not at and front not in points and find_block(front) != front:
+        return front, None, path
+    if block not in points:
+        raise LoadError(f"--sae {source}: the model has no block {block}; it has {list_points(points)}")
+    return name or None, block, path
+
+
 def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:
     """Every SAE that one `--sae` names."""
-    block, _, rest = source.partition("=")
-    hook_point, name = (block, rest) if rest and block in points else (None, source)
-    folder = resolve(name, "--sae", SAE_PATTERNS)
+    name, hook_point, path = _parts_of(source, points)
+    folder = resolve(path, "--sae", SAE_PATTERNS)
     found = find_saes(folder)
     if not found:
         raise LoadError(f"--sae {source}: no SAE in {folder} (no cfg.json, and the weights of no known format)")
-    if hook_point and len(found) > 1:
+    if (name or hook_point) and len(found) > 1:
         raise LoadError(f"--sae {source}: {folder} holds {len(found)} SAEs; name one of them")
     try:
         bundles = [read_sae(path, hook_point) for path in found]
-    except BundleError as error:
+        if name is not None:
+            bundles = [dataclasses.replace(b, name=check_name(name, b.hook_point)) for b in bundles]
+    except ValueError as error:
         raise LoadError(f"--sae {error}") from error
     infos = []
     for bundle in bundles:

@@ -32,6 +32,8 @@ class Import:
     """New folder: the bundle, or where there are several SAEs, a bundle for each by its block."""
     block: str | None = None
     """Where the SAE sits, such as down.2.1; left out: read off its configuration or its folder's name."""
+    name: str | None = None
+    """What requests call the SAE; left out: as its block. Several of one block need a name each."""
     format: Format = "auto"
     """Whose format it is; left out: found by the names of the files."""
     model: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from turbolens_server.engine.load import EMBEDDED, SAE_PATTERNS, embedded_model, hash_unet, resolve
 from turbolens_server.sae.bundle import Bundle, BundleError, save_bundle
-from turbolens_server.sae.formats.names import Format, module_of
+from turbolens_server.sae.formats.names import Format, check_name, module_of
 from turbolens_server.sae.formats.read import find_saes, is_bundle, read_sae
 
 
@@ -16,6 +16,7 @@ def convert(
     out: Path,
     *,
     block: str | None = None,
+    name: str | None = None,
     format: Format = "auto",
     model: str | None = None,
     variant: str | None = None,
@@ -26,6 +27,7 @@ def convert(
         src: a folder or a hub id.
         out: new folder: the bundle, or where there are several, a bundle for each by its block.
         block: where the SAE sits; None: read off its configuration or its folder's name.
+        name: what requests call the SAE; None: as its block.
         format: whose format it is.
         model: what it was trained on; its U-Net's hash goes into the bundle.
         variant: of the model's weight files.
@@ -56,12 +58,21 @@ def convert(
         raise BundleError(f"{src}: no SAE of a known format in {root}")
     if block is not None and len(folders) > 1:
         raise BundleError(f"--block {block}: {root} holds {len(folders)} SAEs; name one of their folders")
+    if name is not None and len(folders) > 1:
+        raise BundleError(f"--name {name}: {root} holds {len(folders)} SAEs; name one of their folders")
     if already := [folder for folder in folders if is_bundle(folder)]:
         raise BundleError(f"{already[0]} is a bundle already; serve it as it is")
     found = [read_sae(folder, block, format) for folder in folders]
     blocks = [bundle.hook_point for bundle in found]
     if doubled := sorted({name for name in blocks if blocks.count(name) > 1}):
-        raise BundleError(f"{root} holds several SAEs for {', '.join(doubled)}; convert one folder at a time")
+        raise BundleError(
+            f"{root} holds several SAEs for {', '.join(doubled)}; convert one folder at a time, each with a --name"
+        )
+    if name is not None:
+        try:
+            check_name(name, found[0].hook_point)
+        except ValueError as error:
+            raise BundleError(f"--name {error}") from error
     for bundle in found:
         folder = out / bundle.hook_point if len(found) > 1 else out
         save_bundle(
@@ -74,6 +85,7 @@ def convert(
             k=bundle.k,
             weights=bundle.weights,
             stats=bundle.stats,
+            name=name,
             provenance={
                 **bundle.provenance,
                 "source": root.name if Path(src).expanduser().is_dir() else src,

@@ -186,6 +186,44 @@ def test_two_saes_of_one_name_are_refused(bundle, tmp_path, tiny_folder):
     assert "mid.0" in refused(model=str(tiny_folder), saes=[str(bundle), str(tmp_path / "again")])
 
 
+def test_several_foreign_saes_of_one_block_are_served_under_names(tmp_path, tiny_folder):
+    few = write_reference(tmp_path / "k=4", random_weights(64), k=4)
+    many = write_reference(tmp_path / "k=8", random_weights(64), k=8)
+    nameless = Path(shutil.copytree(many, tmp_path / "nameless"))
+    assert "--sae NAME=PATH" in refused(model=str(tiny_folder), saes=[str(few), str(many)])
+    engine = load_engine(model=str(tiny_folder), saes=[str(few), f"k8={many}", f"other@up.0.1={nameless}"])
+    served = {name: (sae.hook_point, sae.bundle.k) for name, sae in engine.info.saes.items()}
+    assert served == {"mid.0": ("mid.0", 4), "k8": ("mid.0", 8), "other": ("up.0.1", 8)}
+    (result,) = engine.run([Job("x", 0, 1, *engine.info.default_size, saes=("mid.0", "k8"))])
+    assert {codes.sae for codes in result.features} == {"mid.0", "k8"}
+
+
+def test_a_block_can_be_given_with_and_without_a_name(tmp_path, tiny_folder):
+    nameless = Path(shutil.copytree(write_reference(tmp_path, random_weights(64)), tmp_path / "nameless"))
+    for given, name in (("mid.0", "mid.0"), ("@mid.0", "mid.0"), ("a@mid.0", "a")):
+        info = load_engine(model=str(tiny_folder), saes=[f"{given}={nameless}"]).info
+        assert [(sae.name, sae.hook_point) for sae in info.saes.values()] == [(name, "mid.0")]
+
+
+def test_a_bundle_can_be_served_under_another_name(bundle, tiny_folder):
+    info = load_engine(model=str(tiny_folder), saes=[str(bundle), f"again={bundle}"]).info
+    assert list(info.saes) == ["mid.0", "again"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("a@attic=", "no block attic"),
+        ("mid.9=", "no block mid.9"),
+        ("up.0.1@mid.0=", "cannot be called up.0.1: that is a block"),
+        ("up,0=", "no name of an SAE"),
+        ("k5=/no/such", "no such folder"),
+    ],
+)
+def test_a_name_or_block_that_cannot_be_is_refused(given, says, bundle, tiny_folder):
+    assert says in refused(model=str(tiny_folder), saes=[f"{given}{bundle}"])
+
+
 def test_the_wrong_width_is_refused(bundle, tiny_folder):
     rewritten = random_weights(32)
     save_file(rewritten.tensors(), bundle / "sae_weights.safetensors")

@@ -76,6 +76,14 @@ def test_a_block_can_be_given(tmp_path):
     assert config["metadata"]["hook_name"] == "unet.up_blocks.0.attentions.1"
 
 
+def test_a_name_can_be_given(tmp_path):
+    for name in ("k5", "k10"):
+        foreign.sparsify(0).write(tmp_path / name / "mid.0")
+        main(["import", str(tmp_path / name), str(tmp_path / "ours" / name), "--name", name])
+        bundle = load_bundle(tmp_path / "ours" / name)
+        assert (bundle.name, bundle.hook_point) == (name, "mid.0")
+
+
 def test_what_cannot_be_converted_writes_nothing(tmp_path, capsys):
     ours = tmp_path / "ours"
     whole = foreign.sparsify(0).write(tmp_path / "two" / "mid.0")
@@ -94,6 +102,9 @@ def test_what_cannot_be_converted_writes_nothing(tmp_path, capsys):
         ((whole, ours, "--format", "saelens"), "sae_weights.safetensors is missing"),
         ((tmp_path / "two", ours, "--block", "mid.0"), "holds 2 SAEs"),
         ((again, ours), "several SAEs for mid.0"),
+        ((again, ours, "--name", "k5"), "holds 2 SAEs"),
+        ((whole, ours, "--name", "a/b"), "no name of an SAE"),
+        ((whole, ours, "--name", "up.0.0"), "that is a block"),
         ((embedded_saes() / "mid.0", ours), "a bundle already"),
         ((tmp_path / "empty", ours), "no SAE"),
         ((tmp_path / "nowhere", ours), "no such folder"),

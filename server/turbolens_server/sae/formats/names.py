@@ -15,6 +15,9 @@ _MODULE: Final = re.compile(
 _SHORT: Final = re.compile(r"(?:(down|up)\.(\d+)\.(\d+)|mid\.(\d+))(?:\.(attn[12])\.(\d+))?")
 
 
+_NAME: Final = re.compile(r"[\w.+-]+")
+
+
 def find_block(text: str) -> str | None:
     """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1".
 
@@ -44,3 +47,16 @@ def module_of(block: str) -> str:
     kind, i, j, middle, attention, layer = name.groups()
     module = f"mid_block.attentions.{middle}" if middle else f"{kind}_blocks.{i}.attentions.{j}"
     return f"{module}.transformer_blocks.{layer}.{attention}" if attention else module
+
+
+def check_name(name: str, block: str) -> str:
+    """The name for an SAE at a block, which requests write as NAME/FEATURE.
+
+    Raises:
+        ValueError: it cannot be written so, or it is the name of another block.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of an SAE; names are of letters, digits and . _ + -")
+    if name != block and _SHORT.fullmatch(name):
+        raise ValueError(f"an SAE of {block} cannot be called {name}: that is a block")
+    return name
