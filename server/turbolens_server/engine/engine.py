@@ -125,7 +125,7 @@ def _on_own_device(method: Callable[Concatenate[Engine, P], T]) -> Callable[Conc
     own current device."""
 
     @functools.wraps(method)
-    def call(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with on_device(engine.device):
             return method(engine, *args, **kwargs)
 
