@@ -177,7 +177,7 @@ class Engine:
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Pooled text embeddings of the model's own encoder, unit norm, [n, d]; in the thread of `denoise`."""
-        pooled = self._parts.text.encode_all(texts).pooled.float().cpu()
+        pooled = self._parts.text.pooled(texts).float().cpu()
         return torch.nn.functional.normalize(pooled, dim=-1).numpy()
 
     def run(

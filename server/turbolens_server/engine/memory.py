@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from turbolens_server.engine.decode import MAX_DECODE
+from turbolens_server.engine.text import PROMPTS_KEPT
 
 _SLACK: Final = 1.25
 """Over the counted activations: kernels have scratch space of their own, and allocators round up."""
@@ -36,7 +37,8 @@ class MemoryNeed:
     saes: int
     """Weights of the SAEs."""
     activations: int
-    """Estimated, of the largest batch; on a pipelined device that of its U-Net and of its VAE together."""
+    """Estimated, of the largest batch; on a pipelined device that of its U-Net and of its VAE together. With it, the
+    encoded prompts that are kept."""
     available: int | None
     """Free when loading began; None where the platform does not tell."""
 
@@ -139,6 +141,13 @@ def vae_bytes(vae: Any, batch: int, height: int, width: int) -> int:
     return peak_bytes(lambda: twin.decode(latents), twin.parameters())
 
 
+def text_bytes(unet: Any, dtype: torch.dtype, prompts: int, tokens: int) -> int:
+    """Encoded prompts of `tokens` each: hidden states and pooled text."""
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return int(prompts * (tokens * config.cross_attention_dim + pooled) * dtype.itemsize)
+
+
 def memory_need(
     *,
     unet: Any,
@@ -180,7 +189,7 @@ def memory_need(
     return MemoryNeed(
         weights=sum(_size(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
         saes=sum(_size(tensor) for tensors in saes for tensor in tensors),
-        activations=int(activations * _SLACK),
+        activations=int(activations * _SLACK) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
         available=available,
     )
 

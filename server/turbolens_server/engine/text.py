@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from turbolens_server.cuda_graphs import Graphed
 
-_CACHE_SIZE: Final = 512
+T = TypeVar("T")
+
+PROMPTS_KEPT: Final = 512
+"""Encoded prompts that are kept for callers who come back with them."""
 _TOGETHER: Final = 8
 """Prompts encoded in one go: on a GPU each number is a recording of its own."""
 
@@ -47,6 +50,7 @@ class TextEncoder:
             self._encode = Graphed(self._encode)
         self._device = device
         self._cache: collections.OrderedDict[str, EncodedText] = collections.OrderedDict()
+        self._meanings: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
 
     @property
     def max_tokens(self) -> int:
@@ -79,20 +83,41 @@ class TextEncoder:
         hidden, pooled = torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts])
         return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))
 
-    def _encode_missing(self, prompts: Sequence[str]) -> list[EncodedText]:
-        found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+    def pooled(self, texts: Sequence[str]) -> Tensor:
+        """Pooled text of words that nobody draws, [n, D]; what is kept of them is small and pushes out no prompt."""
+        found = {text: self._meanings[text] for text in texts if text in self._meanings}
+        for group, encoded in self._encode_groups([text for text in texts if text not in found]):
+            found |= {text: row.clone() for text, row in zip(group, encoded.pooled.split(1), strict=True)}
+        _keep(self._meanings, found)
+        return torch.cat([found[text] for text in texts])
+
+    def _encode_groups(self, texts: Sequence[str]) -> Iterator[tuple[list[str], EncodedTexts]]:
+        """Texts without repetition, a few at a time, each group encoded in one go."""
+        missing = list(dict.fromkeys(texts))
         for start in range(0, len(missing), _TOGETHER):
             group = missing[start : start + _TOGETHER]
-            encoded = self.encode_together(group)
+            yield group, self.encode_together(group)
+
+    def _encode_missing(self, prompts: Sequence[str]) -> list[EncodedText]:
+        found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
+        for group, encoded in self._encode_groups([prompt for prompt in prompts if prompt not in found]):
             rows = zip(encoded.hidden.split(1), encoded.pooled.split(1), encoded.tokens_cut, strict=True)
-            found |= {prompt: EncodedText(*row) for prompt, row in zip(group, rows, strict=True)}
-        for prompt, text in found.items():
-            self._cache[prompt] = text
-            self._cache.move_to_end(prompt)
-        while len(self._cache) > _CACHE_SIZE:
-            self._cache.popitem(last=False)
+            # Copies: a row is a view of its whole group, which it would keep for as long as itself.
+            found |= {
+                prompt: EncodedText(hidden.clone(), pooled.clone(), cut)
+                for prompt, (hidden, pooled, cut) in zip(group, rows, strict=True)
+            }
+        _keep(self._cache, found)
         return [found[prompt] for prompt in prompts]
+
+
+def _keep(cache: collections.OrderedDict[str, T], used: Mapping[str, T]) -> None:
+    """Put what was just used at a cache's end, and drop from its front what is too much."""
+    for text, encoded in used.items():
+        cache[text] = encoded
+        cache.move_to_end(text)
+    while len(cache) > PROMPTS_KEPT:
+        cache.popitem(last=False)
 
 
 def _fitted(ids: list[int], limit: int, padding: int) -> list[int]:

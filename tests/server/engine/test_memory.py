@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from turbolens_server.engine import load, memory
-from turbolens_server.engine.memory import MemoryNeed, available_host_bytes, peak_bytes, unet_bytes, vae_bytes
+from turbolens_server.engine.memory import (
+    MemoryNeed,
+    available_host_bytes,
+    peak_bytes,
+    text_bytes,
+    unet_bytes,
+    vae_bytes,
+)
+from turbolens_server.engine.text import PROMPTS_KEPT
 
 
 def test_the_count_is_that_of_a_real_run(engine):
@@ -27,6 +35,14 @@ def test_the_count_is_that_of_a_real_run(engine):
     with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
         vae.decode(torch.randn(2, vae.config.latent_channels, 16, 16))
     assert vae_bytes(vae, 2, 16, 16) == pytest.approx(counted.peak, rel=0.05)
+
+
+def test_the_prompts_that_are_kept_are_counted(engine):
+    parts = engine.components
+    kept = parts.text.encode("a star")
+    one = kept.hidden.nbytes + kept.pooled.nbytes
+    assert text_bytes(parts.unet, kept.hidden.dtype, 3, parts.text.max_tokens) == 3 * one
+    assert engine.info.memory.activations > PROMPTS_KEPT * one
 
 
 def test_what_is_alive_at_once_is_what_counts():

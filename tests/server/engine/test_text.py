@@ -15,7 +15,7 @@ PROMPTS = [f"a {color} star, night background" for color in ("red", "green", "bl
 @pytest.fixture
 def text(engine):
     fresh = copy.copy(engine.components.text)
-    fresh._cache = type(fresh._cache)()
+    fresh._cache, fresh._meanings = type(fresh._cache)(), type(fresh._meanings)()
     return fresh
 
 
@@ -32,6 +32,31 @@ def test_a_prompt_is_the_same_alone_together_and_kept(text):
     again = text.encode_all(PROMPTS[::-1])
     assert torch.equal(again.hidden, first.hidden[1:6].flip(0))
     assert torch.equal(text.encode(PROMPTS[2]).hidden[0], first.hidden[3])
+
+
+@torch.inference_mode()
+def test_a_prompt_that_is_kept_keeps_none_of_those_it_came_with(text):
+    text.encode_all(PROMPTS)
+    for kept in text._cache.values():
+        for tensor in (kept.hidden, kept.pooled):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@torch.inference_mode()
+def test_searches_push_no_prompt_out(text, monkeypatch):
+    monkeypatch.setattr("turbolens_server.engine.text.PROMPTS_KEPT", 5)
+    text.encode_all(PROMPTS)
+    words = [f"word {number}" for number in range(9)]
+    first = text.pooled([*words, words[0]])
+    assert len(first) == 10
+    assert torch.equal(first[0], first[9])
+    assert torch.allclose(first[3:4], text.encode_together([words[3]]).pooled, atol=1e-5)
+    asked = []
+    encode = text.encode_together
+    monkeypatch.setattr(text, "encode_together", lambda prompts: (asked.extend(prompts), encode(prompts))[1])
+    text.encode_all(PROMPTS)
+    text.pooled(words[-5:])  # asked again, as for the next page of what was found
+    assert not asked
 
 
 @given(prompt=st.text(max_size=400))
