@@ -100,6 +100,9 @@ class ArtifactCache:
             BackendError: the disk is full, the folder cannot be written, or the entry there is damaged.
         """
         try:
+            # What is there is whole, so reading it needs no lock: the folder may be one that cannot be written.
+            if (entry := self.find(kind, key)) is not None:
+                return entry
             with self._lock(on_wait):
                 if (entry := self.find(kind, key)) is not None:
                     return entry

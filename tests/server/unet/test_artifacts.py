@@ -92,6 +92,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert "--cache" in refused(ArtifactCache(tmp_path / "file" / "cache").add, "engines", KEY, make)
 
 
+def test_what_is_there_is_found_in_a_folder_that_cannot_be_written(cache, monkeypatch):
+    added = cache.add("graphs", KEY, make)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(type(cache.root), "mkdir", read_only)
+    monkeypatch.setattr(cache, "_lock", read_only)
+    assert cache.add("graphs", KEY, lambda folder: pytest.fail("it is there")) == added
+    assert "cannot be written" in refused(cache.add, "graphs", KEY | {"version": "2"}, make)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
