@@ -72,7 +72,7 @@ def test_a_result_says_all_that_makes_it_again(lens, live):
     assert told.edits[0].add.strength == 4
     assert list(told.sae_hashes) == ["up.0.1"]
     assert told.model_hash == lens.model().hash
-    assert {"torch", "diffusers", "turbolens"} <= set(told.versions)
+    assert {"torch", "diffusers", "transformers", "turbolens"} <= set(told.versions)
     assert not told.forced_sae
 
 

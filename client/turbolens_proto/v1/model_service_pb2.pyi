@@ -61,6 +61,7 @@ class Model(_message.Message):
     BACKEND_REASON_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or hub id."""
     hash: _builtins.str
@@ -75,6 +76,10 @@ class Model(_message.Message):
     """Why this backend runs the U-Net."""
     load_seconds: _builtins.float
     """Seconds that loading took."""
+    components_hash: _builtins.str
+    """SHA-256 over all that draws beside the U-Net's weights: its configuration, and the text encoders, tokenizers, VAE and
+    scheduler in use, files and settings.
+    """
     @_builtins.property
     def hook_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___HookPoint]:
         """Where an SAE can sit."""
@@ -125,10 +130,11 @@ class Model(_message.Message):
         backend_reason: _builtins.str = ...,
         memory: Global___Memory | None = ...,
         load_seconds: _builtins.float = ...,
+        components_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

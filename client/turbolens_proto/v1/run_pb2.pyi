@@ -432,6 +432,7 @@ class Provenance(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     FORCED_SAE_FIELD_NUMBER: _builtins.int
     SAE_OPTIONS_FIELD_NUMBER: _builtins.int
+    COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
@@ -446,6 +447,10 @@ class Provenance(_message.Message):
     """In which precision."""
     forced_sae: _builtins.bool
     """True where an SAE was trained on another model than the one served and the operator forced it."""
+    components_hash: _builtins.str
+    """SHA-256 over all that draws beside the U-Net's weights: its configuration, and the text encoders, tokenizers, VAE and
+    scheduler in use, files and settings.
+    """
     @_builtins.property
     def sae_hashes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Bundle hash of every SAE that took part."""
@@ -481,10 +486,11 @@ class Provenance(_message.Message):
         dtype: _builtins.str = ...,
         forced_sae: _builtins.bool = ...,
         sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
+        components_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "device", b"device", "dtype", b"dtype", "edits", b"edits", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "prompt", b"prompt", "sae_hashes", b"sae_hashes", "sae_options", b"sae_options", "sampling", b"sampling", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "edits", b"edits", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "prompt", b"prompt", "sae_hashes", b"sae_hashes", "sae_options", b"sae_options", "sampling", b"sampling", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,8 @@ class EngineInfo:
 
     model: str
     model_hash: str
+    components_hash: str
+    """Of all that draws beside the U-Net's weights."""
     hook_points: tuple[HookPoint, ...]
     saes: dict[str, SaeInfo]
     """By name, in order of their blocks in the U-Net."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -28,7 +29,7 @@ from turbolens_server.engine.memory import available_bytes, memory_need
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.models.random_sdxl import is_random, random_bundles, random_pipeline
-from turbolens_server.sae.bundle import hash_files
+from turbolens_server.sae.bundle import hash_file, hash_files
 from turbolens_server.sae.formats.names import check_name, find_block
 from turbolens_server.sae.formats.read import find_saes, read_sae
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
@@ -41,6 +42,8 @@ from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, UnsupportedUNet, c
 EMBEDDED: Final = "mini"
 """The name of the model that ships with the package."""
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STEMS: Final = {"text_encoder": "model", "text_encoder_2": "model", "vae": "diffusion_pytorch_model"}
+"""What the weight files of a part are called, beside the U-Net's."""
 _FILE_PATTERNS: Final = ("*.json", "*.txt", "*.safetensors", "*.model")
 SAE_PATTERNS: Final = (
     "*.json",
@@ -111,14 +114,17 @@ def load_engine(
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     available = available_bytes(torch_device)
-    pipeline, model_hash = load_pipeline(model, torch_device, torch_dtype, variant)
+    folder = _model_folder(model, variant)
+    vae_folder = None if vae is None else resolve(vae, "--vae")
+    pipeline, model_hash = _read_pipeline(model, folder, torch_device, torch_dtype, variant)
+    components_hash = model_hash if folder is None else hash_components(folder, variant, vae_folder)
     unet = pipeline.unet.eval()
     try:
         check_supported(unet)
         check_scheduler(pipeline.scheduler, max_steps)
     except (UnsupportedUNet, UnsupportedScheduler) as error:
         raise LoadError(f"{model}: {error}") from error
-    decoder = _vae(vae, pipeline.vae, torch_dtype).eval()
+    decoder = _vae(vae_folder, pipeline.vae, torch_dtype).eval()
     downscale = pipeline.vae_scale_factor
     encoders = (pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval())
     points = with_attention_points(unet, find_hook_points(unet, downscale))
@@ -181,6 +187,7 @@ def load_engine(
         info = EngineInfo(
             model=model,
             model_hash=model_hash,
+            components_hash=components_hash,
             hook_points=tapped,
             saes={sae.name: sae for sae in sorted(loaded, key=lambda sae: order.index(sae.hook_point))},
             default_steps=1,
@@ -210,16 +217,29 @@ def load_pipeline(
     Raises:
         LoadError: with one clear line.
     """
+    return _read_pipeline(model, _model_folder(model, variant), device, dtype, variant)
+
+
+def _model_folder(model: str, variant: str | None) -> Path | None:
+    """Where a model is; None for random weights, which are nowhere."""
     if is_random(model):
         if variant is not None:
             raise LoadError(f"--variant {variant}: {model} has no weight files")
+        return None
+    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
+    if not (folder / "model_index.json").exists():
+        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
+    return folder
+
+
+def _read_pipeline(
+    model: str, folder: Path | None, device: torch.device, dtype: torch.dtype, variant: str | None
+) -> tuple[StableDiffusionXLPipeline, str]:
+    if folder is None:
         try:
             return random_pipeline(model, device, dtype)
         except ValueError as error:
             raise LoadError(f"--model {error}") from error
-    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
-    if not (folder / "model_index.json").exists():
-        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
     try:
         with _quiet(model == EMBEDDED):
             pipeline = StableDiffusionXLPipeline.from_pretrained(
@@ -236,18 +256,41 @@ def hash_unet(folder: Path, variant: str | None = None) -> str:
     Raises:
         LoadError: there are none.
     """
-    return hash_files(_unet_files(folder / "unet", variant))
+    return hash_files(_weight_files(folder / "unet", "diffusion_pytorch_model", variant))
 
 
-def _unet_files(folder: Path, variant: str | None) -> list[Path]:
+def hash_components(folder: Path, variant: str | None = None, vae: Path | None = None) -> str:
+    """SHA-256 over all that draws beside the U-Net's weights, as it is loaded: weights, vocabularies, configurations.
+
+    Args:
+        folder: of the model.
+        variant: of the weight files.
+        vae: of the VAE that stands in for the model's own.
+
+    Raises:
+        LoadError: weights are missing.
+    """
+    found = [("unet", folder / "unet" / "config.json")]
+    for part in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"):
+        replaced = part == "vae" and vae is not None
+        at = vae if part == "vae" and vae is not None else folder / part
+        settings = [p for p in at.glob("*") if p.suffix in (".json", ".txt", ".model") and ".index." not in p.name]
+        if stem := _STEMS.get(part):
+            settings += _weight_files(at, stem, None if replaced else variant)
+        found += [(part, path) for path in sorted(settings)]
+    lines = "".join(f"{part}/{path.name} {hash_file(path)}\n" for part, path in found)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
     """The weight files that `diffusers` loads: the variant's where the folder has it, shards where there is an index.
 
-    A pipeline may have a variant of some parts only, so a U-Net without it is loaded as it is.
+    A pipeline may have a variant of some parts only, so a part without it is loaded as it is.
     """
     names = {path.name for path in folder.glob("*") if path.is_file()}
     if not variant or not any("." in name and name.split(".")[1].startswith(variant) for name in names):
         variant = None
-    stem, dot = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    dot = f".{variant}" if variant else ""
     # The second is how older versions of diffusers named it.
     for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}.safetensors{dot}.index.json"):
         if index in names:
@@ -277,7 +320,8 @@ def versions() -> dict[str, str]:
         own = version("turbolens")
     except PackageNotFoundError:
         own = "unknown"
-    return {"turbolens": own, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    libraries = (torch, diffusers, transformers)
+    return {"turbolens": own} | {library.__name__: library.__version__ for library in libraries}
 
 
 @contextlib.contextmanager
@@ -352,25 +396,24 @@ def _edge(size: int, unet: Any, downscale: int) -> int:
     return size
 
 
-def _vae(name: str | None, own: Any, dtype: torch.dtype) -> Any:
+def _vae(folder: Path | None, own: Any, dtype: torch.dtype) -> Any:
     """The VAE, made to stay finite: models say by `force_upcast` that half precision is not enough for it as it is."""
-    if name is None:
+    if folder is None:
         return _fit(own, dtype)
-    folder = resolve(name, "--vae")
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         loader = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind]
         vae = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except Exception as error:
         raise LoadError(
-            f"--vae {name}: not an AutoencoderKL or AutoencoderTiny folder ({_first_line(error)})"
+            f"--vae {folder}: not an AutoencoderKL or AutoencoderTiny folder ({_first_line(error)})"
         ) from error
     for what, mine, theirs in (
         ("latent channels", vae.config.latent_channels, own.config.latent_channels),
         ("times the latent's size", _upscale(vae), _upscale(own)),
     ):
         if mine != theirs:
-            raise LoadError(f"--vae {name}: {mine} {what}; this model needs {theirs}")
+            raise LoadError(f"--vae {folder}: {mine} {what}; this model needs {theirs}")
     return _fit(vae, dtype)
 
 

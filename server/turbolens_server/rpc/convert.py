@@ -107,6 +107,7 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
     return run_pb2.Provenance(
         model=info.model,
         model_hash=info.model_hash,
+        components_hash=info.components_hash,
         sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in used},
         prompt=request.prompt,
         sampling=request.sampling,
@@ -168,6 +169,7 @@ def model(
     return model_service_pb2.Model(
         name=info.model,
         hash=info.model_hash,
+        components_hash=info.components_hash,
         hook_points=points,
         saes=saes,
         limits=model_service_pb2.Limits(

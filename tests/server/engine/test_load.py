@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.config import read_config
-from turbolens_server.engine.load import LoadError, embedded_saes, hash_unet, load_engine
+from turbolens_server.engine.load import LoadError, embedded_saes, hash_components, hash_unet, load_engine
 from turbolens_server.engine.types import Job, StepDone
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.reference import encode_dense
@@ -287,6 +287,37 @@ def test_shards_in_the_older_naming_are_all_hashed(model_copy):
     (unet / "diffusion_pytorch_model.safetensors.fp16.index.json").write_text(json.dumps(index))
     expected = hashlib.sha256("".join(digest(unet / name) for name in names).encode()).hexdigest()
     assert hash_unet(model_copy, "fp16") == expected
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer.json",
+        "text_encoder_2/config.json",
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    ],
+)
+def test_every_part_of_a_model_counts_in_the_hash_beside_the_unets(part, model_copy):
+    before = hash_components(model_copy)
+    assert hash_components(model_copy) == before
+    (model_copy / part).write_bytes((model_copy / part).read_bytes() + b" ")
+    assert hash_components(model_copy) != before
+    assert hash_unet(model_copy) == digest(model_copy / f"{UNET}.safetensors")
+
+
+def test_another_vae_is_told_by_the_hash_beside_the_unets(model_copy, tiny_folder):
+    vae = model_copy / "vae"
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, vae / "diffusion_pytorch_model.safetensors")
+    own = load_engine(model=str(tiny_folder)).info
+    other = load_engine(model=str(tiny_folder), vae=str(vae)).info
+    assert own.model_hash == other.model_hash
+    assert own.components_hash != other.components_hash
+    assert other.components_hash == load_engine(model=str(model_copy)).info.components_hash
 
 
 def test_a_unet_without_weights_has_no_hash(model_copy):

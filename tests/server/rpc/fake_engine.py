@@ -57,6 +57,7 @@ def an_info(**changes) -> EngineInfo:
     info = EngineInfo(
         model="fake",
         model_hash="hash of fake",
+        components_hash="hash of the rest",
         hook_points=points,
         saes={b.name: SaeInfo(b.name, b.hook_point, b, forced=False) for b in bundles},
         default_steps=1,

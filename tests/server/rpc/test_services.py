@@ -28,6 +28,7 @@ def a_request(**fields) -> gs.GenerateRequest:
 async def test_the_model_is_told_with_every_limit(running):
     model = (await running.models.GetModel(ms.GetModelRequest())).model
     assert (model.name, model.hash, model.backend, model.dtype) == ("fake", "hash of fake", "fake", "float32")
+    assert model.components_hash == "hash of the rest"
     assert model.backend_reason == "no other fits"
     assert [(p.name, p.height, p.width) for p in model.hook_points] == [("mid.0", 4, 4), ("up.0.1", 4, 4)]
     assert [list(sae.units) for sae in model.saes] == [
@@ -121,6 +122,7 @@ async def test_provenance_says_all_and_warnings_what_was_cut(running):
     assert (told.model, told.model_hash, told.backend, told.device, told.dtype) == (
         "fake", "hash of fake", "fake", "cpu", "float32",
     )  # fmt: skip
+    assert told.components_hash == "hash of the rest"
     assert dict(told.sae_hashes) == {"mid.0": "hash of mid.0"}
     assert told.sampling == run.Sampling(steps=1, width=64, height=64, guidance_scale=0)
     assert told.edits[0].add.strength == 2
