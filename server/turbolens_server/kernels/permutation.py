@@ -2,7 +2,8 @@
 
 The fused TopK encode takes a few candidates of each tile; a row whose features crowd into one tile has to be done
 again. An order is the feature of each column, [d_sae] int32; in every tile the features rise, which is what makes the
-kernel's choice among equal values right. Permute with it as `W_enc[:, order]` and `bias[order]`.
+kernel's choice among equal values right. Permute with it as `W_enc[:, order]` and `bias[order]`. The server does not:
+tests and benchmarks measure what an order would bring.
 """
 
 from __future__ import annotations
