@@ -14,9 +14,9 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from turbolens_server.sae.bundle import BundleError
+from turbolens_server.sae.bundle import FEATURES_FILE, BundleError
 
-FILE_NAME: Final = "features.parquet"
+FILE_NAME: Final = FEATURES_FILE
 _LABEL: Final = pa.struct(
     [("attribute", pa.string()), ("value", pa.string()), ("region", pa.string()), ("score", pa.float32())]
 )

@@ -37,7 +37,9 @@ _MEANINGS: Final = {
     "rescale_acts_by_decoder_norm": False,
 }
 """What the weights of every bundle mean; other meanings are folded when a bundle is made."""
-
+FEATURES_FILE: Final = "features.parquet"
+"""Written and read by `turbolens_server.catalog.labels`."""
+_STATS_FILE: Final = "feature_stats.safetensors"
 
 _MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
 """What an architecture has beside the four tensors of all."""
@@ -208,7 +210,11 @@ def save_bundle(
     name: str | None = None,
     nesting: Nesting | None = None,
 ) -> None:
-    """Write a bundle; `features.parquet` is the catalog's to add."""
+    """Write a bundle; `features.parquet` is the catalog's to add.
+
+    Of an older bundle in the folder, what was known of its features goes unless the weights are the same: a feature of
+    other weights must not be served under an old one's label or statistics.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     check_weights(weights, str(folder))
     d_in, d_sae = weights.W_enc.shape
@@ -240,7 +246,12 @@ def save_bundle(
     if weights.scales is not None:
         config |= {"steps": len(weights.scales)}
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, folder / "sae_weights.safetensors")
+    weights_file = folder / "sae_weights.safetensors"
+    before = hash_file(weights_file) if weights_file.exists() else None
+    save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, weights_file)
+    if hash_file(weights_file) != before:
+        for known in (FEATURES_FILE, _STATS_FILE):
+            (folder / known).unlink(missing_ok=True)
     if stats is not None:
         save_stats(folder, stats)
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
@@ -249,7 +260,7 @@ def save_bundle(
 def save_stats(folder: Path, stats: FeatureStats) -> None:
     """Write a bundle's statistics."""
     tensors = {f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
-    save_file(tensors, folder / "feature_stats.safetensors")
+    save_file(tensors, folder / _STATS_FILE)
 
 
 def amend_provenance(folder: Path, **entries: Any) -> None:
@@ -327,7 +338,7 @@ def _read_nesting(config: dict[str, Any], folder: Path, d_sae: int) -> Nesting:
 
 
 def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:
-    path = folder / "feature_stats.safetensors"
+    path = folder / _STATS_FILE
     if not path.exists():
         return None
     try:

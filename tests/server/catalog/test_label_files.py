@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.label_files import LabelFileError, import_labels
 from turbolens_server.catalog.labels import Example, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.search import nearness
-from turbolens_server.sae.bundle import SaeWeights, load_bundle, save_bundle
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, load_bundle, save_bundle
 
 D_SAE = 8
 ROWS = [
@@ -28,16 +29,33 @@ ROWS = [
 EXAMPLE = Example("a cat", 5, 1, 0, 2, 3, 1.5)
 
 
+WEIGHTS = SaeWeights(torch.ones(4, D_SAE), torch.zeros(D_SAE), torch.ones(D_SAE, 4), torch.zeros(4))
+STATS = FeatureStats(*(np.ones(D_SAE, np.float32) for _ in range(3)), np.array([999]), np.ones(1, np.float32))
+
+
+def save(folder, weights, stats):
+    save_bundle(
+        folder, hook_point="mid.0", hook_module="mid_block.attentions.0", model_name=None, model_hash=None,
+        architecture="topk", k=2, weights=weights, stats=stats, provenance={"kept": 1},
+    )  # fmt: skip
+
+
 @pytest.fixture
 def bundle(tmp_path):
     folder = tmp_path / "mid.0"
-    weights = SaeWeights(torch.ones(4, D_SAE), torch.zeros(D_SAE), torch.ones(D_SAE, 4), torch.zeros(4))
-    save_bundle(
-        folder, hook_point="mid.0", hook_module="mid_block.attentions.0", model_name=None, model_hash=None,
-        architecture="topk", k=2, weights=weights, stats=None, provenance={"kept": 1},
-    )  # fmt: skip
+    save(folder, WEIGHTS, None)
     write_labels(folder, [FeatureLabels(3, "old", 0.9, (Label("x", "old", "", 0.9),), (EXAMPLE,))])
     return folder
+
+
+def test_other_weights_take_the_labels_and_statistics_of_the_old_ones_away(bundle):
+    save(bundle, WEIGHTS, STATS)
+    save(bundle, WEIGHTS, None)
+    assert read_labels(bundle, D_SAE)[3].label == "old"
+    assert load_bundle(bundle).stats is not None
+    save(bundle, dataclasses.replace(WEIGHTS, b_enc=torch.ones(D_SAE)), None)
+    assert read_labels(bundle, D_SAE) == {}
+    assert load_bundle(bundle).stats is None
 
 
 def write(path, rows):
