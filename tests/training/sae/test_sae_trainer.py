@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
-from turbolens_training.sae.run import terminated
+from turbolens_training.sae.run import dead_share, terminated
 from turbolens_training.sae.trainer import SaeRun
 
 CPU = torch.device("cpu")
@@ -171,6 +171,15 @@ def test_the_dead_clock_counts_tokens() -> None:
     idle = run.trainers["a"].idle
     assert set(idle.tolist()) <= {64 * n for n in range(8)}
     assert (idle == 0).any()
+
+
+def test_a_feature_that_never_was_active_is_dead_however_short_the_run() -> None:
+    tokens = CONFIG.steps * CONFIG.batch
+    idle = torch.tensor([0, CONFIG.dead_tokens - 1, CONFIG.dead_tokens, tokens])
+    assert dead_share(torch.zeros(4), idle, CONFIG) == 0.5
+    assert dead_share(torch.tensor([0, 0, 0, 1]), idle, CONFIG) == 0.25  # held-out data lift it
+    for longer in (tokens, tokens + 1, 10**9):
+        assert dead_share(torch.zeros(4), idle, dataclasses.replace(CONFIG, dead_tokens=longer)) == 0.25
 
 
 def test_the_rate_warms_up_and_decays() -> None:

@@ -107,6 +107,11 @@ class SaeMeasurement:
         """Most features active at one position."""
         return int(torch.stack(list(self.l0.values())).sum(0).nonzero().max())
 
+    @property
+    def l0_mean(self) -> float:
+        """Features active at a position, on average."""
+        return _mean_count(torch.stack(list(self.l0.values())).sum(0))
+
     def stats(self) -> FeatureStats:
         """The statistics that a bundle carries."""
         timesteps = sorted(self.variance, reverse=True)
@@ -129,12 +134,17 @@ class SaeMeasurement:
             share = counts.cumsum(0) / counts.sum()
             row: dict[str, str | float] = {"block": block, "timestep": name}
             row["explained_variance"] = round(variance.explained, 4)
-            row["l0_mean"] = round((counts * torch.arange(len(counts))).sum().item() / counts.sum().item(), 3)
+            row["l0_mean"] = round(_mean_count(counts), 3)
             row["l0_p99"] = int((share >= 0.99).int().argmax())
             if name == "all":
                 row["dead"] = round(dead, 4)
             rows.append(row)
         return rows
+
+
+def _mean_count(counts: Tensor) -> float:
+    """Mean of what was counted: `counts` are the positions with 0, 1, ... of it."""
+    return float((counts * torch.arange(len(counts))).sum().item() / counts.sum().item())
 
 
 @torch.inference_mode()

@@ -14,14 +14,24 @@ class BelowGatesError(ValueError):
 
 
 def failures(
-    weights: SaeWeights, *, l0_most: int, k: int | None, explained_variance: float, dead: float, gates: Gates
+    weights: SaeWeights,
+    *,
+    l0_most: int,
+    l0_mean: float,
+    k: int | None,
+    aim: int,
+    explained_variance: float,
+    dead: float,
+    gates: Gates,
 ) -> list[str]:
     """Every gate that an SAE fails, in words; none where it may be exported.
 
     Args:
         weights: as they would be written.
         l0_most: most features active at one position of the held-out data.
+        l0_mean: features active at a position of it on average.
         k: features that may be; None for JumpReLU.
+        aim: the k of the settings, which a JumpReLU has as well.
         explained_variance: on held-out data.
         dead: share of features that are.
         gates: the thresholds.
@@ -37,7 +47,9 @@ def failures(
         found.append(f"decoder row {worst} has norm {float(weights.W_dec[worst].norm()):.4f}, expected 1")
     if k is not None and l0_most > k:
         found.append(f"{l0_most} features are active at a position, more than k={k}")
-    if not explained_variance >= gates.explained_variance:  # not-a-number too
+    if not l0_mean <= gates.l0 * aim:  # not-a-number too
+        found.append(f"{l0_mean:.1f} features are active on average, more than {gates.l0:g} times k={aim}")
+    if not explained_variance >= gates.explained_variance:
         found.append(f"explained variance is {explained_variance:.4f}, below {gates.explained_variance:g}")
     if not dead <= gates.dead:
         found.append(f"{dead:.1%} of the features are dead, more than {gates.dead:.1%}")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.runs import RunSource
@@ -37,6 +39,18 @@ def terminated() -> Iterator[Callable[[], bool]]:
         yield lambda: received
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def dead_share(active: Tensor, idle: Tensor, config: SaeConfig) -> float:
+    """Share of features that are dead: never active on held-out data, nor on the last `dead_tokens` of training.
+
+    Args:
+        active: held-out positions at which each feature is active, [d_sae].
+        idle: training tokens since it was, [d_sae].
+        config: of the run, now done. One of fewer tokens than `dead_tokens` proves a feature dead by all of them.
+    """
+    tokens = min(config.dead_tokens, config.steps * config.batch)
+    return ((active == 0) & (idle >= tokens)).float().mean().item()
 
 
 def train_saes(config: SaeConfig) -> Path:
@@ -81,12 +95,14 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
     below: dict[str, list[str]] = {}
     for name, measurement in measured.items():
         idle = run.trainers[name].idle.cpu()
-        dead = ((measurement.active == 0) & (idle >= config.dead_tokens)).float().mean().item()
+        dead = dead_share(measurement.active, idle, config)
         rows += measurement.rows(name, dead)
         below[name] = failures(
             saes[name].bundle.weights,
             l0_most=measurement.l0_most,
+            l0_mean=measurement.l0_mean,
             k=saes[name].bundle.k,
+            aim=config.k,
             explained_variance=measurement.explained_variance,
             dead=dead,
             gates=config.gates,
