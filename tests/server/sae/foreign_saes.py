@@ -218,6 +218,15 @@ def saelens_before_6(seed: int) -> Foreign:
     return dataclasses.replace(new, files={**new.files, "cfg.json": {**kept, **old}})
 
 
+def saelens_of_activation(seed: int, **old: Any) -> Foreign:
+    """Older still: a TopK was the activation function of a "standard" SAE, beside factors of 1."""
+    theirs = saelens_before_6(seed)
+    config = {**theirs.files["cfg.json"], "activation_fn_str": "topk", "architecture": "standard", **old}
+    kept = {name: value for name, value in config.items() if value is not None}
+    tensors = {**theirs.files["sae_weights.safetensors"], "scaling_factor": torch.ones(D_SAE)}
+    return dataclasses.replace(theirs, files={"cfg.json": kept, "sae_weights.safetensors": tensors})
+
+
 KINDS: dict[str, Callable[[int], Foreign]] = {
     "sdxl-unbox": sdxl_unbox,
     "openai": openai_relu,
@@ -235,4 +244,8 @@ KINDS: dict[str, Callable[[int], Foreign]] = {
     "saelens jumprelu": lambda seed: saelens(seed, "jumprelu"),
     "saelens jumprelu, not centred": lambda seed: saelens(seed, "jumprelu", centred=False),
     "saelens before 6": saelens_before_6,
+    "saelens standard, of TopK": saelens_of_activation,
+    "saelens of no architecture, of TopK": lambda seed: saelens_of_activation(
+        seed, architecture=None, activation_fn_str=None, activation_fn="topk"
+    ),
 }

@@ -223,6 +223,10 @@ MALFORMED = [
     ("saelens topk, rescaled", put("W_dec", torch.zeros(D_SAE, D_IN)), "row 0 is zero"),
     ("saelens jumprelu", settle(rescale_acts_by_decoder_norm=True), "no meaning for jumprelu"),
     ("saelens jumprelu", without("threshold"), "lacks threshold"),
+    ("saelens jumprelu", settle(activation_fn_str="topk"), "activation_fn_str='topk' of a jumprelu"),
+    ("saelens standard", settle(activation_fn_str="tanh-relu"), "'tanh-relu'"),
+    ("saelens standard, of TopK", settle(activation_fn_kwargs={}), "k=None"),
+    ("saelens standard", put("scaling_factor", torch.full((D_SAE,), 1.5)), "scaling_factor is not 1"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from turbolens_server.sae.bundle import BundleError
 from turbolens_server.sae.formats.common import (
     ForeignSae,
@@ -37,11 +39,7 @@ def read_saelens(folder: Path) -> ForeignSae:
     """Read one inference SAE."""
     settings, path = folder / "cfg.json", folder / WEIGHTS_FILE
     config = read_json(settings)
-    architecture = config.get("architecture", "standard")
-    if architecture not in ("standard", "topk", "jumprelu"):
-        raise BundleError(
-            f"{settings}: architecture {architecture!r} is not supported; supported are standard, topk and jumprelu"
-        )
+    architecture = _architecture(config, settings)
     normalization = config.get("normalize_activations") or "none"
     if normalization != "none":
         reason = _NORMALIZATIONS.get(str(normalization), "it is not known here")
@@ -51,7 +49,7 @@ def read_saelens(folder: Path) -> ForeignSae:
     refuse(config, {"finetuning_scaling_factor": "its factors are not part of this format any more"}, settings)
     k = _k(config, settings) if architecture == "topk" else None
     names = {**_NAMES, "threshold": "threshold"} if architecture == "jumprelu" else _NAMES
-    weights, folded = take(read_safetensors(path), names, path), []
+    weights, folded = take(_unscaled(read_safetensors(path), path), names, path), []
     check_size(config, "d_in", weights.b_dec.shape[0], settings)
     check_size(config, "d_sae", weights.b_enc.shape[0], settings)
     if config.get("rescale_acts_by_decoder_norm"):
@@ -77,6 +75,30 @@ def read_saelens(folder: Path) -> ForeignSae:
         model_name=name if isinstance(name := told.get("model_name"), str) else None,
         folded=tuple(folded),
     )
+
+
+def _architecture(config: Mapping[str, Any], settings: Path) -> str:
+    """Standard, TopK or JumpReLU. Folders from before version 6 may have a TopK as the activation of a "standard"."""
+    architecture = config.get("architecture") or "standard"
+    if architecture not in ("standard", "topk", "jumprelu"):
+        raise BundleError(
+            f"{settings}: architecture {architecture!r} is not supported; supported are standard, topk and jumprelu"
+        )
+    key = "activation_fn" if "activation_fn" in config else "activation_fn_str"
+    activation = config.get(key) or "relu"
+    if activation not in ("relu", "topk") or (activation, architecture) == ("topk", "jumprelu"):
+        raise BundleError(f"{settings}: {key}={activation!r} of a {architecture} SAE is not supported")
+    return "topk" if activation == "topk" else architecture
+
+
+def _unscaled(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors without factors of 1, which SAELens saved beside them for a time, and drops itself."""
+    factor = tensors.get("scaling_factor")
+    if factor is None:
+        return tensors
+    if not bool((factor == 1).all()):
+        raise BundleError(f"{path}: scaling_factor is not 1 everywhere; save it folded into the weights")
+    return {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
 
 
 def _k(config: Mapping[str, Any], settings: Path) -> int:
