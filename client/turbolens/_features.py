@@ -29,7 +29,9 @@ class Label:
     value: str
     region: str
     score: float
-    """AUROC of the feature's activation for it; 0.5 is chance."""
+    """How well it fits, 0.5 being chance. By the ground truth of scenes: selectivity, the share of the feature's
+    activation that falls on positions or pictures with the value, those with and without it weighted alike. Of
+    attribute "zero-shot": the AUROC of the fit of the feature's crops. Imported: as their file has it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Feature:
     label: str
     """In words; empty where nothing fits."""
     label_score: float
-    """AUROC of the label; 0.5 is chance."""
+    """Score of the label, see :class:`Label`; 0.5 is chance, 0 stands for no label."""
     frequency: float
     """Share of positions where it is active."""
     mean: float

@@ -40,7 +40,7 @@ class Feature(_message.Message):
     label: _builtins.str
     """What it stands for, in words; empty where nothing fits."""
     label_score: _builtins.float
-    """How well the label fits: the AUROC of the feature's activation for it; 0.5 is chance. 0 without a label."""
+    """How well the label fits: the score of its FeatureLabel; 0.5 is chance. 0 without a label."""
     frequency: _builtins.float
     """Share of positions where it is active."""
     mean: _builtins.float
@@ -145,7 +145,11 @@ class FeatureLabel(_message.Message):
     region: _builtins.str
     """Where in the picture it was measured: "thing", "background", or "picture"."""
     score: _builtins.float
-    """AUROC of the feature's activation for it; 0.5 is chance."""
+    """How well it fits, 0.5 being chance; what is measured depends on where the label is from. By the ground truth of
+    scenes: selectivity, the share of the feature's activation that falls on positions or pictures with the value,
+    those with and without it weighted alike. Of attribute "zero-shot": the AUROC of the fit of the feature's crops.
+    Imported: as their file has it.
+    """
     def __init__(
         self,
         *,

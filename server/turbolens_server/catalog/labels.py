@@ -51,7 +51,9 @@ class Label:
     value: str
     region: str
     score: float
-    """AUROC, 0.5 being chance: of the feature's activation for it, or, of an encoder's labels, of its crops' fit."""
+    """How well it fits, 0.5 being chance. By the ground truth of scenes: selectivity, the share of the feature's
+    activation that falls on positions or pictures with the value, those with and without it weighted alike. Of
+    attribute "zero-shot": the AUROC of the fit of the feature's crops. Imported: as their file has it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -70,9 +70,9 @@ def _alike(word: str, part: str) -> bool:
     return difflib.SequenceMatcher(None, word, part).ratio() >= _TYPO_RATIO
 
 
-def sureness(auroc: float) -> float:
-    """How sure a label is, 0 to 1, from its AUROC."""
-    return float(np.clip(2 * (auroc - 0.5), 0, 1))
+def sureness(score: float) -> float:
+    """How sure a label is, 0 to 1, from its score, of which 0.5 is chance."""
+    return float(np.clip(2 * (score - 0.5), 0, 1))
 
 
 def cosines(
