@@ -54,6 +54,10 @@ def test_a_sweep_trains_serves_and_tables_every_point_once(
     assert {cache.key: cache.shards() for cache in find_caches(tmp_path / "cache")} == shards
     with pytest.raises(SystemExit, match=r"result.json: of a sweep with another steps; choose another --work"):
         cli.main([*command, *points, "--steps", "13"])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red star, number {i}\n" for i in range(200)))
+    with pytest.raises(SystemExit, match=r"result.json: of a sweep with another prompts; choose another --work"):
+        cli.main([*command, *points, "--prompts", str(prompts)])
 
 
 @pytest.mark.parametrize(

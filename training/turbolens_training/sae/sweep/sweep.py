@@ -17,6 +17,7 @@ from tqdm import tqdm
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.cached import CachedStream
+from turbolens_training.activations.prompts import open_prompts
 from turbolens_training.activations.sources import open_streams
 from turbolens_training.activations.stream import PromptStream
 from turbolens_training.evaluation.config import EvalConfig
@@ -43,7 +44,8 @@ def sweep(config: SweepConfig) -> None:
     engine = load_engine(model=config.model, device=config.device, saes=[], hook_points=config.hook_points)
     grid = config.grid()
     runs = {point: config.training(point) for point in grid}
-    recipes = {point: recipe_of(engine, settings) for point, settings in runs.items()}
+    prompts = open_prompts(config.prompts, seed=config.seed).identity
+    recipes = {point: recipe_of(engine, prompts, settings) for point, settings in runs.items()}
     collect(engine, config.cache, [runs[p] for p in grid if read_result(runs[p].work / RESULT, recipes[p]) is None])
     elected, results = elect(grid), []
     for number, point in enumerate(grid, 1):
@@ -66,11 +68,12 @@ def elect(grid: Sequence[Point]) -> set[Point]:
     return {some[len(some) // 2] for some in by_variant.values()}
 
 
-def recipe_of(engine: Engine, settings: SaeConfig) -> dict[str, Any]:
-    """What decides a point's result, as JSON has it."""
+def recipe_of(engine: Engine, prompts: str, settings: SaeConfig) -> dict[str, Any]:
+    """What decides a point's result, as JSON has it; `prompts` is their identity, not the place that they are in."""
     recipe = {"model_hash": engine.info.model_hash, **dataclasses.asdict(settings)}
     for name in (*OF_THE_MACHINE, *OF_EXPORT):
         del recipe[name]
+    recipe["prompts"] = prompts
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
     return plain
 
