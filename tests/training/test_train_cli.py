@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from turbolens_server.catalog.labels import read_labels
-from turbolens_server.engine.load import load_engine
+from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.engine.types import Job
 from turbolens_training import cli
+from turbolens_training.activations import sources
 from turbolens_training.catalog import cli as catalog
+from turbolens_training.evaluation import dose, evaluate, riebench
 from turbolens_training.export.config import Gates
 from turbolens_training.sae.config import SaeConfig
 
@@ -78,6 +81,33 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("mini", "sae", "sweep", "dose", "eval", "riebench", "rebuild"))
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "expected"),
+    [
+        ("sae --model-variant fp16", sources, {"variant": "fp16"}),
+        ("sweep --model-variant fp16", sources, {"variant": "fp16"}),
+        ("cache fill --model-variant fp16", sources, {"variant": "fp16"}),
+        ("dose --variant fp16 --force-sae", dose, {"variant": "fp16", "force_sae": True}),
+        ("eval --variant fp16 --force-sae", evaluate, {"variant": "fp16", "force_sae": True}),
+        ("riebench --items items.json --variant fp16 --force-sae", riebench, {"variant": "fp16", "force_sae": True}),
+        ("eval", evaluate, {"variant": None, "force_sae": False}),
+    ],
+)
+def test_every_command_takes_the_weight_files_and_saes_that_are_served(
+    command: str, module: ModuleType, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(**arguments: object) -> None:
+        assert expected.items() <= arguments.items()
+        raise LoadError("asked for as expected")
+
+    monkeypatch.setattr(module, "load_engine", load)
+    monkeypatch.chdir(tmp_path)
+    item = {"id": "1", "editing_type_id": 6, "original_prompt": "a star", "editing_prompt": "a blue star"}
+    Path("items.json").write_text(json.dumps([item]))
+    with pytest.raises(SystemExit, match="asked for as expected"):
+        cli.main(command.split())
 
 
 def test_a_bad_model_is_one_line() -> None:

@@ -6,12 +6,11 @@ import sys
 
 from tqdm import tqdm
 
-from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.cache import find_caches
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
 from turbolens_training.activations.reference_tars import import_tars
-from turbolens_training.activations.sources import open_streams
+from turbolens_training.activations.sources import open_model, open_streams
 
 
 def fill(config: FillCacheConfig) -> None:
@@ -21,7 +20,7 @@ def fill(config: FillCacheConfig) -> None:
 
         print(*fill_with_ray(config), sep="\n")
         return
-    engine = load_engine(model=config.model, device=config.device, saes=[], hook_points=config.hook_points)
+    engine = open_model(config)
     for stream, chunks in zip(open_streams(engine, config), (config.chunks, config.held_out_chunks), strict=True):
         cached = CachedStream(stream, config.cache)
         for index in tqdm(range(chunks), desc=stream.split, unit="chunk"):

@@ -14,6 +14,8 @@ class DataConfig:
 
     model: str = "mini"
     """Model to train on: `mini`, or a `diffusers` folder."""
+    model_variant: str | None = None
+    """Variant of the model's weight files, such as `fp16`: that which is served."""
     hook_points: tuple[str, ...] = ()
     """Where to read: blocks like `up.0.1`, or attention layers within one like `up.0.1.attn2.0`; the published four
     where none is named."""

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from turbolens_server.engine.load import LoadError, load_engine
+from turbolens_server.engine.load import LoadError
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig
-from turbolens_training.activations.sources import open_streams
+from turbolens_training.activations.sources import open_model, open_streams
 
 _TRAINING: Final = 0
 _HELD_OUT: Final = 1
@@ -27,7 +27,7 @@ class ShardMaker:
     def _parts(self) -> list[CachedStream]:
         """The caches of both parts; opened by the first call: a worker that fails at birth is born again for ever."""
         config = self._config
-        engine = load_engine(model=config.model, device=config.device, saes=[], hook_points=config.hook_points)
+        engine = open_model(config)
         return [CachedStream(stream, config.cache) for stream in open_streams(engine, config)]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

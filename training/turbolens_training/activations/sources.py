@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream, ShardSource
 from turbolens_training.activations.config import DataConfig
@@ -42,6 +43,21 @@ class ChunkSource(TokenSource, Protocol):
     def updates(self, index: int) -> StepUpdates:
         """Chunk `index`, the same every time."""
         ...
+
+
+def open_model(config: DataConfig, device: str | None = None) -> Engine:
+    """The model of a run, without SAEs, on the settings' device or another.
+
+    Raises:
+        LoadError: it cannot be loaded.
+    """
+    return load_engine(
+        model=config.model,
+        device=config.device if device is None else device,
+        variant=config.model_variant,
+        saes=[],
+        hook_points=config.hook_points,
+    )
 
 
 def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, PromptStream]:

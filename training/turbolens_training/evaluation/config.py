@@ -12,8 +12,12 @@ class DoseConfig:
 
     model: str = "mini"
     """Model to steer: `mini`, or a `diffusers` folder."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as `fp16`."""
     saes: Path = Path("runs/sae/bundles")
     """Folder of the labelled bundles."""
+    force_sae: bool = False
+    """Steer with SAEs that were trained on another model."""
     out: Path = Path("runs/dose")
     """Folder of the tables and pictures."""
     device: str = "auto"
@@ -45,8 +49,12 @@ class EvalConfig:
 
     model: str = "mini"
     """Model that the SAEs belong to: `mini`, or a `diffusers` folder of its kind."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as `fp16`."""
     saes: Path = Path("runs/sae/bundles")
     """Folder of the bundles, one for each hook point."""
+    force_sae: bool = False
+    """Take SAEs that were trained on another model; the report names them and the model by their hashes."""
     seeds: tuple[Path, ...] = ()
     """Folders of bundles trained alike from other seeds, for `stability`."""
     out: Path = Path("runs/eval")
@@ -98,8 +106,12 @@ class RieBenchConfig:
     """JSON list of items, each with `id`, `editing_type_id` (1 to 9), `original_prompt` and `editing_prompt`."""
     model: str = "stabilityai/sdxl-turbo"
     """Model: a hub id, a `diffusers` folder, or `mini`."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as `fp16`."""
     saes: tuple[str, ...] = ()
     """SAEs, one for each hook point to edit: bundles, folders of bundles, or published reference folders."""
+    force_sae: bool = False
+    """Take SAEs that were trained on another model; the report names them and the model by their hashes."""
     masks: Path | None = None
     """Folder of grey PNGs, ID_original.png and ID_edited.png, where to take from and where to put; left out: the whole
     picture."""

@@ -254,7 +254,9 @@ def block_table(trials: list[tuple[Concept, Steering, Effect]]) -> list[dict[str
 def measure_dose(config: DoseConfig) -> None:
     """Choose features for every concept, draw the dose-response curves, write tables and pictures."""
     sources = [str(config.saes)]
-    engine = load_engine(model=config.model, device=config.device, saes=sources)
+    engine = load_engine(
+        model=config.model, device=config.device, variant=config.variant, saes=sources, force_sae=config.force_sae
+    )
     labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
     concepts = pick_concepts(config.concepts)
     trials, curves, chosen = [], [], []

@@ -234,7 +234,13 @@ def evaluate(config: EvalConfig) -> None:
     """
     if unknown := [part for part in config.parts if part not in PARTS]:
         raise ValueError(f"parts: no {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    engine = load_engine(model=config.model, device=config.device, saes=[str(config.saes)])
+    engine = load_engine(
+        model=config.model,
+        device=config.device,
+        variant=config.variant,
+        saes=[str(config.saes)],
+        force_sae=config.force_sae,
+    )
     temporal = [name for name, sae in engine.saes.items() if sae.bundle.steps is not None]
     if temporal and (others := [part for part in config.parts if part not in OF_RUNS]):
         raise ValueError(

@@ -173,7 +173,13 @@ def run_riebench(config: RieBenchConfig) -> None:
     masks = None if config.masks is None else read_masks(config.masks, items)
     saes = list(config.saes) or None
     engine = load_engine(
-        model=config.model, device=config.device, dtype=config.dtype, saes=saes, max_steps=max(4, config.steps)
+        model=config.model,
+        device=config.device,
+        dtype=config.dtype,
+        variant=config.variant,
+        saes=saes,
+        force_sae=config.force_sae,
+        max_steps=max(4, config.steps),
     )
     pairs = CaptionPairs(
         [item.original for item in items], [item.edited for item in items], [config.seed] * len(items), masks

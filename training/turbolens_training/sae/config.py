@@ -13,7 +13,9 @@ Variant = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
 VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
 OF_EXPORT: Final = ("gates", "allow_below_gates")
 """Settings that decide whether a result is exported, not what it is."""
-OF_THE_MACHINE: Final = ("model", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps")
+OF_THE_MACHINE: Final = (
+    "model", "model_variant", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps",
+)  # fmt: skip
 """Settings that say where things are, and change nothing of what comes out."""
 OF_VARIANT: Final = {
     "bandwidth": "jumprelu",

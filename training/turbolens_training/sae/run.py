@@ -13,9 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.runs import RunSource
-from turbolens_training.activations.sources import ChunkSource, TokenSource, open_sources
+from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
 from turbolens_training.export.bundles import read_saes, write_bundles
@@ -63,7 +62,7 @@ def train_saes(config: SaeConfig) -> Path:
         SystemExit: SIGTERM came. The checkpoint is written, and the same command goes on from there.
     """
     with join_ranks(config.device) as (ranks, device):
-        engine = load_engine(model=config.model, device=device, saes=[], hook_points=config.hook_points)
+        engine = open_model(config, device)
         chunks, held_out = open_sources(engine, config, config.shards)
         training = RunSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
         _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)

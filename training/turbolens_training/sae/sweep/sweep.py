@@ -18,7 +18,7 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.load import load_engine
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.prompts import open_prompts
-from turbolens_training.activations.sources import open_streams
+from turbolens_training.activations.sources import open_model, open_streams
 from turbolens_training.activations.stream import PromptStream
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.probes import measure_probes
@@ -41,7 +41,7 @@ def sweep(config: SweepConfig) -> None:
     Raises:
         ValueError: `work` holds a point of other settings.
     """
-    engine = load_engine(model=config.model, device=config.device, saes=[], hook_points=config.hook_points)
+    engine = open_model(config)
     grid = config.grid()
     runs = {point: config.training(point) for point in grid}
     prompts = open_prompts(config.prompts, seed=config.seed).identity
@@ -145,7 +145,9 @@ def evaluate_point(
     settings: SaeConfig, *, served_pictures: int, splice_scenes: int, probe_pictures: int
 ) -> dict[str, Any]:
     """Serve one point's bundles over a socket, and evaluate those that read a step at a time."""
-    engine = load_engine(model=settings.model, device=settings.device, saes=[str(settings.out)])
+    engine = load_engine(
+        model=settings.model, device=settings.device, variant=settings.model_variant, saes=[str(settings.out)]
+    )
     _, held_out = open_streams(engine, settings)
     (architecture,) = {sae.bundle.architecture for sae in engine.saes.values()}
     served = {"architecture": architecture, **compare_served(engine, settings, held_out, served_pictures)}
