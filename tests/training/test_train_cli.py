@@ -69,6 +69,19 @@ def test_settings_come_from_a_file_and_flags_come_on_top(
         variant="matryoshka", k=5, nested_k=(2, 8), prefixes=(32, 128), learning_rate=1e-3, work=tmp_path
     )
     assert ran == [expected]
+    file.write_text(
+        "gates: {dead: 0.1, norm_tolerance: 1.0e-2}\nallow_below_gates: true\nmulti_steps: [4]\ncache: null\n"
+    )
+    cli.main(["sae", f"--config={file}", "--gates.dead", "0.2"])
+    file.write_text("allow_below_gates: false\n")
+    cli.main(["sae", f"--config={file}"])
+    cli.main(["sae", f"--config={file}", "--allow-below-gates"])
+    gates = Gates(dead=0.2, norm_tolerance=1e-2)
+    assert ran[1:] == [
+        SaeConfig(gates=gates, allow_below_gates=True, multi_steps=(4,)),
+        SaeConfig(),
+        SaeConfig(allow_below_gates=True),
+    ]
     for text, message in (("d_sea: 3", "d-sea"), ("k: many", "many"), ("k: 0", "k=0"), ("- k", "expected a mapping")):
         file.write_text(text)
         with pytest.raises(SystemExit) as stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,7 @@ Command = (
 
 def main(argv: list[str]) -> None:
     """Entry point of `turbolens train`."""
-    if argv[:1] == ["sae"] and "--config" in argv:
+    if argv[:1] == ["sae"] and any(argument.partition("=")[0] == "--config" for argument in argv):
         command: Command = _with_file(argv[1:])
     else:
         command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
@@ -99,12 +100,26 @@ def _with_file(argv: list[str]) -> SaeConfig:
         sys.exit(f"turbolens train: --config {known.config}: unreadable ({error})")
     if not isinstance(settings, dict):
         sys.exit(f"turbolens train: --config {known.config}: expected a mapping of settings to values")
-    written = []
-    for name, value in settings.items():
-        written.append(f"--{str(name).replace('_', '-')}")
-        written += map(str, value if isinstance(value, list) else [value])
+    written = _as_flags(settings)
     prog = f"turbolens train sae --config {known.config}"
     return tyro.cli(SaeConfig, args=flags, default=tyro.cli(SaeConfig, args=written, prog=prog), prog=prog)
+
+
+def _as_flags(settings: Mapping[str, object], group: str = "") -> list[str]:
+    """Settings of a file as they would be written on the command line; a mapping is a group, as `gates` is."""
+    flags = []
+    for name, value in settings.items():
+        plain = f"{group}{str(name).replace('_', '-')}"
+        match value:
+            case dict():
+                flags += _as_flags(value, f"{plain}.")
+            case bool():
+                flags.append(f"--{plain}" if value else f"--no-{plain}")
+            case list():
+                flags += [f"--{plain}", *map(str, value)]
+            case _:
+                flags += [f"--{plain}", str(value)]
+    return flags
 
 
 def run(command: Command) -> None:

@@ -34,7 +34,8 @@ class SaeConfig(DataConfig):
     The published recipe for SDXL Turbo (Surkov et al., arXiv 2410.22366: d_sae 5120 on 1280 dimensions, k 10, batch
     4096, dead after 10 M tokens) scaled to the embedded model's 128 dimensions.
 
-    `--config FILE.yaml` reads settings from a file, by the names below with `_` or `-`; flags come on top.
+    `--config FILE.yaml` reads settings from a file, by the names below with `_` or `-`, those of a group as a mapping
+    under its name (`gates: {dead: 0.1}`), switches as `true` or `false`; flags come on top.
     """
 
     shards: Path | None = None
