@@ -234,6 +234,15 @@ def test_a_matryoshka_is_served_at_any_k_and_every_prefix(tmp_path: Path) -> Non
             sae.encode(x, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("change", "nesting"), [({"nested_k": ()}, Nesting(4, (16, 32, 64))), ({"prefixes": ()}, Nesting(6, (64,)))]
+)
+def test_a_matryoshka_may_be_of_prefixes_or_of_several_k_alone(change: dict, nesting: Nesting, tmp_path: Path) -> None:
+    run = SaeRun(dataclasses.replace(VARIANTS["matryoshka"], steps=2, **change), Source(), CPU)
+    run.train(2)
+    assert bundled(run.trainers["a"].export(), tmp_path).nesting == nesting
+
+
 def test_other_saes_have_one_k_and_one_width() -> None:
     sae = Sae(_bundle("topk", 3), CPU)
     x = torch.randn(2, D_MODEL)
@@ -283,6 +292,13 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
         ({"variant": "matryoshka", "prefixes": (256, 64)}, "prefixes"),
         ({"variant": "matryoshka", "prefixes": (8, 64)}, "prefixes"),
         ({"variant": "matryoshka", "nested_k": (0, 4)}, "nested_k"),
+        ({"variant": "matryoshka", "nested_k": (), "prefixes": (8, 64)}, "prefixes"),
+        ({"held_out_chunks": 0}, "held_out_chunks=0, expected at least 1"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps=0, expected at least 1"),
+        ({"multi_steps": ()}, "multi_steps: none, expected one or more where one_step_share=0.7"),
+        ({"multi_steps": (0, 4)}, r"multi_steps=\(0, 4\), expected each at least 1"),
+        ({"one_step_share": 1.5}, "one_step_share=1.5, expected 0 to 1"),
+        ({"images": 0}, "images=0, expected at least 1"),
         ({"reservoir": 100}, "reservoir=100, expected at least batch"),
         ({"run_steps": 3}, "run_steps is a setting of variant temporal"),
         ({"variant": "temporal", "run_steps": 1}, "run_steps=1, expected at least 2"),

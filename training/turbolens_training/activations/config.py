@@ -37,6 +37,17 @@ class DataConfig:
     held_out_chunks: int = 40
     """Chunks of the held-out data, on which quality and feature statistics are measured."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no picture can be made by."""
+        if self.images < 1:
+            raise ValueError(f"images={self.images}, expected at least 1")
+        if not 0 <= self.one_step_share <= 1:
+            raise ValueError(f"one_step_share={self.one_step_share}, expected 0 to 1")
+        if any(steps < 1 for steps in self.multi_steps):
+            raise ValueError(f"multi_steps={self.multi_steps}, expected each at least 1")
+        if self.one_step_share < 1 and not self.multi_steps:
+            raise ValueError(f"multi_steps: none, expected one or more where one_step_share={self.one_step_share} < 1")
+
     @property
     def step_mix(self) -> tuple[float, tuple[int, ...]]:
         """Share of chunks sampled in one step, and the numbers of steps of the rest."""

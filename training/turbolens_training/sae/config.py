@@ -26,6 +26,11 @@ OF_VARIANT: Final = {
 }
 """Settings that only one variant has."""
 
+_FROM_ONE: Final = (
+    "d_sae", "k", "steps", "batch", "steps_per_chunk", "tokens_per_image", "dead_tokens", "held_out_chunks",
+    "checkpoint_steps",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class SaeConfig(DataConfig):
@@ -95,7 +100,8 @@ class SaeConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, and settings that would do nothing."""
-        for name in ("d_sae", "k", "steps", "batch", "images", "steps_per_chunk", "tokens_per_image", "dead_tokens"):
+        super().__post_init__()
+        for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
         if self.k > self.d_sae:
@@ -115,10 +121,11 @@ class SaeConfig(DataConfig):
                 if getattr(self, name) != getattr(DataConfig, name):
                     raise ValueError(f"{name} does nothing for a temporal, whose pictures all take run_steps")
         if self.variant == "matryoshka":
-            k_max = max(self.k, *self.nested_k)
+            k_max = max((self.k, *self.nested_k))
             if not all(1 <= k <= self.d_sae for k in self.nested_k):
                 raise ValueError(f"nested_k={self.nested_k}, expected each 1 to d_sae={self.d_sae}")
-            if [*self.prefixes, self.d_sae] != sorted({*self.prefixes, self.d_sae}) or min(self.prefixes) < k_max:
+            sizes = [*self.prefixes, self.d_sae]
+            if sizes != sorted({*sizes}) or sizes[0] < k_max:
                 raise ValueError(
                     f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
                     f"d_sae={self.d_sae}"

@@ -40,5 +40,5 @@ class Matryoshka(SaeArchitecture):
 
     def export(self, weights: SaeWeights) -> Export:
         d_sae = weights.W_enc.shape[1]
-        nesting = Nesting(max(self.k, *self.ks), (*self.prefixes, d_sae))
+        nesting = Nesting(max((self.k, *self.ks)), (*self.prefixes, d_sae))
         return Export("turbolens-matryoshka", self.k, weights, nesting)

@@ -74,6 +74,7 @@ class SweepConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Refuse what is no grid."""
+        super().__post_init__()
         if not self.points:
             raise ValueError("points: none")
         for point in map(Point.parse, self.points):
