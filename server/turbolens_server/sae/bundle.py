@@ -118,6 +118,11 @@ class Bundle:
     """Of a Matryoshka; None for the others, which have one k and one width."""
 
     @property
+    def measured(self) -> FeatureStats | None:
+        """The statistics, if they were measured; None too where they hold no more than means that others published."""
+        return self.stats if self.stats is not None and len(self.stats.update_rms) else None
+
+    @property
     def steps(self) -> int | None:
         """Of the runs that a temporal SAE reads, the only ones it serves; None for the others, which read any step."""
         return None if self.weights.scales is None else len(self.weights.scales)

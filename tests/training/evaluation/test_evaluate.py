@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from turbolens_server.sae.bundle import FeatureStats, save_stats
 from turbolens_training import cli
 from turbolens_training.evaluation.edits import NOTHING, PROMPT
 
+D_SAE = 48
+"""Of the random SAEs."""
 FAST = (
     "--device cpu --quality-pictures 4 --splice-scenes 4 --probe-pictures 8 --batch 4 --pairs 1 --choice-pairs 1 "
     "--concepts color=blue background=night --features 4 --multipliers 1 --strengths 8 "
@@ -49,6 +54,23 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
     assert page.count("data:image/png;base64,") == len(figures) == 8
     for text in (page, (out / "report.md").read_text(), json.dumps(tables["run"])):
         assert str(tmp_path) not in text
+
+
+def test_published_means_alone_tell_nothing_of_which_features_are_live(
+    tiny_folder: Path, random_saes: Path, tmp_path: Path
+) -> None:
+    saes = shutil.copytree(random_saes, tmp_path / "saes")
+    none = np.zeros(0, np.float32)
+    for folder in saes.iterdir():
+        unknown = np.zeros(D_SAE, np.float32)
+        save_stats(folder, FeatureStats(unknown + 2, unknown, unknown.copy(), none.astype(np.int64), none))
+    common = ["--model", str(tiny_folder), "--saes", str(saes), "--seeds", str(saes), "--out", str(tmp_path / "out")]
+    cli.main(["eval", *common, *FAST.split(), "--parts", "stability"])
+    rows = json.loads((tmp_path / "out" / "stability.json").read_text())
+    assert all((row["features"], row["mean_cosine"]) == (D_SAE, 1.0) for row in rows)
+    for part in ("locality", "edits"):
+        with pytest.raises(SystemExit, match="no measured statistics; turbolens catalog build makes them"):
+            cli.main(["eval", *common, *FAST.split(), "--parts", part])
 
 
 def test_unknown_parts_are_refused() -> None:

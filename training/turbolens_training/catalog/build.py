@@ -165,7 +165,7 @@ def _top_examples(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> 
 
 
 def _lacks_stats(bundle: Bundle) -> bool:
-    return bundle.stats is None or not len(bundle.stats.update_rms)
+    return bundle.measured is None
 
 
 def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:

@@ -179,9 +179,9 @@ def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
 
     A feature that is hardly ever active can be perfectly selective and still move little.
     """
-    if info.bundle.stats is None:
-        raise ValueError(f"{info.name} has no statistics")
-    frequency = info.bundle.stats.frequency
+    if info.bundle.measured is None:
+        raise ValueError(f"{info.name} has no measured statistics; turbolens catalog build makes them")
+    frequency = info.bundle.measured.frequency
     usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
     known = read_labels(folder, info.bundle.d_sae)
     sureness = frequency / (frequency + usual)

@@ -45,9 +45,9 @@ def _rms(x: Tensor) -> float:
 
 
 def _live_features(info: SaeInfo, n: int, rng: random.Random) -> list[int]:
-    if info.bundle.stats is None:
-        raise ValueError(f"{info.name} has no statistics")
-    live = np.flatnonzero(info.bundle.stats.frequency > 0).tolist()
+    if info.bundle.measured is None:
+        raise ValueError(f"{info.name} has no measured statistics; turbolens catalog build makes them")
+    live = np.flatnonzero(info.bundle.measured.frequency > 0).tolist()
     return rng.sample(live, min(n, len(live)))
 
 

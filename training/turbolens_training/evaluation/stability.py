@@ -30,9 +30,9 @@ def matched_cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def live_rows(bundle: Bundle) -> Tensor:
-    """Decoder rows of the features that were ever active; all rows where a bundle has no statistics."""
+    """Decoder rows of the features that were ever active; all rows where that was not measured."""
     rows = bundle.weights.W_dec
-    return rows if bundle.stats is None else rows[torch.from_numpy(bundle.stats.frequency > 0)]
+    return rows if bundle.measured is None else rows[torch.from_numpy(bundle.measured.frequency > 0)]
 
 
 def measure_stability(folders: Sequence[Path], blocks: Sequence[str]) -> list[dict[str, object]]:
