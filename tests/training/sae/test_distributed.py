@@ -78,6 +78,25 @@ def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
                 assert (weights - ours["trainers"][name]["weights"][key]).abs().max() <= TOLERANCE
 
 
+def resume_apart(rank: int, folder: str) -> None:
+    """Two ranks whose checkpoints are not of one step, as a copy of a folder taken in the middle may be."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        ranks = Ranks(rank, 2)
+        run = SaeRun(CONFIG, SharedSource(Uneven(), ranks), CPU, ranks=ranks)
+        run.step = 3 + rank
+        checkpoint = Path(folder) / f"state-{rank}.pt"
+        run.save(checkpoint)
+        with pytest.raises(ValueError, match=r"of different steps \(rank 0 at 3, rank 1 at 4\); choose another --work"):
+            run.resume(checkpoint)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_at_different_steps_do_not_go_on_together(tmp_path: Path) -> None:
+    mp.spawn(resume_apart, (str(tmp_path),), nprocs=2)
+
+
 def test_more_ranks_than_saes_are_refused() -> None:
     with pytest.raises(ValueError, match="4 ranks for 3 SAEs; start 3 at most"):
         Ranks(0, 4).own(["a", "b", "c"])

@@ -288,8 +288,17 @@ class SaeRun:
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a file that `save` wrote; the log loses what came after it."""
+        """Go on from a file that `save` wrote; the log loses what came after it.
+
+        Raises:
+            ValueError: it is the state of a run with other settings, or other ranks are at another step. They would
+                ask for different chunks, and wait for each other for ever.
+        """
         self.load_state_dict(torch.load(path, map_location=self._device, weights_only=True))
+        steps = self._ranks.gather(self.step)
+        if len({*steps}) > 1:
+            told = ", ".join(f"rank {rank} at {step}" for rank, step in enumerate(steps))
+            raise ValueError(f"the ranks' checkpoints are of different steps ({told}); choose another --work")
         log = path.with_name(LOG)
         if log.exists():
             kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
