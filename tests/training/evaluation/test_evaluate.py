@@ -15,7 +15,7 @@ D_SAE = 48
 """Of the random SAEs."""
 FAST = (
     "--device cpu --quality-pictures 4 --splice-scenes 4 --probe-pictures 8 --batch 4 --pairs 1 --choice-pairs 1 "
-    "--concepts color=blue background=night --features 4 --multipliers 1 --strengths 8 "
+    "--concepts color=blue background=night --features 4 --multipliers 1 --strengths 8 --mean-multipliers 1 3 "
     "--locality-features 1 --locality-scenes 2"
 )
 
@@ -36,9 +36,11 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
     assert {row["label"] for row in tables["detectors"]} == {"color=blue"}
     sites = ["none", "down.2.1", "mid.0", "up.0.0", "up.0.1", "all", "prompt"]
     assert [row["block"] for row in tables["blocks"] if row["attribute"] == "color"] == sites
-    methods = [NOTHING, "transfer", "random features", "add one labelled", "mean difference", "dense transfer", "patch"]
-    assert [row["method"] for row in tables["scene_edit_all"]] == [*methods, PROMPT]
-    assert len(tables["scene_edit"]) == 8 * 3
+    methods = ["transfer", "random features", "add one labelled", *2 * ["mean difference"], "dense transfer", "patch"]
+    assert [row["method"] for row in tables["scene_edit_all"]] == [NOTHING, *methods, PROMPT]
+    means = [row["multiplier"] for row in tables["scene_edit_all"] if row["method"] == "mean difference"]
+    assert means == [1.0, 3.0]
+    assert len(tables["scene_edit"]) == 9 * 3
     assert len(tables["locality"]) == 4
     assert tables["run"]["seconds"].keys() == {
         "quality",

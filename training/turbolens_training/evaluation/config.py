@@ -85,6 +85,8 @@ class EvalConfig:
     """Numbers of features that `edits` transfers, and as many removed, pooled over all blocks."""
     multipliers: tuple[float, ...] = (1.0, 2.0)
     """Factors on what is transferred."""
+    mean_multipliers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    """Factors on the mean differences: larger, as a mean over positions is smaller than the change where it matters."""
     strengths: tuple[float, ...] = (4.0, 8.0, 16.0)
     """Strengths of adding one labelled feature, in its mean activation."""
     locality_features: int = 8

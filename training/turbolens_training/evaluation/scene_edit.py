@@ -134,8 +134,9 @@ def grid(engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], confi
         engine, [group.concept for group in groups], config.choice_pairs, f"{config.seed}/scene edit/choice"
     )
     means = mean_directions(engine, saes, groups, choice, config)
-    for multiplier in config.multipliers:
+    for multiplier in config.mean_multipliers:
         cells[Cell("mean difference", None, multiplier)] = push(means, multiplier)
+    for multiplier in config.multipliers:
         cells[Cell("dense transfer", None, multiplier)] = transfer_dense(multiplier)
     cells[Cell("patch")] = lambda m: patch(m.reference.updates)
     return cells
