@@ -51,7 +51,8 @@ class BuildConfig:
     batch: int = 32
     """Pictures of a batch."""
     steps: tuple[int, ...] = (1, 2, 3, 4)
-    """Sampling steps of the pictures that statistics are measured on, in turn, batch by batch."""
+    """Sampling steps of the pictures that statistics are measured on: batches of prompts take them in turn, each batch
+    of scenes one of them at random. One that stands twice is taken twice as often."""
     examples: int = 5
     """Top examples of each feature, each of another picture."""
     least_score: float = 0.6
