@@ -112,7 +112,9 @@ class Sae:
             threshold, slots = self.threshold[: len(bias)], min(_SLOTS, len(bias))
             values, indices, counts = ops.encode_jumprelu(flat, W_enc, bias, threshold, slots)
             if (most := int(counts.max())) > slots:
-                values, indices, _ = ops.encode_jumprelu(flat, W_enc, bias, threshold, most)
+                # Rounded up, as a kernel is compiled for each number of slots: a few sizes, not one for each batch.
+                room = min(len(bias), 1 << (most - 1).bit_length())
+                values, indices, _ = ops.encode_jumprelu(flat, W_enc, bias, threshold, room)
         shape = (*x.shape[:-1], values.shape[-1])
         return Codes(values.reshape(shape), indices.reshape(shape))
 

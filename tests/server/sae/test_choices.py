@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbolens_server.sae import sae as sae_module
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
 from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Sae
@@ -55,3 +56,27 @@ def test_what_is_refused_says_what_is_allowed(architecture, k, prefix, refused):
         return
     with pytest.raises(ValueError, match=f"prefix={prefix}: the SAE x {refused['prefix']}"):
         sae.encode(x, k=k, prefix=prefix)
+
+
+def test_a_jumprelu_asks_the_kernels_for_few_sizes_and_gives_what_it_gives_without_them(monkeypatch):
+    sizes, encode_jumprelu = [], sae_module.ops.encode_jumprelu
+
+    def record(*arguments):
+        sizes.append(arguments[-1])
+        return encode_jumprelu(*arguments)
+
+    monkeypatch.setattr(sae_module.ops, "encode_jumprelu", record)
+    monkeypatch.setattr(sae_module, "_SLOTS", 2)
+    sae, plain = (Sae(make_bundle("jumprelu"), torch.device("cpu")) for _ in range(2))
+    sae._fused = True  # as on a GPU; the operators run here too
+    widest = set()
+    for seed in range(30):
+        x = (1 + seed) * torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(seed))
+        ours, theirs = (
+            torch.zeros(1, D_SAE).scatter_add(-1, codes.indices, codes.values)
+            for codes in (sae.encode(x), plain.encode(x))
+        )
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        widest.add(int((theirs > 0).sum()))
+    assert len(widest) > 8
+    assert {*sizes} <= {2, 4, 8, 16, 32, D_SAE}
