@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -114,7 +114,7 @@ def load_engine(
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     available = available_bytes(torch_device)
-    folder = _model_folder(model, variant)
+    folder = _folder_of(model, variant)
     vae_folder = None if vae is None else resolve(vae, "--vae")
     pipeline, model_hash = _read_pipeline(model, folder, torch_device, torch_dtype, variant)
     components_hash = model_hash if folder is None else hash_components(folder, variant, vae_folder)
@@ -217,16 +217,32 @@ def load_pipeline(
     Raises:
         LoadError: with one clear line.
     """
-    return _read_pipeline(model, _model_folder(model, variant), device, dtype, variant)
+    return _read_pipeline(model, _folder_of(model, variant), device, dtype, variant)
 
 
-def _model_folder(model: str, variant: str | None) -> Path | None:
+def _folder_of(model: str, variant: str | None) -> Path | None:
     """Where a model is; None for random weights, which are nowhere."""
     if is_random(model):
         if variant is not None:
             raise LoadError(f"--variant {variant}: {model} has no weight files")
         return None
-    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
+    return model_folder(model, variant)
+
+
+def model_folder(model: str, variant: str | None = None) -> Path:
+    """The `diffusers` folder of a model: the embedded one's, a local one, or the snapshot of a hub id.
+
+    Of a hub id only what is loaded is fetched: neither the weights of other variants, nor a whole model in one file.
+
+    Raises:
+        LoadError: it is none of these.
+    """
+
+    def fetch(name: str) -> str:
+        folder: str = StableDiffusionXLPipeline.download(name, variant=variant, use_safetensors=True)
+        return folder
+
+    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model", fetch)
     if not (folder / "model_index.json").exists():
         raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
     return folder
@@ -363,13 +379,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def resolve(name: str, flag: str, patterns: Sequence[str] = _FILE_PATTERNS) -> Path:
+def snapshot(patterns: Sequence[str]) -> Callable[[str], str]:
+    """Fetches the files of a hub id whose names fit."""
+    return lambda name: snapshot_download(name, allow_patterns=list(patterns))
+
+
+def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> Path:
     """A local folder, or the snapshot of a hub id (from the cache where it is complete, else downloaded).
 
     Args:
         name: the folder or hub id.
         flag: what asked for it, which begins the error.
-        patterns: files that are fetched from the hub.
+        fetch: gives the local folder of a hub id; None: with all configurations and safetensors.
 
     Raises:
         LoadError: it is neither.
@@ -380,7 +401,7 @@ def resolve(name: str, flag: str, patterns: Sequence[str] = _FILE_PATTERNS) -> P
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path((fetch or snapshot(_FILE_PATTERNS))(name))
     except Exception as error:  # offline, gated, missing: the hub's client raises many kinds
         raise LoadError(
             f"{flag} {name}: not a local folder, and the hub gave nothing ({_first_line(error)}); download it where "
@@ -449,7 +470,7 @@ def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
 def _load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:
     """Every SAE that one `--sae` names."""
     name, hook_point, path = _parts_of(source, points)
-    folder = resolve(path, "--sae", SAE_PATTERNS)
+    folder = resolve(path, "--sae", snapshot(SAE_PATTERNS))
     found = find_saes(folder)
     if not found:
         raise LoadError(f"--sae {source}: no SAE in {folder} (no cfg.json, and the weights of no known format)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from turbolens_server.engine.load import EMBEDDED, SAE_PATTERNS, embedded_model, hash_unet, resolve
+from turbolens_server.engine.load import SAE_PATTERNS, hash_unet, model_folder, resolve, snapshot
 from turbolens_server.sae.bundle import Bundle, BundleError, save_bundle
 from turbolens_server.sae.formats.names import Format, check_name, module_of
 from turbolens_server.sae.formats.read import find_saes, is_bundle, read_sae
@@ -46,13 +46,10 @@ def convert(
             raise BundleError(f"--block {error}") from error
     if out.exists():
         raise BundleError(f"{out} exists; name a new folder")
-    root = resolve(src, "SRC", SAE_PATTERNS)
+    root = resolve(src, "SRC", snapshot(SAE_PATTERNS))
     model_hash = None
     if model is not None:
-        folder = embedded_model() if model == EMBEDDED else resolve(model, "--model")
-        if not (folder / "model_index.json").exists():
-            raise BundleError(f"--model {model}: {folder} is no diffusers folder: model_index.json is missing")
-        model_hash = hash_unet(folder, variant)
+        model_hash = hash_unet(model_folder(model, variant), variant)
     folders = find_saes(root)
     if not folders:
         raise BundleError(f"{src}: no SAE of a known format in {root}")

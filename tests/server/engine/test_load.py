@@ -16,7 +16,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.config import read_config
-from turbolens_server.engine.load import LoadError, embedded_saes, hash_components, hash_unet, load_engine
+from turbolens_server.engine.load import (
+    LoadError,
+    embedded_saes,
+    hash_components,
+    hash_unet,
+    load_engine,
+    model_folder,
+)
 from turbolens_server.engine.types import Job, StepDone
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.reference import encode_dense
@@ -175,6 +182,20 @@ def test_a_vae_of_another_shape_is_refused(widths, channels, says, tmp_path, tin
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hf download nobody/nothing" in refused(model="nobody/nothing")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_of_a_hub_id_only_what_is_loaded_is_fetched(monkeypatch, tiny_folder, variant):
+    """`diffusers` knows which files those are: it is asked for the one variant, and for nothing but safetensors."""
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(tiny_folder)
+
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", download)
+    assert model_folder("owner/name", variant) == tiny_folder
+    assert asked == [("owner/name", {"variant": variant, "use_safetensors": True})]
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
