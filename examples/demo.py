@@ -23,9 +23,9 @@ import turbolens as tl
 
 PROMPT = "a big red circle left of a big red square, sky background"
 SEED = 7
-CONCEPTS = ("blue", "star", "neon", "night", "small")
+CONCEPTS = ("purple", "star", "neon", "sunset", "small")
 STRENGTHS = (-2.0, 2.0, 4.0, 6.0)
-MASKED = "blue"
+MASKED = "purple"
 GROUP = 4
 """Features of a concept that are moved together."""
 TILE, GAP, CAPTION = 160, 10, 34

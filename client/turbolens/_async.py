@@ -264,7 +264,7 @@ class AsyncLens:
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
     async def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
-        """What is known of one feature, top examples included: `get_feature("up.0.1", 162)`, or any form of a feature.
+        """What is known of one feature, top examples included: `get_feature("up.0.1", 202)`, or any form of a feature.
 
         Raises:
             NotFound: there is no such SAE or feature.

@@ -49,13 +49,13 @@ class HasRef(Protocol):
 
 _FORMS: Final = (str, tuple, FeatureRef, HasRef)
 FeatureLike: TypeAlias = FeatureRef | HasRef | tuple[str, int] | str
-"""A feature: `feature("up.0.1", 162)`, a search result, `("up.0.1", 162)` or `"up.0.1/162"`."""
+"""A feature: `feature("up.0.1", 202)`, a search result, `("up.0.1", 202)` or `"up.0.1/202"`."""
 Features: TypeAlias = FeatureLike | Sequence[FeatureLike] | Mapping[FeatureLike, float]
 """One feature, several, or several with weights."""
 
 
 def feature(sae: str, index: int) -> FeatureRef:
-    """Name a feature: `feature("up.0.1", 162)`."""
+    """Name a feature: `feature("up.0.1", 202)`."""
     return FeatureRef(sae, whole(index, "a feature's index"))
 
 
@@ -72,7 +72,7 @@ def to_ref(like: FeatureLike) -> FeatureRef:
     if isinstance(like, str):
         sae, slash, index = like.rpartition("/")
         if not slash or not index.isdecimal():
-            raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/162"')
+            raise ValueError(f'{like!r} names no feature; write "BLOCK/INDEX", such as "up.0.1/202"')
         return FeatureRef(sae, int(index))
     if isinstance(like, tuple) and len(like) == 2 and isinstance(like[0], str):
         return feature(*like)

@@ -257,7 +257,7 @@ class Lens:
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
     def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
-        """What is known of one feature, top examples included: `get_feature("up.0.1", 162)`, or any form of a feature.
+        """What is known of one feature, top examples included: `get_feature("up.0.1", 202)`, or any form of a feature.
 
         Raises:
             NotFound: there is no such SAE or feature.

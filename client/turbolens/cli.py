@@ -41,7 +41,7 @@ class _Run:
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
     add: Repeated = ()
-    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/162=8, in the unit; may be repeated."""
+    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit; may be repeated."""
     scale: Repeated = ()
     """Edit BLOCK/INDEX=FACTOR; 0 removes the feature; may be repeated."""
     set: Repeated = ()
@@ -70,7 +70,7 @@ class _Run:
             for text in texts:
                 name, equals, amount = text.partition("=")
                 if not equals:
-                    raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/162=8")
+                    raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/202=8")
                 if kind == "scale":
                     made.append(tl.scale(name, float(amount), mask=where, steps=when))
                 else:
@@ -115,7 +115,7 @@ def _per_sae(option: str, texts: Sequence[str]) -> dict[str, int]:
 class Generate(_Run):
     """Make a picture.
 
-    Example: turbolens generate "a big red star on the left, night background" --seed 7 --add up.0.1/162=8
+    Example: turbolens generate "a big red star on the left, night background" --seed 7 --add up.0.1/202=8
     """
 
     out: Path = Path("picture.png")
@@ -217,7 +217,7 @@ class List:
 class Show:
     """Show what is known of one feature.
 
-    Example: turbolens features show up.0.1/162
+    Example: turbolens features show up.0.1/202
     """
 
     feature: Positional[str]

@@ -148,7 +148,7 @@ def test_wrong_types_are_told():
 
 
 EDITS = [
-    tl.add("up.0.1/162", 8, mask=tl.box(0, 0, 0.5, 1)),
+    tl.add("up.0.1/202", 8, mask=tl.box(0, 0, 0.5, 1)),
     tl.add({"up.0.1/1": 1, "up.0.1/2": -0.5}, -3.5, unit="norm", steps=(0, 2)),
     tl.set_to(["up.0.1/1", "up.0.1/2"], 2, unit="raw", mask=tl.polygon((0, 0), (1, 0), (0, 1))),
     tl.ablate("up.0.1/3", mask=tl.boxes((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))),
@@ -171,7 +171,7 @@ def test_edits_show_the_call_that_makes_them():
     names = {name: getattr(tl, name) for name in tl.__all__}
     for edit in EDITS[:4]:
         assert eval(repr(edit), names) == edit
-    assert repr(EDITS[0]) == "add('up.0.1/162', 8, mask=box(0, 0, 0.5, 1))"
+    assert repr(EDITS[0]) == "add('up.0.1/202', 8, mask=box(0, 0, 0.5, 1))"
     assert "bytes of PNG" in repr(EDITS[4])
 
 

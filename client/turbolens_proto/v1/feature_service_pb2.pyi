@@ -632,7 +632,9 @@ class FeatureMatch(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How well it answers the query, 0 to 1: how near the words are, times how sure the label is."""
+    """How well it answers the query, 0 to 1: how near the words are, times how sure the label is, times how common the
+    feature is among its SAE's (one half at the median), where its SAE has measured statistics.
+    """
     reason: _builtins.str
     """The label it was found by, and how: "color=blue: word"."""
     @_builtins.property

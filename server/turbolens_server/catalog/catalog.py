@@ -14,7 +14,7 @@ from turbolens_proto.v1 import feature_service_pb2 as pb
 from turbolens_proto.v1 import steering_pb2
 from turbolens_server.catalog.labels import FeatureLabels, read_labels
 from turbolens_server.catalog.query import QueryError, Row, make_token, parse_filter, parse_order, read_token, sort_rows
-from turbolens_server.catalog.search import cosines, nearness, sureness, words_of
+from turbolens_server.catalog.search import commonness, cosines, nearness, sureness, words_of
 from turbolens_server.engine.engine import SaeInfo
 from turbolens_server.rpc.errors import Violation, invalid, not_found
 from turbolens_server.sae.bundle import BundleError
@@ -49,6 +49,8 @@ class Catalog:
             name: {label.value for known in labels.values() for label in known.labels}
             for name, labels in self._labels.items()
         }
+        self._common = {name: _common(sae) for name, sae in saes.items()}
+        """By SAE and feature: how far it can be relied on to be there, 1 where nobody measured."""
         values = sorted(set().union(*self._values.values()))
         values = values if len(values) <= _MOST_EMBEDDED else []
         vectors = embed(values) if values else np.zeros((0, 1), np.float32)
@@ -67,7 +69,7 @@ class Catalog:
         """
         match = _NAME.fullmatch(name)
         if match is None or match["index"] is None:
-            raise not_found(f"{name[:80]!r} is no feature; names look like saes/up.0.1/features/162")
+            raise not_found(f"{name[:80]!r} is no feature; names look like saes/up.0.1/features/202")
         rows = self._sae_rows(match["sae"])
         if len(match["index"]) > 9 or int(match["index"]) >= len(rows):
             raise not_found(f"{match['sae']} has features 0 to {len(rows) - 1}, not {match['index'][:20]}")
@@ -129,10 +131,11 @@ class Catalog:
             raise invalid(violations)
 
     def search(self, request: pb.SearchFeaturesRequest, embedded: npt.NDArray[np.float32]) -> pb.SearchFeaturesResponse:
-        """Features for words, best first: how near a label is to the words, times how sure the label is."""
+        """Features for words, best first: how near a label is to the words, times how sure the label is, times how
+        common the feature is among its SAE's, where that was measured."""
         query = words_of(request.query)
         meaning = cosines(embedded, self._vectors, self._center)
-        found: list[tuple[float, float, str, str, Row]] = []
+        found: list[tuple[float, str, str, Row]] = []
         for sae in dict.fromkeys(request.saes or self._saes):
             near = {v: nearness(query, v, self._synonyms[sae], meaning.get(v, 0.0)) for v in self._values[sae]}
             for row in self._rows[sae]:
@@ -145,15 +148,15 @@ class Catalog:
                     default=None,
                 )
                 if best is not None and best[0] > 0:
-                    score, label = best
+                    score, label = best[0] * self._common[sae][row.index], best[1]
                     reason = f"{label.attribute}={label.value}: {near[label.value].how}"
-                    found.append((score, row.frequency, reason, sae, row))
-        found.sort(key=lambda entry: (-entry[0], -entry[1]))
+                    found.append((score, reason, sae, row))
+        found.sort(key=lambda entry: -entry[0])
         most = min(request.page_size or _SEARCH_DEFAULT, MAX_FOUND)
         return pb.SearchFeaturesResponse(
             matches=[
                 pb.FeatureMatch(feature=_feature(sae, row), score=score, reason=reason)
-                for score, _, reason, sae, row in found[:most]
+                for score, reason, sae, row in found[:most]
             ]
         )
 
@@ -170,6 +173,11 @@ def _synonyms(sae: SaeInfo) -> dict[str, list[str]]:
     if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
         raise BundleError(f'{sae.name}: provenance.json has synonyms of another form than {{"blue": ["azure"]}}')
     return dict(found)
+
+
+def _common(sae: SaeInfo) -> npt.NDArray[np.float32]:
+    measured = sae.bundle.measured
+    return np.ones(sae.bundle.d_sae, np.float32) if measured is None else commonness(measured.frequency)
 
 
 def _rows(sae: SaeInfo, labels: Mapping[int, FeatureLabels]) -> list[Row]:

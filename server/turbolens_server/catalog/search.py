@@ -75,6 +75,16 @@ def sureness(score: float) -> float:
     return float(np.clip(2 * (score - 0.5), 0, 1))
 
 
+def commonness(frequency: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How much a feature can be relied on to be there, in [0, 1), by how often each of an SAE's is active.
+
+    One half at the median of those that are ever active. One that hardly ever is can be perfectly selective and still
+    move little.
+    """
+    usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
+    return (frequency / (frequency + usual)).astype(np.float32)
+
+
 def cosines(
     query: npt.NDArray[np.float32], vectors: Mapping[str, npt.NDArray[np.float32]], center: npt.NDArray[np.float32]
 ) -> dict[str, float]:

@@ -25,13 +25,17 @@ ROWS = (
 )
 
 
-@pytest.fixture
-async def labelled(loading, tmp_path):
-    write_labels(tmp_path, ROWS)
-    bundle = a_bundle("mid.0", stats=True, folder=tmp_path, provenance={"synonyms": {"blue": ["azure"]}})
+async def served(loading, folder, *, stats: bool, rows=ROWS):
+    write_labels(folder, rows)
+    bundle = a_bundle("mid.0", stats=stats, folder=folder, provenance={"synonyms": {"blue": ["azure"]}})
     info = dataclasses.replace(an_info(), saes={"mid.0": SaeInfo("mid.0", "mid.0", bundle, forced=False)})
     await loading.serving.make_ready(FakeEngine(info))
     return loading.features
+
+
+@pytest.fixture
+async def labelled(loading, tmp_path):
+    return await served(loading, tmp_path, stats=True)
 
 
 async def indices(stub, **fields) -> list[int]:
@@ -102,9 +106,24 @@ async def search(stub, query, **fields) -> list[tuple[int, float, str]]:
     return [(m.feature.ref.index, round(m.score, 3), m.reason) for m in answer.matches]
 
 
-async def test_search_multiplies_nearness_with_sureness(labelled):
-    assert (await search(labelled, "Blue"))[:2] == [(3, 0.8, "color=blue: word"), (4, 0.6, "color=blue: word")]
-    assert (await search(labelled, "azure sky"))[0] == (3, 0.8, "color=blue: synonym")
+async def test_search_multiplies_nearness_with_sureness(loading, tmp_path):
+    unmeasured = await served(loading, tmp_path, stats=False)
+    assert (await search(unmeasured, "Blue"))[:2] == [(3, 0.8, "color=blue: word"), (4, 0.6, "color=blue: word")]
+    assert (await search(unmeasured, "azure sky"))[0] == (3, 0.8, "color=blue: synonym")
+
+
+async def test_a_common_feature_is_found_before_a_surer_one_that_hardly_ever_fires(loading, tmp_path):
+    """Feature i fires at i / 30 of the positions, so 8 is in the middle of those that ever do."""
+    neon = [FeatureLabels(i, "neon", s, (Label("style", "neon", "", s),)) for i, s in ((0, 1.0), (1, 1.0), (8, 0.9))]
+    stub = await served(loading, tmp_path, stats=True, rows=neon)
+    assert await search(stub, "neon") == [
+        (8, round(0.8 / 2, 3), "style=neon: word"),
+        (1, round(1 / (1 + 8), 3), "style=neon: word"),
+        (0, 0.0, "style=neon: word"),
+    ]
+
+
+async def test_search_knows_typos_and_leaves_out_chance(labelled):
     prefix, typo = (await search(labelled, "nig"))[0], (await search(labelled, "nihgt"))[0]
     assert (prefix[0], typo[0]) == (6, 6)
     assert 1 > prefix[1] >= typo[1] > 0

@@ -22,6 +22,7 @@ from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.architectures.batch_topk import BatchTopK, batch_top_k
 from turbolens_training.sae.architectures.jump_relu import JumpReLU, jump_relu
 from turbolens_training.sae.architectures.matryoshka import Matryoshka
+from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.trainer import SaeRun
 
@@ -116,10 +117,14 @@ def test_thresholds_learn_by_the_straight_through_gradients(seed: int, bandwidth
     assert torch.allclose(weights.threshold.grad, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_a_jumprelu_starts_with_k_features_that_reconstruct_as_well_as_their_scale_lets_them() -> None:
-    """Started too large, activations shrink past their thresholds, and nothing becomes active again."""
+@pytest.mark.parametrize(
+    "architecture",
+    [JumpReLU(k=4, bandwidth=0.5, coefficient=1.0), TopK(4), BatchTopK(4), Matryoshka(4, (2, 6), (10,))],
+    ids=lambda architecture: type(architecture).__name__,
+)
+def test_every_variant_starts_with_k_features_that_reconstruct_as_well_as_their_scale_lets_them(architecture) -> None:
+    """Started too large, a JumpReLU's activations shrink past their thresholds, and the others lose steps."""
     tokens = torch.randn(500, D_MODEL, generator=torch.Generator().manual_seed(0))
-    architecture = JumpReLU(k=4, bandwidth=0.5, coefficient=1.0)
     weights = architecture.initial_weights(tokens, D_SAE, torch.Generator().manual_seed(0))
     done = architecture.run(weights, tokens)
     assert done.active.counts(D_SAE).sum() / len(tokens) == pytest.approx(4, abs=0.1)

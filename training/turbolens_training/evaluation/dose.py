@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.catalog.labels import read_labels
+from turbolens_server.catalog.search import commonness
 from turbolens_server.engine.engine import Engine, SaeInfo
 from turbolens_server.engine.load import load_engine
 from turbolens_server.engine.types import Edit, Job, WeightedFeature
@@ -175,17 +175,12 @@ def judge(scenes: Scenes, concept: Concept, pictures: Tensor) -> Effect:
 
 
 def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
-    """The label rows of an SAE's features, each with its `sureness`, in [0, 1): one half at the median frequency.
-
-    A feature that is hardly ever active can be perfectly selective and still move little.
-    """
+    """The label rows of an SAE's features, each with its `sureness`, in [0, 1): how common it is."""
     if info.bundle.measured is None:
         raise ValueError(f"{info.name} has no measured statistics; turbolens catalog build makes them")
-    frequency = info.bundle.measured.frequency
-    usual = float(np.median(frequency[frequency > 0])) if (frequency > 0).any() else 1.0
+    common = commonness(info.bundle.measured.frequency)
     known = read_labels(folder, info.bundle.d_sae)
-    sureness = frequency / (frequency + usual)
-    return [{**dataclasses.asdict(row), "sureness": float(sureness[index])} for index, row in known.items()]
+    return [{**dataclasses.asdict(row), "sureness": float(common[index])} for index, row in known.items()]
 
 
 def labelled_features(rows: list[dict[str, Any]], concept: Concept, n: int) -> list[int]:

@@ -61,6 +61,11 @@ def initial_weights(tokens: Tensor, d_sae: int, generator: torch.Generator) -> S
     return SaeWeights(rows.T.contiguous(), rows.new_zeros(d_sae), rows, rows.new_zeros(d_model))
 
 
+def best_scale(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """The factor of a reconstruction at which it is nearest to x: both [N, d_model] -> scalar."""
+    return (x * reconstruction).sum() / reconstruction.square().sum().clamp(min=1e-12)
+
+
 class _PreActivations(torch.autograd.Function):
     """W_enc (x - b_dec) + b_enc. A gradient that is sparse (see :func:`select`) is never written out, [N, d_sae]."""
 

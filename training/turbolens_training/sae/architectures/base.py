@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Final
 
 from torch import Generator, Tensor
 
 from turbolens_server.sae.bundle import Architecture, Nesting, SaeWeights
-from turbolens_training.sae.maths import Active, decode, initial_weights, pre_activations
+from turbolens_training.sae.maths import Active, best_scale, decode, initial_weights, pre_activations
+
+LOOK: Final = 2048
+"""Tokens from which the scale to start at is taken, and a first threshold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,14 @@ class SaeArchitecture(abc.ABC):
     """
 
     def initial_weights(self, tokens: Tensor, d_sae: int, generator: Generator) -> SaeWeights:
-        """Weights to start from, for normalised updates [N, d_model]; `generator` is of the CPU."""
-        return initial_weights(tokens, d_sae, generator)
+        """Weights to start from, for normalised updates [N, d_model]; `generator` is of the CPU.
+
+        Rows that point to tokens reconstruct them several times too large, so the encoder starts at the best scale.
+        """
+        weights = initial_weights(tokens, d_sae, generator)
+        x = tokens[:LOOK]
+        made = self.decode(weights, self.encode(weights, pre_activations(weights, x)))
+        return dataclasses.replace(weights, W_enc=weights.W_enc * best_scale(x, made))
 
     def trainable(self, weights: SaeWeights) -> dict[str, Tensor]:
         """The tensors that gradients change, by name."""

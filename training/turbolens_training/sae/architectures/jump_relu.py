@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from turbolens_server.sae.bundle import SaeWeights
-from turbolens_training.sae.architectures.base import Export, SaeArchitecture
-from turbolens_training.sae.maths import Active, pre_activations, reconstruction_loss, starts
-
-LOOK: Final = 2048
-"""Tokens from which the first threshold is taken."""
+from turbolens_training.sae.architectures.base import LOOK, Export, SaeArchitecture
+from turbolens_training.sae.maths import (
+    Active,
+    best_scale,
+    initial_weights,
+    pre_activations,
+    reconstruction_loss,
+    starts,
+)
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -76,16 +80,16 @@ class JumpReLU(SaeArchitecture):
     def initial_weights(self, tokens: Tensor, d_sae: int, generator: Generator) -> SaeWeights:
         """As for the others, with the threshold at which k features are active on average, and in proportion.
 
-        Rows that point to tokens reconstruct them several times too large. A TopK learns out of that; here activations
-        shrink past their thresholds, to where no gradient moves these, and nothing becomes active again (measured on
-        the embedded model: 0.7 features instead of 10, 90 % dead). So the encoder starts at the best scale.
+        A TopK learns to make its reconstructions smaller where they start too large; here activations would shrink past
+        their thresholds, to where no gradient moves these, and nothing would become active again (measured on the
+        embedded model: 0.7 features instead of 10, 90 % dead).
         """
-        weights = super().initial_weights(tokens, d_sae, generator)
+        weights = initial_weights(tokens, d_sae, generator)
         x = tokens[:LOOK]
         pre = pre_activations(weights, x)
         threshold = torch.full_like(weights.b_enc, pre.flatten().topk(len(pre) * self.k).values[-1].item())
         made = self.decode(weights, jump_relu(pre, threshold, self.bandwidth))
-        scale = (x * made).sum() / made.square().sum().clamp(min=1e-12)
+        scale = best_scale(x, made)
         return dataclasses.replace(weights, W_enc=weights.W_enc * scale, threshold=threshold * scale)
 
     def encode(self, weights: SaeWeights, pre: Tensor) -> Active:
