@@ -52,7 +52,7 @@ demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contac
 	@$(PY) examples/demo.py --out demo
 
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -m 'not interop and not ray and not slow'
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow'
 
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
