@@ -11,7 +11,7 @@ from turbolens_server.kernels import ops, reference
 from turbolens_server.kernels.edits import pack_edits
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import encode_dense, steer_dense
-from turbolens_server.sae.steering import ResolvedEdit
+from turbolens_server.sae.steering import ResolvedEdit, steer
 
 POSITIONS, D_MODEL, D_SAE, K = 5, 8, 24, 4
 CPU = torch.device("cpu")
@@ -129,3 +129,14 @@ def test_what_does_not_fit_is_refused_by_name():
     packed = pack_edits([[edit("add", [1], [1.0])]], POSITIONS, CPU)
     with pytest.raises(ValueError, match=r"gain: \[2, 5\], not \[1, 5\]"):
         run(ops.apply_edits, x, packed, no_codes(x))
+
+
+def test_masks_that_round_to_more_than_the_whole_of_a_place_leave_nothing_of_the_update():
+    """Twice the grey level 128 is a little more than 1, and is let through: the update must not turn round."""
+    half = torch.full((POSITIONS,), 128 / 255)
+    edits = [ResolvedEdit("replace", torch.tensor([j]), torch.tensor([2.0]), half) for j in (3, 7)]
+    x = 1000 * updates(1)
+    expected = (2 * 128 / 255 * BUNDLE.weights.W_dec[[3, 7]].sum(0)).expand(POSITIONS, -1)
+    packed = run(ops.apply_edits, x, pack_edits([edits], POSITIONS, CPU), no_codes(x))
+    for steered in (packed[0], steer(x[0], edits, BUNDLE.weights.W_dec, None), steer_dense(BUNDLE, x[0], edits)):
+        assert torch.allclose(steered, expected, atol=1e-4)
