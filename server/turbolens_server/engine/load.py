@@ -152,7 +152,7 @@ def load_engine(
     }
     order = [name for name in points if name in used]
     edge = unet.config.sample_size * downscale if size is None else _edge(size, unet, downscale)
-    served = (edge, edge)
+    served, latent = (edge, edge), (edge // downscale, edge // downscale)
     memory = memory_need(
         unet=unet,
         vae=decoder,
@@ -161,7 +161,7 @@ def load_engine(
         dictionaries=[(math.prod(points[sae.hook_point].grid(*served)), sae.bundle.d_sae) for sae in loaded],
         runs=[math.prod(points[sae.hook_point].grid(*served)) * sae.bundle.d_in for sae in loaded if sae.bundle.steps],
         max_batch=max_batch,
-        latent_size=(edge // downscale, edge // downscale),
+        latent_size=latent,
         tokens=pipeline.tokenizer.model_max_length,
         pipelined=pipelined_on(torch_device),
         available=available,
@@ -179,9 +179,7 @@ def load_engine(
         spec = GraphSpec.of(unet, tapped, downscale, text.max_tokens)
         artifacts = ArtifactCache(cache or default_cache())
         try:
-            runner, reason, more = open_backend(
-                backend, unet, spec, model_hash, torch_device, artifacts, (edge // downscale, edge // downscale)
-            )
+            runner, reason, more = open_backend(backend, unet, spec, model_hash, torch_device, artifacts, latent)
         except BackendError as error:
             raise LoadError(f"--backend {backend}: {error}") from error
         info = EngineInfo(

@@ -139,7 +139,7 @@ def model(
         stats = sae.bundle.stats
         units = [steering_pb2.UNIT_RAW]
         units += [steering_pb2.UNIT_MEAN] if stats is not None else []
-        units += [steering_pb2.UNIT_NORM] if stats is not None and len(stats.update_rms) else []
+        units += [steering_pb2.UNIT_NORM] if sae.bundle.measured is not None else []
         saes.append(
             model_service_pb2.Sae(
                 name=sae.name,

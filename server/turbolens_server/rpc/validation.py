@@ -308,12 +308,13 @@ class _Checker:
         return tuple(found.values())
 
     def unit(self, field: str, unit: Unit, sae: str, index: int) -> None:
-        stats = self.info.saes[sae].bundle.stats
+        bundle = self.info.saes[sae].bundle
+        stats = bundle.stats
         if unit is Unit.MEAN and stats is None:
             self.bad(field, "mean", f"{sae} has no statistics; use UNIT_RAW")
         elif unit is Unit.MEAN and stats is not None and not stats.mean[index] > 0:
             self.bad(field, "mean", f"{sae}/{index} was never active, so it has no mean; use UNIT_RAW")
-        elif unit is Unit.NORM and (stats is None or not len(stats.update_rms)):
+        elif unit is Unit.NORM and bundle.measured is None:
             self.bad(field, "norm", f"{sae} has no statistics of its block's norm; use UNIT_RAW or UNIT_MEAN")
 
     def window(self, field: str, edit: steering_pb2.Edit, steps: int) -> tuple[int, int] | None:

@@ -61,7 +61,7 @@ def convert(
         raise BundleError(f"{already[0]} is a bundle already; serve it as it is")
     found = [read_sae(folder, block, format) for folder in folders]
     blocks = [bundle.hook_point for bundle in found]
-    if doubled := sorted({name for name in blocks if blocks.count(name) > 1}):
+    if doubled := sorted({at for at in blocks if blocks.count(at) > 1}):
         raise BundleError(
             f"{root} holds several SAEs for {', '.join(doubled)}; convert one folder at a time, each with a --name"
         )

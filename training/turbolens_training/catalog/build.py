@@ -108,7 +108,7 @@ def _from_scenes(
         _write(config, engine, bundle, rows, top[point.name].examples(), batches * config.batch)
         amend_provenance(_folder(bundle), labels=None, zero_shot=None)  # labels of others are gone
         table.append(summary(point.name, rows))
-    if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
+    if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
         mix = config.steps if steps is None else (steps,)
         share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
         mixed = SceneStream(
@@ -144,7 +144,7 @@ def _from_prompts(
         _write(config, engine, sae.bundle, rows, examples[block], len(prompts))
         if namer is not None:
             amend_provenance(_folder(sae.bundle), zero_shot={**namer.provenance, "labelled": len(named[block])})
-    if lacking := {block: sae for block, sae in saes.items() if _lacks_stats(sae.bundle)}:
+    if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
         _measure(lacking, _progress(data(), "statistics", batches))
 
 
@@ -162,10 +162,6 @@ def encode(saes: dict[str, Sae], updates: Updates) -> dict[str, list[Codes]]:
 def _top_examples(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> dict[str, TopExamples]:
     grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
     return {block: TopExamples(sae.bundle.d_sae, config.examples, grids[block]) for block, sae in saes.items()}
-
-
-def _lacks_stats(bundle: Bundle) -> bool:
-    return bundle.measured is None
 
 
 def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
