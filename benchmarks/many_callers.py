@@ -29,8 +29,9 @@ from turbolens_server.bench.contenders import PROMPT, fresh_prompt, largest_diff
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, measure
 from turbolens_server.embedded import start
-from turbolens_server.engine.load import load_engine, load_pipeline
-from turbolens_server.sae.masks import Box, BoxMask
+from turbolens_server.loading.load import load_engine
+from turbolens_server.loading.model import load_pipeline
+from turbolens_server.steering.masks import Box, BoxMask
 
 CALLERS = 16
 STEPS = (1, 4)

@@ -22,7 +22,7 @@ from turbolens_server.bench.contenders import BarePipeline, Work
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, measure
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 
 SIZES = ((1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (8, 4))
 """Pictures a call, steps."""

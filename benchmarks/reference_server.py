@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from turbolens_server.engine.types import HookPoint
 from turbolens_server.sae.bundle import Bundle
+from turbolens_server.unet.points import HookPoint
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -16,7 +16,7 @@ from turbolens_server.bench import contenders as make
 from turbolens_server.bench.contenders import Work
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, measure
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 
 AIM = Aim(ratio=1.05, added_ms=3.0)
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from benchmarks.places import RESULTS
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, compare, interleave
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.config import DataConfig
 from turbolens_training.activations.sources import TokenSource, open_sources

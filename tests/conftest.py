@@ -27,7 +27,7 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def engine():
     """The embedded model with its own SAEs."""
-    from turbolens_server.engine.load import load_engine
+    from turbolens_server.loading.load import load_engine
 
     return load_engine()
 
@@ -80,7 +80,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_folder: Path):
     """The random folder as an engine, without SAEs."""
-    from turbolens_server.engine.load import load_engine
+    from turbolens_server.loading.load import load_engine
 
     return load_engine(model=str(tiny_folder))
 
@@ -90,7 +90,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random model of one block a level with random SAEs at two of them: (folder, folder of SAEs)."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
-    from turbolens_server.engine.load import hash_unet
+    from turbolens_server.loading.hashes import hash_unet
     from turbolens_server.sae.bundle import SaeWeights, save_bundle
     from turbolens_training.mini import model as parts
 

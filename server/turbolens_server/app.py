@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"turbolens serve: {error}")
     configure_logging(config.log_format, config.log_level)
     # Imported late: a command's help and a mistyped setting must not wait for torch.
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.errors import LoadError
     from turbolens_server.sae.bundle import BundleError
 
     try:

@@ -25,7 +25,8 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import LoadError, load_engine
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.calls import CallInterceptor
 from turbolens_server.rpc.errors import device_is_lost

@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
 
 from turbolens_server.cuda_graphs import Graphed
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
 from turbolens_server.kernels import fused, plain, reference
-from turbolens_server.sae.masks import Box, BoxMask
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.sae import Sae
+from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.torch_unet import TorchUNet
 

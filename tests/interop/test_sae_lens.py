@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbolens_server.engine.load import embedded_saes
+from turbolens_server.loading.hub import embedded_saes
 from turbolens_server.sae.bundle import SaeWeights, load_bundle, save_bundle
 from turbolens_server.sae.formats.read import read_sae
 from turbolens_server.sae.reference import decode_dense, encode_dense

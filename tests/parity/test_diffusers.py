@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from turbolens_server.engine.load import embedded_model
 from turbolens_server.engine.types import Job
+from turbolens_server.loading.hub import embedded_model
 
 PROMPTS = (
     "a big red star on the left, night background",

@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 
 from turbolens_server.catalog.labels import read_labels
-from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.engine.types import Job
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.load import load_engine
 from turbolens_training import cli
 from turbolens_training.activations import sources
 from turbolens_training.catalog import cli as catalog

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     else:
         command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.errors import LoadError
 
     try:
         run(command)
@@ -167,7 +167,7 @@ def run(command: Command) -> None:
 
 def rebuild(config: RebuildConfig) -> None:
     """SAEs, catalog, dose table, reports; checkpoints go by the model's hash: a new model never takes up an old run."""
-    from turbolens_server.engine.load import load_engine
+    from turbolens_server.loading.load import load_engine
     from turbolens_training.catalog.build import build
 
     model_hash = load_engine(model=config.model, device=config.device, saes=[]).info.model_hash

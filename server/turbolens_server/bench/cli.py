@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     # What measures is imported here: a command's help must not wait for torch.
     from turbolens_server.bench.results import describe_machine, save, to_markdown
     from turbolens_server.bench.suite import describe_case, run
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.errors import LoadError
     from turbolens_server.sae.bundle import BundleError
 
     try:

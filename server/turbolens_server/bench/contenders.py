@@ -13,10 +13,10 @@ import torch
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_pipeline
 from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.types import Edit, Job, Result, Unit, WeightedFeature
 from turbolens_server.images import encode_image
+from turbolens_server.loading.model import load_pipeline
 
 PROMPT: Final = "a big red star on the left, night background"
 _FRESH: Final = itertools.count()

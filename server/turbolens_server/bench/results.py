@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-from turbolens_server.engine.load import versions
+from turbolens_server.loading.device import versions
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[3]
 _SOURCES: Final = ("client", "server", "training", "benchmarks/*.py")

@@ -16,7 +16,7 @@ from turbolens_server.bench.results import assemble
 from turbolens_server.bench.roofline import floor_ms, sae_ops, total_flops, unet_ops, vae_ops
 from turbolens_server.bench.timing import Aim, Contender, measure
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 
 
 def run(config: BenchConfig) -> dict[str, Any]:

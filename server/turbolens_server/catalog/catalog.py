@@ -15,7 +15,7 @@ from turbolens_proto.v1 import steering_pb2
 from turbolens_server.catalog.labels import FeatureLabels, read_labels
 from turbolens_server.catalog.query import QueryError, Row, make_token, parse_filter, parse_order, read_token, sort_rows
 from turbolens_server.catalog.search import commonness, cosines, nearness, sureness, words_of
-from turbolens_server.engine.engine import SaeInfo
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.rpc.errors import Violation, invalid, not_found
 from turbolens_server.sae.bundle import BundleError
 

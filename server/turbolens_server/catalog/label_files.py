@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
-from turbolens_server.sae.bundle import amend_provenance, hash_file, load_bundle
+from turbolens_server.files import hash_file
+from turbolens_server.sae.bundle import amend_provenance, load_bundle
 
 _ENDINGS: Final = (".csv", ".json", ".jsonl", ".parquet")
 

@@ -16,66 +16,16 @@ from torch import Tensor
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.decode import decode_rows
-from turbolens_server.engine.memory import MemoryNeed
+from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.sampler import Sampler
 from turbolens_server.engine.text import TextEncoder
-from turbolens_server.engine.types import (
-    FeaturesReady,
-    HookPoint,
-    Job,
-    NotFinite,
-    OnEvent,
-    Result,
-    SparseCodes,
-    StepDone,
-)
-from turbolens_server.sae.bundle import Bundle
+from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, OnEvent, Result, SparseCodes, StepDone
 from turbolens_server.sae.sae import Sae
 from turbolens_server.unet.backend import UNetBackend
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class SaeInfo:
-    """An SAE as served."""
-
-    name: str
-    hook_point: str
-    bundle: Bundle
-    forced: bool
-    """Trained on another model than the one served, and the operator insisted."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineInfo:
-    """What an engine serves."""
-
-    model: str
-    model_hash: str
-    components_hash: str
-    """Of all that draws beside the U-Net's weights."""
-    hook_points: tuple[HookPoint, ...]
-    saes: dict[str, SaeInfo]
-    """By name, in order of their blocks in the U-Net."""
-    default_steps: int
-    max_steps: int
-    default_size: tuple[int, int]
-    """(height, width) in pixels."""
-    sizes: tuple[tuple[int, int], ...]
-    max_prompt_tokens: int
-    backend: str
-    """What runs the U-Net."""
-    backend_reason: str
-    """Why it is this one."""
-    device: str
-    dtype: str
-    versions: dict[str, str]
-    memory: MemoryNeed
-    load_s: float
-    """Seconds from nothing to an engine."""
 
 
 @dataclasses.dataclass(frozen=True)

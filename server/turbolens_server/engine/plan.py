@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Edit, Job, SaeOptions, SparseCodes, Unit, WeightedFeature
 from turbolens_server.kernels import ops
 from turbolens_server.kernels.edits import PackedEdits, pack_edits
 from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.steering import ResolvedEdit, needs_codes, steer
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps, side_by_side
-
-if TYPE_CHECKING:
-    from turbolens_server.engine.engine import EngineInfo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from turbolens_server.sae.masks import Mask
+from turbolens_server.steering.masks import Mask
 
 EditKind = Literal["add", "scale", "set", "replace"]
 
@@ -154,18 +154,3 @@ class NotFinite:
 
 Event = StepDone | FeaturesReady | Result | NotFinite
 OnEvent = Callable[[Event], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HookPoint:
-    """A block whose update is read and steered."""
-
-    name: str
-    module: str
-    d_model: int
-    downscale: int
-    """Picture pixels per cell of the grid, each way."""
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the grid for a picture of `height` x `width` pixels."""
-        return height // self.downscale, width // self.downscale

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
 from turbolens_server.catalog.catalog import MAX_FOUND, MAX_LISTED, MAX_QUERY_CHARS
 from turbolens_server.catalog.query import MAX_CHARS
-from turbolens_server.engine.engine import EngineInfo
+from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
@@ -25,7 +25,7 @@ from turbolens_server.rpc.validation import (
     Selection,
     ValidRequest,
 )
-from turbolens_server.sae.masks import MAX_EDGE
+from turbolens_server.steering.masks import MAX_EDGE
 
 _LEAST_HALF: Final = np.float32(np.finfo(np.float16).smallest_subnormal)
 

@@ -16,9 +16,7 @@ provenance.json              recipe, data, measured quality                     
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -27,6 +25,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from turbolens_server.files import hash_file
 
 FORMAT_VERSION: Final = 1
 Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka", "turbolens-temporal"]
@@ -153,25 +153,6 @@ class Bundle:
         if prefix not in (None, self.d_sae) and not (nesting and prefix in nesting.prefixes):
             found["prefix"] = f"allows {', '.join(map(str, nesting.prefixes)) if nesting else f'only {self.d_sae}'}"
         return found
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 of one file, or of the hashes of several, in the order given."""
-    if len(paths) == 1:
-        return hash_file(paths[0])
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hash_file(path).encode())
-    return digest.hexdigest()
 
 
 def check_weights(weights: SaeWeights, where: str) -> None:

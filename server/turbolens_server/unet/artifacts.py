@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from turbolens_server.sae.bundle import hash_file
+from turbolens_server.files import hash_file
 from turbolens_server.unet.backend import BackendError
 
 Kind = Literal["graphs", "engines"]

@@ -6,25 +6,13 @@ before the residual add. As with blocks, the walk calls the modules that diffuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from turbolens_server.engine.types import HookPoint
-
-_MARK = ".attn"
-
-
-def block_of(point: str) -> str:
-    """The block that a hook point is, or lies in: "up.0.1.attn2.3" -> "up.0.1"."""
-    return point.partition(_MARK)[0]
-
-
-def is_attention(point: str) -> bool:
-    """Whether a hook point is an attention layer within a block."""
-    return _MARK in point
+from turbolens_server.unet.points import ATTENTIONS, HookPoint, attention_name, module_of
 
 
 def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
@@ -34,25 +22,16 @@ def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookP
         transformer = unet.get_submodule(block.module)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         for i, layer in enumerate(transformer.transformer_blocks):
-            for kind in ("attn1", "attn2") if is_known(layer) else ():
-                module = f"{block.module}.transformer_blocks.{i}.{kind}"
-                point = HookPoint(f"{name}.{kind}.{i}", module, width, block.downscale)
-                found[point.name] = point
+            for kind in ATTENTIONS if is_known(layer) else ():
+                point = attention_name(name, kind, i)
+                found[point] = HookPoint(point, module_of(point), width, block.downscale)
         found[name] = block
     return found
 
 
-def list_points(points: Iterable[str]) -> str:
-    """The hook points for a message: a large U-Net has hundreds of attention layers."""
-    names = list(points)
-    blocks = [name for name in names if not is_attention(name)]
-    layers = [name for name in names if is_attention(name)]
-    return ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
-
-
 def is_tapped(name: str, number: int, at: frozenset[str]) -> bool:
     """Whether an attention layer of transformer layer `number` in block `name` is among the hook points `at`."""
-    return not at.isdisjoint((f"{name}.attn1.{number}", f"{name}.attn2.{number}"))
+    return not at.isdisjoint(attention_name(name, kind, number) for kind in ATTENTIONS)
 
 
 def run_layer(
@@ -81,12 +60,10 @@ def run_layer(
     if not is_tapped(name, number, at):
         whole: Tensor = layer(tokens, encoder_hidden_states=text)
         return whole
-    for kind, attention, norm, context in (
-        ("attn1", layer.attn1, layer.norm1, None),
-        ("attn2", layer.attn2, layer.norm2, text),
-    ):
+    parts = ((layer.attn1, layer.norm1, None), (layer.attn2, layer.norm2, text))
+    for kind, (attention, norm, context) in zip(ATTENTIONS, parts, strict=True):
         update = attention(norm(tokens), encoder_hidden_states=context)
-        point = f"{name}.{kind}.{number}"
+        point = attention_name(name, kind, number)
         tokens = (tap(point, update) if point in at else update) + tokens
     fed: Tensor = layer.ff(layer.norm3(tokens)) + tokens
     return fed

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from turbolens_server.engine.types import HookPoint
 from turbolens_server.unet.backend import PREDICTION, Affine, Tap, steered_passes, to_tokens, update_name
+from turbolens_server.unet.points import HookPoint
 from turbolens_server.unet.tapped import tapped_forward
 
 

@@ -9,7 +9,7 @@ early, and a compiler or exporter sees plain code. Tests hold it to diffusers' o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,11 +17,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from turbolens_server.engine.types import HookPoint
-from turbolens_server.unet.attention_taps import block_of, run_layer
-
-DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
-"""The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
+from turbolens_server.unet.attention_taps import run_layer
+from turbolens_server.unet.points import HookPoint, Side, block_name, block_of, module_of
 
 OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
 """(hook point, update [B, height * width, d_model], (height, width)) -> the update to add instead."""
@@ -48,27 +45,26 @@ class Blocks(Protocol):
         ...
 
 
-def attention_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, Transformer2DModel]]:
-    """Every transformer block in order of execution: (hook point, module path, module)."""
-    for i, block in enumerate(unet.down_blocks):
+def attention_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, int, Transformer2DModel]]:
+    """Every transformer block in order of execution: (hook point, halvings of the latent there, module)."""
+    levels = len(unet.down_blocks)
+    sides: list[tuple[Side, int, int, Any]] = [
+        *(("down", i, i, block) for i, block in enumerate(unet.down_blocks)),
+        ("mid", 0, levels - 1, unet.mid_block),
+        *(("up", i, levels - 1 - i, block) for i, block in enumerate(unet.up_blocks)),
+    ]
+    for side, i, halvings, block in sides:
         for j, attention in enumerate(getattr(block, "attentions", ())):
-            yield f"down.{i}.{j}", f"down_blocks.{i}.attentions.{j}", attention
-    for j, attention in enumerate(unet.mid_block.attentions):
-        yield f"mid.{j}", f"mid_block.attentions.{j}", attention
-    for i, block in enumerate(unet.up_blocks):
-        for j, attention in enumerate(getattr(block, "attentions", ())):
-            yield f"up.{i}.{j}", f"up_blocks.{i}.attentions.{j}", attention
+            yield block_name(side, i, j), halvings, attention
 
 
 def find_hook_points(unet: UNet2DConditionModel, vae_downscale: int) -> dict[str, HookPoint]:
     """Every block that can be tapped, by name."""
-    levels = len(unet.down_blocks)
     found = {}
-    for name, module, attention in attention_blocks(unet):
-        kind, *rest = name.split(".")
-        halvings = {"down": int(rest[0]), "mid": levels - 1, "up": levels - 1 - int(rest[0])}[kind]
+    for name, halvings, attention in attention_blocks(unet):
         width = attention.config.num_attention_heads * attention.config.attention_head_dim
-        found[name] = HookPoint(name, module, attention.config.in_channels or width, vae_downscale * 2**halvings)
+        d_model = attention.config.in_channels or width
+        found[name] = HookPoint(name, module_of(name), d_model, vae_downscale * 2**halvings)
     return found
 
 
@@ -140,8 +136,8 @@ def tapped_forward(
         for j, resnet in enumerate(block.resnets):
             hidden = blocks.resnet(resnet, hidden, embedding)
             if attentions is not None:
-                hidden = attend(f"down.{i}.{j}", attentions[j], hidden)
-                if stop_after == f"down.{i}.{j}":
+                hidden = attend(block_name("down", i, j), attentions[j], hidden)
+                if stop_after == block_name("down", i, j):
                     return None
             skips.append(hidden)
         for downsampler in block.downsamplers or ():
@@ -150,8 +146,8 @@ def tapped_forward(
 
     hidden = blocks.resnet(unet.mid_block.resnets[0], hidden, embedding)
     for j, (attention, resnet) in enumerate(zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True)):
-        hidden = attend(f"mid.{j}", attention, hidden)
-        if stop_after == f"mid.{j}":
+        hidden = attend(block_name("mid", 0, j), attention, hidden)
+        if stop_after == block_name("mid", 0, j):
             return None
         hidden = blocks.resnet(resnet, hidden, embedding)
 
@@ -160,8 +156,8 @@ def tapped_forward(
         for j, resnet in enumerate(block.resnets):
             hidden = blocks.resnet(resnet, torch.cat([hidden, skips.pop()], dim=1), embedding)
             if attentions is not None:
-                hidden = attend(f"up.{i}.{j}", attentions[j], hidden)
-                if stop_after == f"up.{i}.{j}":
+                hidden = attend(block_name("up", i, j), attentions[j], hidden)
+                if stop_after == block_name("up", i, j):
                     return None
         for upsampler in block.upsamplers or ():
             hidden = upsampler(hidden, None)

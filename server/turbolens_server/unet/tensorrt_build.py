@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from turbolens_server.engine.memory import available_host_bytes
+from turbolens_server.files import available_host_bytes
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE

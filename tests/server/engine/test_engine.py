@@ -10,17 +10,8 @@ import torch
 
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.decode import decode_latents, decode_rows
-from turbolens_server.engine.types import (
-    Edit,
-    FeaturesReady,
-    Job,
-    NotFinite,
-    Result,
-    StepDone,
-    Unit,
-    WeightedFeature,
-)
-from turbolens_server.sae.masks import Box, BoxMask
+from turbolens_server.engine.types import Edit, FeaturesReady, Job, NotFinite, Result, StepDone, Unit, WeightedFeature
+from turbolens_server.steering.masks import Box, BoxMask
 
 ENGINE = "turbolens_server.engine.engine"
 PROMPT = "a big red star on the left, night background"

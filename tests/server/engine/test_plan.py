@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolens_server.engine.engine import SaeInfo
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.types import Edit, Job, SaeOptions, Unit, WeightedFeature
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
-from turbolens_server.sae.masks import Box, BoxMask
 from turbolens_server.sae.reference import encode_dense, move_dense, steer_dense
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.steering import ResolvedEdit
+from turbolens_server.steering.masks import Box, BoxMask
 
 GRID = (8, 8)
 LEFT = BoxMask((Box(0, 0, 0.5, 1),))

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import torch
 
-from turbolens_server.engine.engine import EngineInfo, SaeInfo
-from turbolens_server.engine.memory import MemoryNeed
-from turbolens_server.engine.types import FeaturesReady, HookPoint, NotFinite, Result, SparseCodes, StepDone
+from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
+from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, SparseCodes, StepDone
 from turbolens_server.sae.bundle import Bundle, FeatureStats, Nesting, SaeWeights
+from turbolens_server.unet.points import HookPoint
 
 D_SAE = 16
 DEAD = 5

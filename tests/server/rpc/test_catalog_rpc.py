@@ -13,7 +13,7 @@ from fake_engine import FakeEngine, a_bundle, an_info
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.catalog.labels import FILE_NAME, SCHEMA, Example, FeatureLabels, Label, read_labels, write_labels
-from turbolens_server.engine.engine import SaeInfo
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.sae.bundle import BundleError
 
 EXAMPLES = (Example("a blue sky", 2**40, 4, 3, 1, 2, 7.5), Example("", 0, 1, 0, 0, 0, 0.25))

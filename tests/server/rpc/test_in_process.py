@@ -18,7 +18,7 @@ from fake_engine import FakeEngine
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import generation_service_pb2_grpc
 from turbolens_server import embedded
-from turbolens_server.engine.load import LoadError
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.logs import configure_logging, get_logger
 
 

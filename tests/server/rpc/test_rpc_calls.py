@@ -21,7 +21,7 @@ from turbolens_proto.v1 import generation_service_pb2_grpc
 from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_server import app, serving
 from turbolens_server.config import ServerConfig
-from turbolens_server.engine.load import LoadError
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.unet.backend import BackendError
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

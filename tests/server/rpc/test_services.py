@@ -17,7 +17,7 @@ from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
-from turbolens_server.engine.engine import SaeInfo
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.rpc import convert
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from turbolens_server.engine.load import embedded_saes, hash_unet, load_engine
 from turbolens_server.engine.types import Job
+from turbolens_server.loading.hashes import hash_unet
+from turbolens_server.loading.hub import embedded_saes
+from turbolens_server.loading.load import load_engine
+from turbolens_server.loading.sae_cli import main
 from turbolens_server.sae.bundle import load_bundle
-from turbolens_server.sae.cli import main
 
 
 def refused(capsys, *argv) -> str:

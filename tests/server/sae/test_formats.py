@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.sae.bundle import Bundle, BundleError, load_bundle, save_bundle
-from turbolens_server.sae.formats.names import find_block, module_of
 from turbolens_server.sae.formats.read import detect, find_saes, read_sae
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.unet.points import find_point, module_of
 
 
 def dense(bundle: Bundle, x: torch.Tensor) -> torch.Tensor:
@@ -96,9 +96,9 @@ def test_narrow_types_are_read_exactly(tmp_path):
     ],
 )
 def test_blocks_are_found_in_names(text, block):
-    assert find_block(text) == block
+    assert find_point(text) == block
     if block is not None:
-        assert find_block(f"unet.{module_of(block)}") == block
+        assert find_point(f"unet.{module_of(block)}") == block
 
 
 def test_the_block_is_told_found_or_asked_for(tmp_path):

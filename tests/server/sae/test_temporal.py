@@ -14,16 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from turbolens_server.engine.engine import Engine, SaeInfo
-from turbolens_server.engine.load import LoadError, load_engine
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.types import Edit, FeaturesReady, Job, Unit, WeightedFeature
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle
-from turbolens_server.sae.masks import Box, BoxMask
 from turbolens_server.sae.reference import decode_run_dense, encode_run_dense, steer_run_dense
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.steering import ResolvedEdit, affine, steer
 from turbolens_server.sae.temporal import by_step, changes, side_by_side
+from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_server.unet.torch_unet import TorchUNet
 
 CPU = torch.device("cpu")

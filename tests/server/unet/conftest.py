@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.export import ensure_graph
 from turbolens_server.unet.graph import GraphSpec

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import LoadError, load_engine
 from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
-from turbolens_server.unet.attention_taps import block_of, list_points, with_attention_points
+from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.fused import FusedBlocks
+from turbolens_server.unet.points import block_of, list_points
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
 from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbolens_server.loading.engine_cli import main
 from turbolens_server.unet import tensorrt_build
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError
-from turbolens_server.unet.cli import main
 from turbolens_server.unet.export import GRAPH_FILE
 from turbolens_server.unet.tensorrt_api import TensorRT, current_target, find_tensorrt
 from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, build_plan, engine_key, ensure_engine

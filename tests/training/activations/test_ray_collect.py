@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from turbolens_server.engine.engine import Engine, EngineInfo, SaeInfo
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.info import EngineInfo, SaeInfo
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.unet.torch_unet import TorchUNet

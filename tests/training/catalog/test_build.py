@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
-from turbolens_server.engine.load import hash_unet, load_engine
 from turbolens_server.engine.types import Job
-from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_provenance, hash_file, load_bundle, save_bundle
+from turbolens_server.files import hash_file
+from turbolens_server.loading.hashes import hash_unet
+from turbolens_server.loading.load import load_engine
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_provenance, load_bundle, save_bundle
 from turbolens_training.catalog import cli
 from turbolens_training.catalog.build import complete_stats
 

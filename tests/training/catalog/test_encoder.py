@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from turbolens_server.sae.bundle import hash_file
+from turbolens_server.files import hash_file
 from turbolens_training.catalog.encoder import load_encoder
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from turbolens_server.catalog.labels import FeatureLabels, Label, write_labels
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import FeatureStats, SaeWeights, save_bundle
 
 D_SAE, K = 48, 4

@@ -101,7 +101,8 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path):
 
 
 def test_the_model_has_sdxls_hook_points_on_an_8_by_8_grid():
-    from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS, check_supported, find_hook_points
+    from turbolens_server.unet.points import DEFAULT_HOOK_POINTS
+    from turbolens_server.unet.tapped import check_supported, find_hook_points
 
     unet = parts.build_unet()
     check_supported(unet)

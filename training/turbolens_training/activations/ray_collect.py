@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from turbolens_server.engine.load import LoadError
+from turbolens_server.loading.errors import LoadError
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig
 from turbolens_training.activations.sources import open_model, open_streams

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from turbolens_server.sae.formats.names import find_block
+from turbolens_server.unet.points import find_point
 from turbolens_training.activations.cache import CacheError, ShardCache, StoredUpdates
 
 _BLOCK: Final = re.compile(r"(?:down|up)\.\d+\.\d+|mid\.\d+")
@@ -44,7 +44,7 @@ class TarSample:
 
 def tar_block(path: Path) -> str | None:
     """The hook point that a tar is of, by its name; None: of none, as `images.tar`."""
-    name = find_block(path.stem) or path.stem.replace("_", ".")
+    name = find_point(path.stem) or path.stem.replace("_", ".")
     return name if _BLOCK.fullmatch(name) else None
 
 

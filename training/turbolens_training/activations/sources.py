@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream, ShardSource
 from turbolens_training.activations.config import DataConfig

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, save_stats
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae

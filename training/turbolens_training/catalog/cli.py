@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     """Entry point: one line and exit code 1 for what cannot be done."""
     command: Command = tyro.cli(Command, args=argv, prog="turbolens catalog", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.errors import LoadError
 
     try:
         match command:

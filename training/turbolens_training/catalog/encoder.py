@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from turbolens_server.engine.decode import Picture
-from turbolens_server.engine.load import resolve
-from turbolens_server.sae.bundle import hash_files
+from turbolens_server.files import first_line, hash_files
+from turbolens_server.loading.hub import resolve
 
 _BATCH: Final = 64
 _SIGLIP_TOKENS: Final = 64
@@ -104,7 +104,7 @@ def load_encoder(name: str) -> PretrainedEncoder:
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise ValueError(f"--encoder {name}: cannot be loaded ({_first_line(error)})") from error
+        raise ValueError(f"--encoder {name}: cannot be loaded ({first_line(error)})") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(
             f"--encoder {name}: a {type(model).__name__} does not embed both pictures and texts; "
@@ -122,7 +122,7 @@ def load_encoder(name: str) -> PretrainedEncoder:
         )
         _try(encoder)
     except Exception as error:
-        raise ValueError(f"--encoder {name}: does not embed a picture and a word ({_first_line(error)})") from error
+        raise ValueError(f"--encoder {name}: does not embed a picture and a word ({first_line(error)})") from error
     return encoder
 
 
@@ -150,7 +150,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

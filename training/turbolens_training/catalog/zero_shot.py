@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turbolens_server.catalog.labels import Example, FeatureLabels, Label
 from turbolens_server.engine.engine import Engine
-from turbolens_server.sae.bundle import hash_file
+from turbolens_server.files import hash_file
 from turbolens_training.catalog.config import LEAST_CROPS, BuildConfig
 from turbolens_training.catalog.crops import Crops, embed_crops
 from turbolens_training.catalog.encoder import Encoder, load_encoder

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.sae.masks import Mask
 from turbolens_server.sae.sae import Sae
+from turbolens_server.steering.masks import Mask
 from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.sampling import Intervention, Run, device_of, sample
 from turbolens_training.evaluation.transfer import (

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from turbolens_server.engine.engine import Engine, EngineInfo
-from turbolens_server.engine.load import load_engine, versions
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.info import EngineInfo
+from turbolens_server.loading.device import versions
+from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
 from turbolens_training.evaluation import figures
 from turbolens_training.evaluation.blocks import measure_blocks

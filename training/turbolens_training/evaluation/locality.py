@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from turbolens_server.engine.engine import Engine, SaeInfo
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.engine.types import Edit, Unit, WeightedFeature
-from turbolens_server.sae.masks import Box, BoxMask
+from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.dose import Scenes, generate
 from turbolens_training.mini.report import held_out

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
-from turbolens_server.sae.masks import Mask, read_png
+from turbolens_server.loading.load import load_engine
+from turbolens_server.steering.masks import Mask, read_png
 from turbolens_training.evaluation import figures
 from turbolens_training.evaluation.config import RieBenchConfig
 from turbolens_training.evaluation.edits import (

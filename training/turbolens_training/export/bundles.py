@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from turbolens_server.engine.engine import EngineInfo
-from turbolens_server.engine.load import versions
+from turbolens_server.engine.info import EngineInfo
+from turbolens_server.loading.device import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS

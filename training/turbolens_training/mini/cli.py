@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from turbolens_server.engine.load import embedded_model, load_engine
+from turbolens_server.loading.hub import embedded_model
+from turbolens_server.loading.load import load_engine
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.mini.report import to_markdown, write_report
 from turbolens_training.mini.train import train_mini

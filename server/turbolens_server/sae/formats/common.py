@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from turbolens_server.files import first_line
 from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights
 
 
@@ -176,9 +177,3 @@ def fold_decoder_norm(weights: SaeWeights, path: Path) -> SaeWeights:
         b_dec=weights.b_dec,
         threshold=None if threshold is None else (threshold.double() * norm).float(),
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

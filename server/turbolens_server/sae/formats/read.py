@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from turbolens_server.sae.bundle import Bundle, BundleError, check_weights, hash_file, load_bundle
+from turbolens_server.files import hash_file
+from turbolens_server.sae.bundle import Bundle, BundleError, check_weights, load_bundle
 from turbolens_server.sae.formats import dictionary_learning, saelens, sparsify, state_dict
 from turbolens_server.sae.formats.common import ForeignSae, read_json
-from turbolens_server.sae.formats.names import Format, block_of_folder, find_block
+from turbolens_server.sae.formats.names import Format
+from turbolens_server.unet.points import find_point, point_of_folder
 
 _READERS: Final[Mapping[str, Callable[[Path], ForeignSae]]] = {
     "sdxl-unbox": state_dict.read_sdxl_unbox,
@@ -87,7 +89,7 @@ def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto
     d_sae = sae.weights.b_enc.shape[0]
     if sae.k is not None and sae.k > d_sae:
         raise BundleError(f"{folder}: k is {sae.k}, more than its {d_sae} features")
-    block = hook_point or next(filter(None, map(find_block, sae.named)), None) or block_of_folder(folder)
+    block = hook_point or next(filter(None, map(find_point, sae.named)), None) or point_of_folder(folder)
     if block is None:
         raise BundleError(f"{folder}: neither its files nor its name say which block it is for; give the block's name")
     return Bundle(

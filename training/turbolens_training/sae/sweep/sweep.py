@@ -15,7 +15,7 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.load import load_engine
+from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.prompts import open_prompts
 from turbolens_training.activations.sources import open_model, open_streams

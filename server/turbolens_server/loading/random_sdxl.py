@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -22,13 +21,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from turbolens_server.engine.types import HookPoint
+from turbolens_server.loading.hub import embedded_model
 from turbolens_server.sae.bundle import Bundle, FeatureStats, SaeWeights
-from turbolens_server.unet.tapped import DEFAULT_HOOK_POINTS
+from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint
 
 PREFIX: Final = "random:"
 """What the name of a random model begins with."""
-_MINI: Final = Path(__file__).with_name("mini")
 _TIMESTEPS: Final = (999, 749, 499, 249)
 """Where trailing spacing puts four steps."""
 
@@ -119,8 +117,8 @@ def architecture(model: str) -> Architecture:
             return SDXL_TURBO
         case "mini":
             parts = ("unet", "text_encoder", "text_encoder_2", "vae")
-            configs = {part: json.loads((_MINI / part / "config.json").read_text()) for part in parts}
-            scheduler = json.loads((_MINI / "scheduler" / "scheduler_config.json").read_text())
+            configs = {part: json.loads((embedded_model() / part / "config.json").read_text()) for part in parts}
+            scheduler = json.loads((embedded_model() / "scheduler" / "scheduler_config.json").read_text())
             return Architecture(**configs, scheduler=scheduler, d_sae=1024, k=10)
         case _:
             raise ValueError(f"{model}: no such model; there are {PREFIX}sdxl-turbo and {PREFIX}mini")
@@ -186,7 +184,7 @@ def _fill(module: Any, device: torch.device, dtype: torch.dtype, generator: torc
 def _tokenizer(model: str, part: str, pad_token: str) -> CLIPTokenizer:
     """CLIP's tokenizer without its merges: one token a byte, with CLIP's ids for bytes and for both ends."""
     if model == f"{PREFIX}mini":
-        return CLIPTokenizer.from_pretrained(_MINI / part)
+        return CLIPTokenizer.from_pretrained(embedded_model() / part)
     # In CLIP's order the printable bytes come first, then those that stand in for the others.
     alphabet = sorted(ByteLevel.alphabet())
     symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from turbolens_server.engine.load import SAE_PATTERNS, hash_unet, model_folder, resolve, snapshot
+from turbolens_server.loading.hashes import hash_unet
+from turbolens_server.loading.hub import SAE_PATTERNS, model_folder, resolve, snapshot
 from turbolens_server.sae.bundle import Bundle, BundleError, save_bundle
-from turbolens_server.sae.formats.names import Format, check_name, module_of
+from turbolens_server.sae.formats.names import Format, check_name
 from turbolens_server.sae.formats.read import find_saes, is_bundle, read_sae
+from turbolens_server.unet.points import module_of
 
 
 def convert(

@@ -16,15 +16,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from turbolens_server.config import read_config
-from turbolens_server.engine.load import (
-    LoadError,
-    embedded_saes,
-    hash_components,
-    hash_unet,
-    load_engine,
-    model_folder,
-)
 from turbolens_server.engine.types import Job, StepDone
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.hashes import hash_components, hash_unet
+from turbolens_server.loading.hub import embedded_saes, model_folder
+from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.reference import encode_dense
 from turbolens_server.serving import load_from

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from turbolens_server.loading.engine_cli import main
 from turbolens_server.unet.artifacts import ArtifactCache
-from turbolens_server.unet.cli import main
 
 GRAPH = {"opset": 20, "dtype": "float32", "model": "abcdef" * 10, "points": ["mid.0"]}
 ENGINE = {"graph": GRAPH, "tensorrt": "tensorrt_rtx", "version": "1.7", "target": "sm89", "buckets": [[1, 16, 16]]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from turbolens_server.engine.half_vae import SCALE, UnknownDecoder, scale_stream
+from turbolens_server.loading.half_vae import SCALE, UnknownDecoder, scale_stream
 
 
 @pytest.fixture(scope="module")

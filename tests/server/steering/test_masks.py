@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from turbolens_server.sae.masks import Box, BoxMask, PictureMask, PolygonMask, read_png
+from turbolens_server.steering.masks import Box, BoxMask, PictureMask, PolygonMask, read_png
 
 fractions = st.integers(0, 48).map(lambda i: i / 48)
 

@@ -8,7 +8,6 @@ a real run, which the tests hold it to.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,47 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from turbolens_server.engine.decode import MAX_DECODE
+from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
+from turbolens_server.files import available_host_bytes
 
 _SLACK: Final = 1.25
 """Over the counted activations: kernels have scratch space of their own, and allocators round up."""
-_GIB: Final = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryNeed:
-    """What serving takes, in bytes, beside what was free."""
-
-    weights: int
-    """Of the model's parts."""
-    saes: int
-    """Weights of the SAEs."""
-    activations: int
-    """Estimated, of the largest batch; on a pipelined device that of its U-Net and of its VAE together. With it, the
-    encoded prompts that are kept."""
-    available: int | None
-    """Free when loading began; None where the platform does not tell."""
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.weights + self.saes + self.activations
-
-    def refusal(self, where: str, batch: str) -> str | None:
-        """Why this does not fit, with both numbers and the way out; None where it fits or nothing is known.
-
-        Args:
-            where: the device.
-            batch: the largest batch in words.
-        """
-        if self.available is None or self.total <= self.available:
-            return None
-        parts = (("weights", self.weights), ("SAEs", self.saes), (batch, self.activations))
-        shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts)
-        return (
-            f"needs about {self.total / _GIB:.2f} GiB ({shown}), and {self.available / _GIB:.2f} GiB are free on "
-            f"{where}; lower --max-batch, serve fewer --sae, or use --dtype float16 or bfloat16"
-        )
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -204,36 +168,3 @@ def available_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return available_host_bytes(Path("/"))
-
-
-def available_host_bytes(root: Path) -> int | None:
-    """Memory that this process may still take: what the machine has, within what its control group allows.
-
-    Args:
-        root: of the file system.
-    """
-    meminfo = _read(root / "proc/meminfo")
-    if meminfo is None:
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    if "MemAvailable" not in fields:
-        return None
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit_file, used_file, stat_file, reclaimable in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        folder = root / "sys/fs/cgroup"
-        limit, used = _read(folder / limit_file), _read(folder / used_file)
-        if limit is None or used is None or not limit.strip().isdecimal():
-            continue
-        stat = dict(line.split() for line in (_read(folder / stat_file) or "").splitlines())
-        free = min(free, int(limit) - int(used) + int(stat.get(reclaimable, 0)))
-    return free
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None

@@ -48,9 +48,9 @@ def main(argv: list[str]) -> None:
         {"import": Import}, args=argv, prog="turbolens sae", description=__doc__
     )
     # Imported late: a command's help and a mistyped setting must not wait for torch.
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.convert import convert
+    from turbolens_server.loading.errors import LoadError
     from turbolens_server.sae.bundle import BundleError
-    from turbolens_server.sae.convert import convert
 
     try:
         for bundle, folder in convert(**vars(config)):

@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbolens_server.engine import load, memory
-from turbolens_server.engine.memory import (
-    MemoryNeed,
-    available_host_bytes,
-    peak_bytes,
-    text_bytes,
-    unet_bytes,
-    vae_bytes,
-)
+from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
+from turbolens_server.files import available_host_bytes
+from turbolens_server.loading import load, memory
+from turbolens_server.loading.memory import peak_bytes, text_bytes, unet_bytes, vae_bytes
 
 
 def test_the_count_is_that_of_a_real_run(engine):

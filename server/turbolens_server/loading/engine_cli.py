@@ -82,7 +82,7 @@ class Build(_Cached):
 
 def _export(build: Build) -> tuple[Entry, GraphSpec, tuple[int, int], float]:
     """The graph of the model to build for, its spec, the latent's height and width, and the seconds it took."""
-    from turbolens_server.engine.load import load_engine
+    from turbolens_server.loading.load import load_engine
     from turbolens_server.unet.artifacts import ArtifactCache
     from turbolens_server.unet.export import ensure_graph
     from turbolens_server.unet.graph import GraphSpec
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> None:
     """Entry point; what cannot be done is one line and exit code 1."""
     command: Build | List | Verify | Prune = tyro.cli(Command, args=argv, prog=_PROG)
     # Imported late: a command's help and a mistyped setting must not wait for torch.
-    from turbolens_server.engine.load import LoadError
+    from turbolens_server.loading.errors import LoadError
     from turbolens_server.unet.backend import BackendError
 
     try:

@@ -1,0 +1,87 @@
+"""What an engine serves, and what that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from turbolens_server.sae.bundle import Bundle
+from turbolens_server.unet.points import HookPoint
+
+_GIB: Final = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryNeed:
+    """What serving takes, in bytes, beside what was free."""
+
+    weights: int
+    """Of the model's parts."""
+    saes: int
+    """Weights of the SAEs."""
+    activations: int
+    """Estimated, of the largest batch; on a pipelined device that of its U-Net and of its VAE together. With it, the
+    encoded prompts that are kept."""
+    available: int | None
+    """Free when loading began; None where the platform does not tell."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.saes + self.activations
+
+    def refusal(self, where: str, batch: str) -> str | None:
+        """Why this does not fit, with both numbers and the way out; None where it fits or nothing is known.
+
+        Args:
+            where: the device.
+            batch: the largest batch in words.
+        """
+        if self.available is None or self.total <= self.available:
+            return None
+        parts = (("weights", self.weights), ("SAEs", self.saes), (batch, self.activations))
+        shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts)
+        return (
+            f"needs about {self.total / _GIB:.2f} GiB ({shown}), and {self.available / _GIB:.2f} GiB are free on "
+            f"{where}; lower --max-batch, serve fewer --sae, or use --dtype float16 or bfloat16"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeInfo:
+    """An SAE as served."""
+
+    name: str
+    hook_point: str
+    bundle: Bundle
+    forced: bool
+    """Trained on another model than the one served, and the operator insisted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """What an engine serves."""
+
+    model: str
+    model_hash: str
+    components_hash: str
+    """Of all that draws beside the U-Net's weights."""
+    hook_points: tuple[HookPoint, ...]
+    saes: dict[str, SaeInfo]
+    """By name, in order of their blocks in the U-Net."""
+    default_steps: int
+    max_steps: int
+    default_size: tuple[int, int]
+    """(height, width) in pixels."""
+    sizes: tuple[tuple[int, int], ...]
+    max_prompt_tokens: int
+    backend: str
+    """What runs the U-Net."""
+    backend_reason: str
+    """Why it is this one."""
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    memory: MemoryNeed
+    load_s: float
+    """Seconds from nothing to an engine."""

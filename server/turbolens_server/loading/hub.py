@@ -1,0 +1,87 @@
+"""Where models and SAEs are: what ships with the package, local folders, snapshots of hub ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import snapshot_download
+
+from turbolens_server.files import first_line
+from turbolens_server.loading.errors import LoadError
+
+EMBEDDED: Final = "mini"
+"""The name of the model that ships with the package."""
+_FILE_PATTERNS: Final = ("*.json", "*.txt", "*.safetensors", "*.model")
+SAE_PATTERNS: Final = (
+    "*.json",
+    "*.parquet",
+    "*.safetensors",
+    "*state_dict.pth",
+    "*state_dict.pt",
+    "*ae.pt",
+    "*mean.pt",
+)
+"""Files of SAE folders of every format."""
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded model."""
+    return Path(str(files("turbolens_server.models").joinpath("mini")))
+
+
+def embedded_saes() -> Path:
+    """Folder of the embedded model's SAE bundles."""
+    return Path(str(files("turbolens_server.models").joinpath("mini-saes")))
+
+
+def model_folder(model: str, variant: str | None = None) -> Path:
+    """The `diffusers` folder of a model: the embedded one's, a local one, or the snapshot of a hub id.
+
+    Of a hub id only what is loaded is fetched: neither the weights of other variants, nor a whole model in one file.
+
+    Raises:
+        LoadError: it is none of these.
+    """
+
+    def fetch(name: str) -> str:
+        folder: str = StableDiffusionXLPipeline.download(name, variant=variant, use_safetensors=True)
+        return folder
+
+    folder = embedded_model() if model == EMBEDDED else resolve(model, "--model", fetch)
+    if not (folder / "model_index.json").exists():
+        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
+    return folder
+
+
+def snapshot(patterns: Sequence[str]) -> Callable[[str], str]:
+    """Fetches the files of a hub id whose names fit."""
+    return lambda name: snapshot_download(name, allow_patterns=list(patterns))
+
+
+def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> Path:
+    """A local folder, or the snapshot of a hub id (from the cache where it is complete, else downloaded).
+
+    Args:
+        name: the folder or hub id.
+        flag: what asked for it, which begins the error.
+        fetch: gives the local folder of a hub id; None: with all configurations and safetensors.
+
+    Raises:
+        LoadError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
+    try:
+        return Path((fetch or snapshot(_FILE_PATTERNS))(name))
+    except Exception as error:  # offline, gated, missing: the hub's client raises many kinds
+        raise LoadError(
+            f"{flag} {name}: not a local folder, and the hub gave nothing ({first_line(error)}); download it where "
+            f"there is a network (`hf download {name}`) and pass the folder, or set HF_HOME to a cache that holds it"
+        ) from error

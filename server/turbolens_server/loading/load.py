@@ -1,0 +1,239 @@
+"""Load a model and its SAEs into an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from turbolens_server.cuda_graphs import on_device
+from turbolens_server.engine.batcher import MAX_BATCH
+from turbolens_server.engine.decode import GraphedVae
+from turbolens_server.engine.engine import Components, Engine, pipelined_on
+from turbolens_server.engine.info import EngineInfo, SaeInfo
+from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
+from turbolens_server.engine.text import TextEncoder
+from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.hashes import hash_components
+from turbolens_server.loading.hub import EMBEDDED, embedded_saes, resolve
+from turbolens_server.loading.memory import available_bytes, memory_need
+from turbolens_server.loading.model import folder_of, read_pipeline
+from turbolens_server.loading.random_sdxl import is_random, random_bundles
+from turbolens_server.loading.saes import load_saes
+from turbolens_server.loading.vae import load_vae
+from turbolens_server.unet.artifacts import ArtifactCache, default_cache
+from turbolens_server.unet.attention_taps import with_attention_points
+from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.choose import open_backend
+from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint, list_points
+from turbolens_server.unet.tapped import UnsupportedUNet, check_supported, find_hook_points
+
+_TRAINED_STEPS: Final = 1
+"""Steps of a request that does not say: what Turbo models are distilled for."""
+
+
+def load_engine(
+    *,
+    model: str = EMBEDDED,
+    device: str = "auto",
+    dtype: str = "auto",
+    variant: str | None = None,
+    vae: str | None = None,
+    saes: Sequence[str] | None = None,
+    force_sae: bool = False,
+    max_steps: int = 4,
+    max_batch: int = MAX_BATCH,
+    size: int | None = None,
+    backend: str = "auto",
+    cache: Path | None = None,
+    hook_points: Sequence[str] = (),
+) -> Engine:
+    """Load a model with its SAEs.
+
+    Args:
+        model: "mini", a `diffusers` folder, a hub id of an SDXL-type model, or "random:sdxl-turbo" (or "random:mini"),
+            which is the architecture with random weights.
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" (float16 on a GPU, else float32), "float32", "float16" or "bfloat16".
+        variant: file variant to load, such as "fp16".
+        vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
+        saes: each a bundle, the folder of an SAE of another project, a folder of several, or a hub id; `BLOCK=` in
+            front says where one sits whose folder does not, `NAME=` or `NAME@BLOCK=` what requests call it.
+            None: the embedded model's own, a random model's, or none.
+        force_sae: serve an SAE on a model that it was not trained on.
+        max_steps: most denoising steps a request may ask for.
+        max_batch: pictures that run together at most, for which there must be memory.
+        size: edge of the pictures in pixels, which are square; None: the model's own.
+        backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
+        cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
+        hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
+
+    Raises:
+        LoadError: with one clear line.
+    """
+    start = time.monotonic()
+    on = pick_device(device)
+    precision = pick_dtype(dtype, on)
+    available = available_bytes(on)
+    parts = _read_parts(model, on, precision, variant, vae)
+    try:
+        check_supported(parts.unet)
+        check_scheduler(parts.pipeline.scheduler, max_steps)
+    except (UnsupportedUNet, UnsupportedScheduler) as error:
+        raise LoadError(f"{model}: {error}") from error
+    points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
+    served = _open_saes(model, saes, points, parts.hash, force=force_sae, max_steps=max_steps)
+    tapped = _tapped_points(model, hook_points, served, points)
+    edge = parts.edge(size)
+    need = memory_need(
+        unet=parts.unet,
+        vae=parts.vae,
+        texts=parts.encoders,
+        saes=[sae.bundle.weights.tensors().values() for sae in served],
+        dictionaries=[(math.prod(points[sae.hook_point].grid(edge, edge)), sae.bundle.d_sae) for sae in served],
+        runs=[math.prod(points[s.hook_point].grid(edge, edge)) * s.bundle.d_in for s in served if s.bundle.steps],
+        max_batch=max_batch,
+        latent_size=(edge // parts.downscale, edge // parts.downscale),
+        tokens=parts.pipeline.tokenizer.model_max_length,
+        pipelined=pipelined_on(on),
+        available=available,
+    )
+    if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {edge}x{edge}"):
+        raise LoadError(f"{model}: {refusal}")
+    with on_device(on):
+        text = TextEncoder(
+            (parts.pipeline.tokenizer, parts.pipeline.tokenizer_2),
+            (parts.encoders[0].to(on), parts.encoders[1].to(on)),
+            on,
+        )
+        decoder = parts.vae.to(on)
+        spec = GraphSpec.of(parts.unet, tapped, parts.downscale, text.max_tokens)
+        latent = (edge // parts.downscale, edge // parts.downscale)
+        try:
+            runner, reason, more = open_backend(
+                backend, parts.unet, spec, parts.hash, on, ArtifactCache(cache or default_cache()), latent
+            )
+        except BackendError as error:
+            raise LoadError(f"--backend {backend}: {error}") from error
+        info = EngineInfo(
+            model=model,
+            model_hash=parts.hash,
+            components_hash=parts.components_hash,
+            hook_points=tapped,
+            saes={sae.name: sae for sae in served},
+            default_steps=_TRAINED_STEPS,
+            max_steps=max_steps,
+            default_size=(edge, edge),
+            sizes=((edge, edge),),
+            max_prompt_tokens=text.max_tokens,
+            backend=runner.name,
+            backend_reason=reason,
+            device=describe(on),
+            dtype=str(precision).removeprefix("torch."),
+            versions=versions() | more,
+            memory=need,
+            load_s=time.monotonic() - start,
+        )
+        pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
+        scheduler = parts.pipeline.scheduler
+        return Engine(Components(text, parts.unet, decoder, scheduler, parts.downscale, pictures), runner, info, on)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """A model on the host, before anything is moved."""
+
+    pipeline: Any
+    unet: Any
+    vae: Any
+    """The one that serves: the pipeline's own or another."""
+    encoders: tuple[Any, Any]
+    downscale: int
+    """Picture pixels for each pixel of a latent, each way."""
+    hash: str
+    components_hash: str
+
+    def edge(self, size: int | None) -> int:
+        """A picture's edge: the model's own, or one that the U-Net can halve as often as it does.
+
+        Raises:
+            LoadError: it cannot, or the exported graph would not take it.
+        """
+        if size is None:
+            return int(self.unet.config.sample_size * self.downscale)
+        cell = self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if size % cell or size < 2 * cell:
+            raise LoadError(f"--size {size}: must be a multiple of {cell}, from {2 * cell}")
+        return size
+
+
+def _read_parts(model: str, device: torch.device, dtype: torch.dtype, variant: str | None, vae: str | None) -> _Parts:
+    folder = folder_of(model, variant)
+    vae_folder = None if vae is None else resolve(vae, "--vae")
+    pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
+    return _Parts(
+        pipeline=pipeline,
+        unet=pipeline.unet.eval(),
+        vae=load_vae(vae_folder, pipeline.vae, dtype).eval(),
+        encoders=(pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()),
+        downscale=pipeline.vae_scale_factor,
+        hash=unet_hash,
+        components_hash=unet_hash if folder is None else hash_components(folder, variant, vae_folder),
+    )
+
+
+def _open_saes(
+    model: str,
+    sources: Sequence[str] | None,
+    points: Mapping[str, HookPoint],
+    model_hash: str,
+    *,
+    force: bool,
+    max_steps: int,
+) -> list[SaeInfo]:
+    """The SAEs to serve, in order of their blocks in the U-Net.
+
+    Raises:
+        LoadError: one of them does not fit the model, or two have one name.
+    """
+    if sources is None and is_random(model):
+        found = [SaeInfo(b.name, b.hook_point, b, forced=False) for b in random_bundles(model, points, model_hash)]
+    else:
+        named = [str(embedded_saes())] if sources is None and model == EMBEDDED else sources or ()
+        found = [sae for source in named for sae in load_saes(source, points.keys(), model_hash, force)]
+    for sae in found:
+        d_model = points[sae.hook_point].d_model
+        if sae.bundle.d_model != d_model:
+            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_model} dimensions, {sae.hook_point} has {d_model}")
+        if (sae.bundle.steps or 1) > max_steps:
+            raise LoadError(
+                f"SAE {sae.name}: serves runs of {sae.bundle.steps} steps alone, and requests may have {max_steps}; "
+                "raise --max-steps"
+            )
+    names = [sae.name for sae in found]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; name one by --sae NAME=PATH")
+    order = list(points)
+    return sorted(found, key=lambda sae: order.index(sae.hook_point))
+
+
+def _tapped_points(
+    model: str, asked: Sequence[str], saes: Sequence[SaeInfo], points: Mapping[str, HookPoint]
+) -> tuple[HookPoint, ...]:
+    """The hook points of the SAEs, and those asked for or the published four, in order of execution.
+
+    Raises:
+        LoadError: the model has no such hook point.
+    """
+    if unknown := [name for name in asked if name not in points]:
+        raise LoadError(f"{model}: no hook point {', '.join(unknown)}; it has {list_points(points)}")
+    published = DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ()
+    used = {*(asked or published), *(sae.hook_point for sae in saes)}
+    return tuple(point for name, point in points.items() if name in used)

@@ -1,0 +1,58 @@
+"""The SAEs that `--sae` names, and the grammar of what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from turbolens_server.engine.info import SaeInfo
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.hub import SAE_PATTERNS, resolve, snapshot
+from turbolens_server.sae.formats.names import check_name
+from turbolens_server.sae.formats.read import find_saes, read_sae
+from turbolens_server.unet.points import find_point, list_points
+
+
+def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
+    """What one `--sae` says: (name, hook point, folder or hub id), of `[NAME][@][BLOCK]=PATH` or a path alone."""
+    front, _, path = source.partition("=")
+    if not front or not path or "/" in front or Path(source).expanduser().exists():
+        return None, None, source
+    name, at, block = front.rpartition("@")
+    if not at and front not in points and find_point(front) != front:
+        return front, None, path
+    if block not in points:
+        raise LoadError(f"--sae {source}: the model has no block {block}; it has {list_points(points)}")
+    return name or None, block, path
+
+
+def load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:
+    """Every SAE that one `--sae` names."""
+    name, hook_point, path = _parts_of(source, points)
+    folder = resolve(path, "--sae", snapshot(SAE_PATTERNS))
+    found = find_saes(folder)
+    if not found:
+        raise LoadError(f"--sae {source}: no SAE in {folder} (no cfg.json, and the weights of no known format)")
+    if (name or hook_point) and len(found) > 1:
+        raise LoadError(f"--sae {source}: {folder} holds {len(found)} SAEs; name one of them")
+    try:
+        bundles = [read_sae(path, hook_point) for path in found]
+        if name is not None:
+            bundles = [dataclasses.replace(b, name=check_name(name, b.hook_point)) for b in bundles]
+    except ValueError as error:
+        raise LoadError(f"--sae {error}") from error
+    infos = []
+    for bundle in bundles:
+        if bundle.hook_point not in points:
+            raise LoadError(
+                f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {list_points(points)}"
+            )
+        foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
+        if foreign and not force:
+            raise LoadError(
+                f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but this one has "
+                f"{model_hash[:12]}; pass --force-sae to serve it all the same (every result will say so)"
+            )
+        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign))
+    return infos

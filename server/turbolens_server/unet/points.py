@@ -1,0 +1,109 @@
+"""Hook points, and the one grammar of their names. Commands import this before torch.
+
+A name is a transformer block, `down.2.1`, `mid.0`, `up.0.1`, or an attention layer in one: `up.0.1.attn2.3` is the
+cross-attention of transformer layer 3 in block `up.0.1`. Each stands for a module of the `diffusers` U-Net.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Literal
+
+Side = Literal["down", "mid", "up"]
+Attention = Literal["attn1", "attn2"]
+"""Self-attention and cross-attention of a transformer layer."""
+ATTENTIONS: Final[tuple[Attention, ...]] = ("attn1", "attn2")
+
+DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
+"""The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
+
+_MODULE: Final = re.compile(
+    r"(?:(?P<side>down|up)_blocks\.(?P<i>\d+)\.attentions\.(?P<j>\d+)|mid_block\.attentions\.(?P<mid>\d+))"
+    r"(?:\.transformer_blocks\.(?P<layer>\d+)\.(?P<attention>attn[12]))?"
+)
+_NAME: Final = re.compile(
+    r"(?:(?P<side>down|up)\.(?P<i>\d+)\.(?P<j>\d+)|mid\.(?P<mid>\d+))(?:\.(?P<attention>attn[12])\.(?P<layer>\d+))?"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HookPoint:
+    """A block whose update is read and steered."""
+
+    name: str
+    module: str
+    d_model: int
+    downscale: int
+    """Picture pixels per cell of the grid, each way."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the grid for a picture of `height` x `width` pixels."""
+        return height // self.downscale, width // self.downscale
+
+
+def block_name(side: Side, i: int, j: int) -> str:
+    """The name of attention j of block i on a side of the U-Net; there is one block in the middle."""
+    return f"mid.{j}" if side == "mid" else f"{side}.{i}.{j}"
+
+
+def attention_name(block: str, attention: Attention, layer: int) -> str:
+    """The name of an attention layer in a block."""
+    return f"{block}.{attention}.{layer}"
+
+
+def is_point(text: str) -> bool:
+    """Whether a text is the name of a hook point; a model need not have it."""
+    return _NAME.fullmatch(text) is not None
+
+
+def block_of(point: str) -> str:
+    """The block that a hook point is, or lies in: "up.0.1.attn2.3" -> "up.0.1"."""
+    return point.partition(".attn")[0]
+
+
+def is_attention(point: str) -> bool:
+    """Whether a hook point is an attention layer within a block."""
+    return block_of(point) != point
+
+
+def find_point(text: str) -> str | None:
+    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1"."""
+    if module := _MODULE.search(text):
+        return _name(module)
+    return text if is_point(text) else None
+
+
+def point_of_folder(folder: Path) -> str | None:
+    """The hook point that a folder's name says, or else the nearest of its parents' names."""
+    return next((point for part in reversed(folder.resolve().parts) if (point := find_point(part))), None)
+
+
+def module_of(point: str) -> str:
+    """ "down.2.1" -> "down_blocks.2.attentions.1".
+
+    Raises:
+        ValueError: it is no name of a hook point.
+    """
+    parsed = _NAME.fullmatch(point)
+    if parsed is None:
+        raise ValueError(f"{point!r} is no block; names look like down.2.1, mid.0 or up.0.1")
+    side, i, j, mid, attention, layer = parsed.group("side", "i", "j", "mid", "attention", "layer")
+    module = f"mid_block.attentions.{mid}" if mid else f"{side}_blocks.{i}.attentions.{j}"
+    return f"{module}.transformer_blocks.{layer}.{attention}" if attention else module
+
+
+def list_points(points: Iterable[str]) -> str:
+    """The hook points for a message: a large U-Net has hundreds of attention layers."""
+    names = list(points)
+    blocks = [name for name in names if not is_attention(name)]
+    layers = [name for name in names if is_attention(name)]
+    return ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
+
+
+def _name(parsed: re.Match[str]) -> str:
+    side, i, j, mid, attention, layer = parsed.group("side", "i", "j", "mid", "attention", "layer")
+    block = f"mid.{mid}" if mid else f"{side}.{i}.{j}"
+    return f"{block}.{attention}.{layer}" if attention else block
