@@ -1,10 +1,21 @@
-"""Small things about files and this machine that every room needs: hashes, free memory, first lines of errors."""
+"""Small things about files and this machine that every room needs: hashes, free memory, first lines of errors, writers.
+
+Files appear whole or not at all, and every writer of the product goes through here. What is written goes to a name
+beside its own that begins with a dot, down to the disk, and then takes its place: one rename, which readers see as
+before or after. Who may read a file is decided by the umask, whatever a library asks for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 
 def hash_file(path: Path) -> str:
@@ -63,3 +74,167 @@ def first_line(error: BaseException) -> str:
     """An error's first line, in short; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+class WriteError(OSError):
+    """A file cannot be written; what it would have replaced is as it was. The text is one line that names it."""
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write one file, text as UTF-8; folders above it are made.
+
+    Raises:
+        WriteError: it cannot be written, as on a full disk.
+    """
+    write_files({path: content})
+
+
+def write_files(contents: Mapping[Path, bytes | str]) -> None:
+    """Write files that belong together: all are on the disk before the first takes its place.
+
+    Raises:
+        WriteError: one cannot be written; none has changed, but where renaming itself failed.
+    """
+    with contextlib.ExitStack() as files:
+        for path, content in contents.items():
+            file = files.enter_context(whole_file(path))
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` once the block ends well.
+
+    Raises:
+        WriteError: it cannot be written, as on a full disk.
+    """
+    partial = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        if (cause := _of_the_disk(error)) is None:
+            raise
+        raise _failure(path, cause) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` once the block ends well.
+
+    Args:
+        path: the folder to be.
+        replace: it takes the place of one that is there; else that one stays, as of two processes that make the same.
+
+    Raises:
+        WriteError: it cannot be written, as on a full disk.
+    """
+    partial = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        settle(partial)
+        if replace:
+            _put_in_place(partial, path)
+        else:
+            try:
+                partial.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+        _sync(path.parent)
+    except OSError as error:
+        raise _failure(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Force a folder and all in it down to the disk, each file open to whom the umask says.
+
+    Libraries write files that only their owner can read; the server of a container is another user.
+    """
+    mode = _mode_of_new(folder)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+            _sync(path)
+    folder.chmod(mode)
+    _sync(folder)
+
+
+def check_writable(*folders: Path) -> None:
+    """Refuse folders that cannot be written to, before the work whose results they are for; they are made.
+
+    Raises:
+        WriteError: one cannot be made, or takes no file.
+    """
+    for folder in folders:
+        probe = _beside(folder / "probe")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise _failure(folder, error) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename a folder onto another one, which moves out of the way first and back where that fails."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = _beside(path)
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _mode_of_new(folder: Path) -> int:
+    """The permissions of a folder that is made now: the only way to read the umask that other threads do not notice."""
+    probe = _beside(folder / "probe")
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode) & 0o777
+    probe.rmdir()
+    return mode
+
+
+def _of_the_disk(error: Exception) -> OSError | None:
+    """The error of the file system behind an error; torch tells of it by one of its own."""
+    if isinstance(error, OSError):
+        return error
+    return error.__context__ if isinstance(error.__context__, OSError) else None
+
+
+def _failure(path: Path, error: OSError) -> WriteError:
+    if isinstance(error, WriteError):
+        return error
+    parents = (parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(next(parents)).free
+    return WriteError(f"{path}: cannot be written ({error.strerror or error}; {free / 1e6:,.0f} MB free)")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -27,7 +27,7 @@ def test_prompts_of_a_file_over_a_cache_and_then_the_cache_alone(
     cli.main(["sae", *SMALL.split(), *model, *data, *first])
     assert "100 prompts" in capsys.readouterr().err
     bundle = load_bundle(tmp_path / "a" / "mid.0")
-    assert bundle.provenance["data"]["kind"] == "prompts of captions.csv"
+    assert bundle.provenance["data"]["kind"] == "prompts of captions.csv, column 'text'"
     assert str(tmp_path) not in str(bundle.provenance)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mid.0"]
 

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -35,14 +37,14 @@ def import_labels(config: ImportLabelsConfig) -> int:
     found: dict[int, Label] = {}
     for where, row in read_rows(config.file):
         _check_columns(config, row, where)
-        if config.block is not None and str(row[config.block]) != bundle.hook_point:
+        if config.block is not None and _text(row[config.block], "block", where) != bundle.hook_point:
             continue
         index = _index(row[config.index], bundle.d_sae, where)
         if index in found:
             raise LabelFileError(f"{where}: feature {index} has a row already")
         found[index] = Label(
-            attribute=str(row[config.attribute]) if config.attribute else "label",
-            value=str(row[config.label] or "").strip(),
+            attribute=(_text(row[config.attribute], "attribute", where) if config.attribute else "") or "label",
+            value=_text(row[config.label], "label", where),
             region="",
             score=_score(config, row, where),
         )
@@ -68,6 +70,7 @@ def import_labels(config: ImportLabelsConfig) -> int:
             "file": config.file.name,
             "file_hash": hash_file(config.file),
             "labelled": len(told),
+            "without_label": len(found) - len(told),
             "score": f"column {config.score}" if config.score else f"assumed {config.assumed_score}",
         },
     )
@@ -103,13 +106,17 @@ def _rows(path: Path, ending: str) -> list[Any]:
         return table
     text = path.read_text("utf-8-sig")
     if ending == ".csv":
-        records = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = list(reader.fieldnames or ())
+        if doubled := sorted({name for name in header if header.count(name) > 1}):
+            raise ValueError(f"several columns are called {doubled[0]!r}")
+        records = list(reader)
         for at, record in enumerate(records, 1):
             if None in record or None in record.values():
                 raise ValueError(f"row {at} has more or fewer fields than the header")
         return records
     if ending == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     rows = json.loads(text)
     if not isinstance(rows, list):
         raise ValueError(f"holds a {type(rows).__name__}, expected a list of objects")
@@ -128,15 +135,25 @@ def _check_columns(config: ImportLabelsConfig, row: Mapping[str, Any], where: st
 
 
 def _index(value: Any, d_sae: int, where: str) -> int:
-    try:
-        number = int(value) if not isinstance(value, float) or value.is_integer() else None
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool):
+    if isinstance(value, str):
+        whole = re.fullmatch(r"-?[0-9]{1,9}", value.strip()) is not None
+    else:
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole:
         raise LabelFileError(f"{where}: index {value!r} is no whole number")
+    number = int(value)
     if not 0 <= number < d_sae:
         raise LabelFileError(f"{where}: index {number} is outside 0 to {d_sae - 1}")
     return number
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    """A text, empty where there is none; a number or a list is not made one."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise LabelFileError(f"{where}: {what} {str(value)[:60]!r} is no text of one line")
+    return value.strip()
 
 
 def _score(config: ImportLabelsConfig, row: Mapping[str, Any], where: str) -> float:
@@ -144,7 +161,7 @@ def _score(config: ImportLabelsConfig, row: Mapping[str, Any], where: str) -> fl
         return config.assumed_score
     value = row[config.score]
     try:
-        score = float(config.words.get(str(value), value))
+        score = math.nan if isinstance(value, bool) else float(config.words.get(str(value), value))
     except (TypeError, ValueError):
         score = math.nan
     if not 0.5 <= score <= 1:  # not-a-number too

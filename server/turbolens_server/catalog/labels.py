@@ -106,6 +106,7 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
         table = pq.read_table(path)
         if "examples" not in table.column_names:  # a file of labels alone
             table = table.append_column("examples", pa.nulls(len(table), _EXAMPLES))
+        _check_types(table.schema)
         rows = table.cast(SCHEMA).to_pylist()
         labels = {
             row["index"]: FeatureLabels(
@@ -124,6 +125,14 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
     if outside := [index for index in labels if not 0 <= index < d_sae]:
         raise BundleError(f"{path}: feature {outside[0]} is outside 0 to {d_sae - 1}")
     return labels
+
+
+def _check_types(found: pa.Schema) -> None:
+    """A cast would make texts of numbers, and numbers of texts."""
+    of = pa.types
+    for name, fits in (("index", (of.is_integer,)), ("label", (of.is_string, of.is_large_string))):
+        if not any(fit(found.field(name).type) for fit in fits):
+            raise ValueError(f"column {name!r} is of {found.field(name).type}")
 
 
 def _label(attribute: str | None, value: str | None, region: str | None, score: float | None) -> Label:

@@ -18,7 +18,7 @@ from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.label_files import LabelFileError, import_labels
 from turbolens_server.catalog.labels import Example, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.search import nearness
-from turbolens_server.sae.bundle import FeatureStats, SaeWeights, load_bundle, save_bundle
+from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle
 
 D_SAE = 8
 ROWS = [
@@ -100,6 +100,28 @@ def test_labels_of_every_kind_of_file_arrive(ending, bundle, tmp_path):
     assert len(provenance["labels"]["file_hash"]) == 64
 
 
+def test_null_is_no_label_and_no_attribute(bundle, tmp_path):
+    rows = [{**ROWS[0], "category": None}, {**ROWS[2], "label": None}]
+    assert import_labels(config(write(tmp_path / "a.parquet", rows), bundle, attribute="category")) == 1
+    found = read_labels(bundle, D_SAE)
+    assert found[3].labels[0].attribute == "label"
+    assert found[7].label == ""
+    assert load_bundle(bundle).provenance["labels"]["without_label"] == 1
+
+
+def test_lines_of_json_end_at_line_breaks_alone(bundle, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"feature_id": 1, "label": "a", "note": "x\u2028y"}\r\n')
+    assert import_labels(config(tmp_path / "a.jsonl", bundle)) == 1
+
+
+@pytest.mark.parametrize(("column", "value"), [("label", 5), ("index", "3")])
+def test_a_file_of_features_whose_types_are_others_is_refused(bundle, column, value):
+    row = {"index": 3, "label": "a", "label_score": 0.5, "labels": [], "examples": [], column: value}
+    pq.write_table(pa.Table.from_pylist([row]), bundle / "features.parquet")
+    with pytest.raises(BundleError, match=rf"features\.parquet: unreadable \(column '{column}' is of \w+"):
+        read_labels(bundle, D_SAE)
+
+
 def test_without_scores_an_assumed_one_is_recorded(bundle, tmp_path):
     import_labels(config(write(tmp_path / "a.json", ROWS), bundle))
     assert read_labels(bundle, D_SAE)[3].label_score == 0.75
@@ -127,6 +149,19 @@ def test_rows_of_other_blocks_are_left_out(bundle, tmp_path):
         (ROWS, {"index": "id"}, "no column 'id'; name one of feature_id, label, category.* with --index"),
         (ROWS, {"attribute": "kind"}, "no column 'kind'.*--attribute"),
         (ROWS, {"score": "confidence"}, "'high' is neither a number"),
+        ([{**ROWS[0], "feature_id": "1_0"}], {}, "'1_0' is no whole number"),
+        ([{**ROWS[0], "feature_id": "٣"}], {}, "'٣' is no whole number"),
+        ([{**ROWS[0], "feature_id": 1e300}], {}, "outside 0 to 7"),
+        ([{**ROWS[0], "feature_id": float("inf")}], {}, "inf is no whole number"),
+        ([{**ROWS[0], "label": ["a", "b"]}], {}, r"row 1: label \"\['a', 'b'\]\" is no text"),
+        ([{**ROWS[0], "label": 5}], {}, "label '5' is no text"),
+        ([{**ROWS[0], "label": float("nan")}], {}, "label 'nan' is no text"),
+        ([{**ROWS[0], "label": "two\nlines"}], {}, "is no text of one line"),
+        ([{**ROWS[0], "label": "half \ud83d"}], {}, "is no text"),
+        ([{**ROWS[0], "category": 3}], {"attribute": "category"}, "attribute '3' is no text"),
+        ([{**ROWS[0], "block": 3}], {"block": "block"}, "block '3' is no text"),
+        ([{**ROWS[0], "confidence": True}], {"score": "confidence"}, "True is neither"),
+        ([{**ROWS[0], "confidence": None}], {"score": "confidence"}, "None is neither"),
         ([{**ROWS[0], "confidence": 0.3}], {"score": "confidence"}, "0.3 is neither"),
         ([{**ROWS[0], "confidence": float("nan")}], {"score": "confidence"}, "nan is neither"),
         ([], {}, "holds no row"),
@@ -149,6 +184,7 @@ def test_what_is_wrong_is_said_in_one_line(rows, changes, says, bundle, tmp_path
         ("a.csv", b"feature_id,label\n1\n", "fewer fields"),
         ("a.csv", b"feature_id,label\n1,a,b\n", "more or fewer"),
         ("a.csv", b'feature_id,label\n1,"a\n', "unreadable"),
+        ("a.csv", b"feature_id,label,label\n1,a,b\n", "several columns are called 'label'"),
         ("a.csv", b"\xff\xfe\x00", "unreadable"),
         ("a.csv", b"", "holds no row"),
         ("a.json", b"[", "unreadable"),

@@ -74,6 +74,18 @@ def test_prompts_give_statistics_and_examples_and_labels_stay(bundle: Path, tiny
             assert values[index] == pytest.approx(example.activation, rel=1e-3)
 
 
+def test_captions_are_read_as_training_reads_them(bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """A column of a table, without its null; no byte-order mark, and no line of CSV as a prompt."""
+    (tmp_path / "a.csv").write_bytes('\ufeffid,text\n1,a cat\u2028asleep\n2,\n3,"a dog, running"\n'.encode())
+    argv = ["build", "--model", str(tiny_folder), "--saes", str(bundle), "--work", str(tmp_path), "--steps", "1"]
+    cli.main([*argv, "--prompts", f"{tmp_path / 'a.csv'}:text"])
+    examples = [example for feature in read_labels(bundle, D_SAE).values() for example in feature.examples]
+    assert {example.prompt for example in examples} == {"a cat\u2028asleep", "a dog, running"}
+    assert load_bundle(bundle).provenance["catalog"] == {"prompts": "a.csv:text", "pictures": 2, "seed": 0}
+    with pytest.raises(SystemExit, match=r"a\.csv: say which column"):
+        cli.main([*argv, "--prompts", str(tmp_path / "a.csv")])
+
+
 def test_an_encoder_labels_and_is_named_in_the_provenance(
     bundle: Path, tiny_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
@@ -130,16 +142,18 @@ def test_a_bundle_of_another_model_is_built_only_by_force_and_says_so(
         (["--examples", "-1"], "examples=-1"),
         (["--model", "/nowhere"], "no such folder"),
         (["--encoder", "clip"], "needs prompts"),
-        (["--prompts", __file__, "--encoder", "/nowhere"], "--encoder /nowhere: no such folder"),
-        (["--prompts", __file__, "--encoder", "/nowhere", "--words", "/nowhere.txt"], "--words /nowhere.txt"),
-        (["--prompts", __file__, "--encoder", "/nowhere", "--examples", "2"], "examples=2"),
+        (["--prompts", "{prompts}", "--encoder", "/nowhere"], "--encoder /nowhere: no such folder"),
+        (["--prompts", "{prompts}", "--encoder", "/nowhere", "--words", "/nowhere.txt"], "--words /nowhere.txt"),
+        (["--prompts", "{prompts}", "--encoder", "/nowhere", "--examples", "2"], "examples=2"),
         (["--words", "words.txt"], "needs an encoder"),
         (["--chance", "1"], "chance=1.0"),
     ],
 )
 def test_what_cannot_be_built_says_why(
-    argv: list[str], says: str, bundle: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], says: str, bundle: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "a.txt").write_text("a cat")
+    argv = [argument.format(prompts=tmp_path / "a.txt") for argument in argv]
     with pytest.raises(SystemExit) as caught:
         cli.main(["build", "--model", str(tiny_folder), "--saes", str(bundle), *argv])
     told = capsys.readouterr().err if caught.value.code == 2 else str(caught.value.code)  # 2: a setting, told by tyro

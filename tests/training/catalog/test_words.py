@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from turbolens_training.catalog.words import MOST, read_lines, words_of_prompts
+from turbolens_training.catalog.words import MOST, read_words, words_of_prompts
 
 
 def test_words_of_prompts_are_content_words_and_pairs_that_stand_together() -> None:
@@ -25,11 +25,14 @@ def test_prompts_without_words_say_so() -> None:
         words_of_prompts(["the", "42"])
 
 
-def test_prompts_and_words_are_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(" a cat \n\n")
-    assert read_lines(tmp_path / "a.txt", "word") == ["a cat"]
+def test_words_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeff a cat \r\n\r\na\u2028b\na cat".encode())
+    assert read_words(tmp_path / "a.txt") == ["a cat", "a\u2028b"]
     (tmp_path / "a.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no prompt"):
-        read_lines(tmp_path / "a.txt", "prompt")
+    with pytest.raises(ValueError, match=r"--words .*a\.txt: holds no word"):
+        read_words(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"ok\n\xff")
+    with pytest.raises(ValueError, match=r"--words .*a\.txt, line 2: not UTF-8"):
+        read_words(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="--words"):
-        read_lines(tmp_path / "none.txt", "word")
+        read_words(tmp_path / "none.txt")

@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from turbolens_training.activations.prompts import PromptError, choose_column, is_held_out
+from tqdm import tqdm
+
+from turbolens_training.activations.prompt_files import TEXT, Column, PromptError, check_text, choose_column, kinds_of
+from turbolens_training.activations.prompts import Distinct, is_held_out, summarize
 
 _SHUFFLED: Final = 10_000
 """Prompts that are shuffled at a time."""
-_IDENTITY_ROWS: Final = 1_000
-"""Rows at the start that say whether it is the same dataset."""
+_MARKS: Final = ";\t|"
+"""In the name of a lone column they say that a table with other separators than commas was taken as lines."""
 
 
 class DatasetPrompts:
     """The distinct prompts of one column of a streamed dataset.
 
-    Chunks asked for in order go on where the last one ended. Any other chunk starts the stream anew and skips, which
-    reads all text before it.
+    It is read once as a whole before the first draw, which says what it is and what is left out: a dataset is known by
+    all of its rows. Chunks asked for in order go on where the last one ended. Any other chunk starts the stream anew
+    and skips, which reads all text before it.
     """
 
-    def __init__(self, name: str, dataset: Any, column: str, *, seed: int) -> None:
+    def __init__(self, column: Column, *, seed: int) -> None:
         """Take a dataset.
 
         Args:
-            name: of the dataset, for messages.
-            dataset: a `datasets.IterableDataset`.
-            column: where its prompts are.
+            column: its prompts, which can be gone through again and again.
             seed: of the order.
+
+        Raises:
+            PromptError: it cannot be read, or has too few prompts to train on some and hold others out.
         """
-        self.kind = f"prompts of {Path(name).name}"
-        self.summary = f"{name}: prompts streamed from column {column!r}"
-        self._name = name
-        self._dataset = dataset.select_columns([column])
         self._column = column
         self._seed = seed
+        distinct = Distinct(tqdm(column.rows, desc=f"reading {column.name}", unit=" rows", unit_scale=True))
+        held_out = sum(map(is_held_out, distinct))
+        self.kind = column.kind
+        self.summary = summarize(column.name, distinct, held_out)
+        self.identity = f"dataset:{distinct.identity}"
         self._streams = {held_out: self._distinct(held_out=held_out) for held_out in (False, True)}
         self._places = {False: 0, True: 0}
-        digest = hashlib.sha256()
-        for row in self._dataset.take(_IDENTITY_ROWS):
-            digest.update(f"{row[column]}\n".encode())
-        self.identity = f"dataset:{digest.hexdigest()}"
 
     def draw(self, index: int, images: int, rng: random.Random, *, held_out: bool) -> list[str]:
         first = index * images
@@ -58,26 +59,19 @@ class DatasetPrompts:
     def _distinct(self, *, held_out: bool) -> Iterator[str]:
         """Its prompts without end, in another order each time it is gone through."""
         for epoch in itertools.count():
-            empty = True
-            for prompt in shuffled(self._once(held_out=held_out), self._seed, epoch):
-                empty = False
-                yield prompt
-            if empty:
-                part = "hold out" if held_out else "train on"
-                raise PromptError(f"{self._name}: no prompt to {part}; a hundred distinct ones are enough")
+            part = (p for p in self._column.rows if p is not None and is_held_out(p.strip()) == held_out)
+            yield from shuffled(Distinct(part), self._seed, epoch)
 
-    def _once(self, *, held_out: bool) -> Iterator[str]:
-        """Its prompts in the dataset's own order."""
-        seen: set[bytes] = set()  # hashes: of millions of prompts, the text itself would not fit
-        for row in self._dataset:
-            prompt = row[self._column]
-            if prompt is not None and not isinstance(prompt, str):
-                raise PromptError(f"{self._name}: {self._column!r} holds {type(prompt).__name__}, expected text")
-            text = (prompt or "").strip()
-            key = hashlib.sha256(text.encode()).digest()[:8]
-            if text and key not in seen and is_held_out(text) == held_out:
-                seen.add(key)
-                yield text
+
+class _Rows:
+    """The rows of a dataset's column, as often as they are gone through."""
+
+    def __init__(self, name: str, dataset: Any, column: str) -> None:
+        self._name, self._dataset, self._column = name, dataset.select_columns([column]), column
+
+    def __iter__(self) -> Iterator[str | None]:
+        for number, row in enumerate(_guarded(self._name, self._dataset), 1):
+            yield check_text(row[self._column], f"{self._name}, row {number}: {self._column!r}")
 
 
 def shuffled(items: Iterable[str], seed: int, epoch: int) -> Iterator[str]:
@@ -96,16 +90,38 @@ def shuffled(items: Iterable[str], seed: int, epoch: int) -> Iterator[str]:
 
 
 def open_dataset(name: str, column: str | None, *, seed: int) -> DatasetPrompts:
-    """Open a dataset's training split, or its only one.
+    """Open a dataset's training split, or its only one, for training.
+
+    Raises:
+        PromptError: as for :func:`dataset_column`, or there are too few prompts.
+    """
+    return DatasetPrompts(dataset_column(name, column), seed=seed)
+
+
+def dataset_column(name: str, column: str | None) -> Column:
+    """The prompts of a dataset's training split, or of its only one; they can be gone through again and again.
 
     Args:
         name: a folder, as files or as `Dataset.save_to_disk` writes it, or an id like owner/name.
-        column: where its prompts are; None: the only one with text.
-        seed: of the order.
+        column: where its prompts are; None: the only one with text, for which all rows are read where the dataset
+            does not say what its columns are.
 
     Raises:
         PromptError: `datasets` is not installed, or the dataset cannot be opened or read.
     """
+    dataset = _open(name)
+    told = dataset.features
+    if told is not None:
+        columns = {other: _kind(feature) for other, feature in told.items()}
+    else:
+        columns = kinds_of(_guarded(name, dataset))
+    chosen = choose_column(name, columns, column)
+    if column is None and any(mark in chosen for mark in _MARKS):
+        raise PromptError(f"{name}: its only column is called {chosen!r}; separate its columns by commas")
+    return Column(name, chosen, _Rows(name, dataset, chosen))
+
+
+def _open(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -119,18 +135,36 @@ def open_dataset(name: str, column: str | None, *, seed: int) -> DatasetPrompts:
             opened = datasets.load_from_disk(str(folder))
         else:
             opened = datasets.load_dataset(str(folder) if folder.is_dir() else name, streaming=True)
-        splits = dict(opened) if isinstance(opened, dict) else {"train": opened}
-        split = "train" if "train" in splits else next(iter(splits))
-        if len(splits) > 1 and split != "train":
-            raise PromptError(f"--prompts {name}: no split 'train' among {', '.join(splits)}")
-        dataset = splits[split].to_iterable_dataset() if saved else splits[split]
-        first: dict[str, Any] = next(iter(dataset), {})
-        texts = [key for key, value in first.items() if isinstance(value, str)]
-        return DatasetPrompts(name, dataset, choose_column(name, texts, column), seed=seed)
-    except PromptError:
-        raise
     except Exception as error:  # offline, gated, missing, malformed: `datasets` raises many kinds
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PromptError(
-            f"--prompts {name}: the dataset cannot be opened ({why}); offline, give a local file or folder"
+            f"--prompts {name}: the dataset cannot be opened ({_first_line(error)}); offline, give a local file or "
+            "folder"
         ) from error
+    splits = dict(opened) if isinstance(opened, dict) else {"train": opened}
+    split = "train" if "train" in splits else next(iter(splits))
+    if len(splits) > 1 and split != "train":
+        raise PromptError(f"--prompts {name}: no split 'train' among {', '.join(splits)}")
+    return splits[split].to_iterable_dataset() if saved else splits[split]
+
+
+def _guarded(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, of which any may turn out to be malformed."""
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # `datasets` raises many kinds
+            raise PromptError(f"{name}: the dataset cannot be read ({_first_line(error)})") from error
+        yield row
+
+
+def _kind(feature: Any) -> str:
+    """Of a dataset's column."""
+    type_ = str(getattr(feature, "dtype", None) or feature)
+    return TEXT if type_ in ("string", "large_string") else type_
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

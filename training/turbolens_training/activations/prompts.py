@@ -7,22 +7,20 @@ in a held-out part and the rest by the prompts' own hashes: equal prompts are al
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import json
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from turbolens_training.activations.prompt_files import Column, PromptError, read_file
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.scenes import decode_scenes, sample_codes
 
@@ -30,10 +28,6 @@ SCENES: Final = "scenes"
 """The name of the scene grammar where a file of prompts could stand."""
 HELD_OUT_ONE_IN: Final = 20
 """One of so many distinct prompts of a file or dataset is held out."""
-
-
-class PromptError(ValueError):
-    """Prompts cannot be read; the text is one line that names the file and, where there is one, the line."""
 
 
 class PromptSource(Protocol):
@@ -78,51 +72,85 @@ class ScenePrompts:
         return [describe(scene, rng, complete=self._complete) for scene in scenes]
 
 
+class Distinct:
+    """Prompts that say something, each the first time that it comes; what is left out is counted on the way."""
+
+    def __init__(self, read: Iterable[str | None]) -> None:
+        """`read`: prompts as they stand; None where there is none."""
+        self._read = read
+        self._all = hashlib.sha256()
+        self._seen: set[bytes] = set()  # hashes: of millions of prompts, the text itself would not fit
+        self._count = self._null = self._empty = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for prompt in self._read:
+            text = (prompt or "").strip()
+            self._count += 1
+            self._null += prompt is None
+            self._empty += not text
+            digest = hashlib.sha256(text.encode()).digest()
+            if text and digest not in self._seen:
+                self._seen.add(digest)
+                self._all.update(digest)
+                yield text
+
+    def __len__(self) -> int:
+        """Prompts so far."""
+        return len(self._seen)
+
+    @property
+    def identity(self) -> str:
+        """A hash of every prompt so far, in order."""
+        return self._all.hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """In words, of what was read so far."""
+        null = f" ({self._null:,} null)" if self._null else ""
+        doubled = self._count - self._empty - len(self)
+        return f"{self._empty:,} empty{null}, {doubled:,} doubled"
+
+
 class PromptList:
     """The distinct prompts of a file, all in memory."""
 
-    def __init__(self, name: str, read: Iterable[str | None], *, seed: int) -> None:
+    def __init__(self, column: Column, *, seed: int) -> None:
         """Take in the prompts of a file.
 
         Args:
-            name: of the file, for messages.
-            read: prompts as they stand; those that are empty, or were read before, are left out and counted.
+            column: its prompts; those that are empty, or were read before, are left out and counted.
             seed: of the order.
 
         Raises:
             PromptError: there are too few prompts to train on some and hold others out.
         """
-        self.kind = f"prompts of {Path(name).name}"
+        self.kind = column.kind
         self._seed = seed
-        count, empty = 0, 0
-        distinct: dict[str, None] = {}
-        for prompt in read:
-            text = (prompt or "").strip()
-            count += 1
-            if text:
-                distinct[text] = None
-            else:
-                empty += 1
         self._parts: dict[bool, list[str]] = {True: [], False: []}
-        digest = hashlib.sha256()
+        distinct = Distinct(column.rows)
         for prompt in distinct:
             self._parts[is_held_out(prompt)].append(prompt)
-            digest.update(prompt.encode() + b"\n")
-        self.identity = f"prompts:{digest.hexdigest()}"
-        self.summary = (
-            f"{name}: {len(distinct):,} prompts, {len(self._parts[True]):,} of them held out; "
-            f"left out: {empty:,} empty, {count - empty - len(distinct):,} doubled"
-        )
-        if not all(self._parts.values()):
-            raise PromptError(
-                f"{name}: {len(distinct)} distinct prompts are too few to hold out one in {HELD_OUT_ONE_IN}; "
-                "a hundred are enough"
-            )
+        self.identity = f"prompts:{distinct.identity}"
+        self.summary = summarize(column.name, distinct, len(self._parts[True]))
 
     def draw(self, index: int, images: int, rng: random.Random, *, held_out: bool) -> list[str]:
         part = self._parts[held_out]
         places = (divmod(row, len(part)) for row in range(index * images, (index + 1) * images))
         return [part[_order(self._seed, epoch, len(part))[place]] for epoch, place in places]
+
+
+def summarize(name: str, distinct: Distinct, held_out: int) -> str:
+    """What was read, in a line.
+
+    Raises:
+        PromptError: there are too few prompts to train on some and hold others out.
+    """
+    if not 0 < held_out < len(distinct):
+        raise PromptError(
+            f"{name}: {len(distinct)} distinct prompts are too few to hold out one in {HELD_OUT_ONE_IN}; "
+            f"a hundred are enough; left out: {distinct.left_out}"
+        )
+    return f"{name}: {len(distinct):,} prompts, {held_out:,} of them held out; left out: {distinct.left_out}"
 
 
 def is_held_out(prompt: str) -> bool:
@@ -149,21 +177,50 @@ def open_prompts(spec: str, *, seed: int) -> PromptSource:
     """
     if spec == SCENES:
         return ScenePrompts()
+    name, column, path = _place(spec)
+    if path is not None:
+        return PromptList(read_file(path, column), seed=seed)
+    from turbolens_training.activations.dataset_prompts import open_dataset
+
+    return open_dataset(name, column, seed=seed)
+
+
+def list_prompts(spec: str, most: int) -> tuple[list[str], str]:
+    """The first distinct prompts of what `--prompts` names, in their own order, and in a line what was left out.
+
+    Args:
+        spec: as for :func:`open_prompts`, without the scenes.
+        most: prompts, at most.
+
+    Raises:
+        PromptError: there is no such thing, it cannot be read, or holds no prompt.
+    """
+    name, column, path = _place(spec)
+    if path is not None:
+        read = read_file(path, column)
+    else:
+        from turbolens_training.activations.dataset_prompts import dataset_column
+
+        read = dataset_column(name, column)
+    distinct = Distinct(read.rows)
+    found = list(itertools.islice(distinct, most))
+    if not found:
+        raise PromptError(f"{read.name}: holds no prompt; left out: {distinct.left_out}")
+    return found, f"{read.name}: {len(found):,} prompts taken; left out: {distinct.left_out}"
+
+
+def _place(spec: str) -> tuple[str, str | None, Path | None]:
+    """Name, column, and the file where it is one; None: a dataset."""
     name, column = _split_column(spec)
     path = Path(name).expanduser()
     if path.is_file():
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise PromptError(f"--prompts {spec}: {path.suffix or 'no suffix'}: not one of {', '.join(_READERS)}")
-        return PromptList(name, reader(path, column), seed=seed)
+        return name, column, path
     is_id = name.count("/") == 1 and not path.is_absolute() and not name.startswith((".", "~"))
     if not path.is_dir() and not is_id:
         raise PromptError(
             f"--prompts {spec}: no such file or folder, not {SCENES!r}, and not a dataset's id like owner/name"
         )
-    from turbolens_training.activations.dataset_prompts import open_dataset
-
-    return open_dataset(name, column, seed=seed)
+    return name, column, None
 
 
 def _split_column(spec: str) -> tuple[str, str | None]:
@@ -172,97 +229,3 @@ def _split_column(spec: str) -> tuple[str, str | None]:
     if not colon or Path(spec).expanduser().exists():
         return spec, None
     return name, column
-
-
-def choose_column(name: str, columns: Iterable[str], column: str | None) -> str:
-    """The column to read: the one asked for, or the only one.
-
-    Args:
-        name: of the file, for messages.
-        columns: those that hold text.
-        column: the one asked for.
-
-    Raises:
-        PromptError: it is not there, or none was asked for and there is more or less than one.
-    """
-    found = list(columns)
-    if column is None and len(found) == 1:
-        return found[0]
-    if column not in found:
-        wanted = "say which column" if column is None else f"no column {column!r} with text"
-        raise PromptError(f"{name}: {wanted}, as {Path(name).name}:COLUMN; it has {', '.join(found) or 'none'}")
-    return column
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of every line.
-
-    Raises:
-        PromptError: a line is not UTF-8.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise PromptError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-
-
-def _read_text(path: Path, column: str | None) -> Iterator[str]:
-    if column is not None:
-        raise PromptError(f"{path}: a text file has no columns; leave out :{column}")
-    return (line for _, line in _lines(path))
-
-
-def _read_csv(path: Path, column: str | None) -> Iterator[str | None]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    try:
-        header = next(reader, [])
-        place = header.index(choose_column(str(path), header, column))
-        for row in reader:
-            if row and len(row) != len(header):
-                raise PromptError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has {len(header)}")
-            yield row[place] if row else None
-    except csv.Error as error:
-        raise PromptError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _read_jsonl(path: Path, column: str | None) -> Iterator[str | None]:
-    for number, line in _lines(path):
-        if not line.strip():
-            yield None
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PromptError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise PromptError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        column = column or choose_column(str(path), [key for key, value in row.items() if isinstance(value, str)], None)
-        prompt = row.get(column)
-        if prompt is not None and not isinstance(prompt, str):
-            raise PromptError(f"{path}, line {number}: {column!r} is {type(prompt).__name__}, expected text")
-        if column not in row:
-            raise PromptError(f"{path}, line {number}: no {column!r}; it has {', '.join(row) or 'nothing'}")
-        yield prompt
-
-
-def _read_parquet(path: Path, column: str | None) -> Iterator[str | None]:
-    try:
-        with pq.ParquetFile(path) as file:
-            texts = [
-                f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)
-            ]
-            chosen = choose_column(str(path), texts, column)
-            for batch in file.iter_batches(columns=[chosen]):
-                yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-
-
-_READERS: Final[dict[str, Callable[[Path, str | None], Iterator[str | None]]]] = {
-    ".txt": _read_text,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, 
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.temporal import side_by_side
+from turbolens_training.activations.prompts import list_prompts
 from turbolens_training.activations.stream import (
     HELD_OUT,
     LABELLING,
@@ -27,7 +29,6 @@ from turbolens_training.activations.stream import (
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
-from turbolens_training.catalog.words import read_lines
 from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
 from turbolens_training.evaluation.quality import measure
 from turbolens_training.evaluation.report import write_table
@@ -42,7 +43,10 @@ def build(config: BuildConfig) -> None:
         LoadError: the model or a bundle cannot be loaded, or they do not belong together.
         ValueError: a folder is no bundle, two bundles share a block, or the prompts, words or encoder cannot be used.
     """
-    prompts = None if config.prompts is None else read_lines(config.prompts, "prompt")[: config.images]
+    prompts = None
+    if config.prompts is not None:
+        prompts, told = list_prompts(config.prompts, config.images)
+        print(told, file=sys.stderr)
     namer = None if prompts is None or config.encoder is None else load_namer(config, config.encoder, prompts)
     for folder in find_saes(config.saes) if config.saes.is_dir() else []:
         if not is_bundle(folder):
@@ -176,7 +180,7 @@ def _write(
 ) -> None:  # fmt: skip
     folder = _folder(bundle)
     write_labels(folder, [dataclasses.replace(row, examples=examples[row.index]) for row in rows])
-    made_from = "captioned scenes" if config.prompts is None else config.prompts.name
+    made_from = "captioned scenes" if config.prompts is None else Path(config.prompts).name
     made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}
     if engine.info.saes[bundle.name].forced:
         made["forced_on"] = engine.info.model_hash

@@ -31,8 +31,9 @@ class BuildConfig:
     """A bundle, or a folder of bundles; their statistics, `features.parquet` and provenance are written."""
     force_sae: bool = False
     """Measure a bundle on a model that it was not trained on; its provenance then names that model's hash."""
-    prompts: Path | None = None
-    """Text file of prompts, one a line; left out: captioned scenes, whose truth gives labels."""
+    prompts: str | None = None
+    """Prompts to draw pictures of, as for `turbolens train sae`: a text file (a prompt a line), or `FILE[:COLUMN]` of a
+    Parquet, CSV or JSONL file or of a Hugging Face dataset; left out: captioned scenes, whose truth gives labels."""
     encoder: str | None = None
     """Image-text encoder, a `transformers` folder or hub id with safetensors: labels each feature with the word that
     its top examples, cropped around the place, fit more than other features' do."""

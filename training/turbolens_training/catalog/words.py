@@ -6,7 +6,9 @@ import collections
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
+
+from turbolens_training.activations.prompt_files import PromptError, read_lines
 
 MOST: Final = 1000
 """Words and phrases taken of prompts. The server embeds up to 2,000 distinct labels for search by meaning."""
@@ -25,19 +27,21 @@ with within without would you your
 _FUNCTION: Final = frozenset(_FUNCTION_WORDS.split())
 
 
-def read_lines(path: Path, what: Literal["prompt", "word"]) -> list[str]:
-    """The lines of a text file that say something.
+def read_words(path: Path) -> list[str]:
+    """The lines of a text file that say something, each once.
 
     Raises:
         ValueError: it is unreadable or says nothing.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--{what}s {path}: unreadable ({error})") from error
-    if not lines:
-        raise ValueError(f"--{what}s {path}: holds no {what}")
-    return lines
+        words = list(dict.fromkeys(word for line in read_lines(path) if (word := line.strip())))
+    except OSError as error:
+        raise ValueError(f"--words {path}: unreadable ({error})") from error
+    except PromptError as error:
+        raise ValueError(f"--words {error}") from error
+    if not words:
+        raise ValueError(f"--words {path}: holds no word")
+    return words
 
 
 def words_of_prompts(prompts: Iterable[str]) -> list[str]:

@@ -27,7 +27,7 @@ from turbolens_training.catalog.config import LEAST_CROPS, BuildConfig
 from turbolens_training.catalog.crops import Crops, embed_crops
 from turbolens_training.catalog.encoder import Encoder, load_encoder
 from turbolens_training.catalog.labels import KEPT
-from turbolens_training.catalog.words import read_lines, words_of_prompts
+from turbolens_training.catalog.words import read_words, words_of_prompts
 
 ATTRIBUTE: Final = "zero-shot"
 """Attribute of these labels."""
@@ -90,7 +90,7 @@ def load_namer(config: BuildConfig, encoder: str, prompts: Sequence[str]) -> Nam
         LoadError: there is no such encoder.
         ValueError: the words or the encoder cannot be used.
     """
-    words = words_of_prompts(prompts) if config.words is None else list(dict.fromkeys(read_lines(config.words, "word")))
+    words = words_of_prompts(prompts) if config.words is None else read_words(config.words)
     return Namer(load_encoder(encoder), words, config.words, config.chance)
 
 

@@ -63,7 +63,7 @@ def read_items(path: Path) -> list[Item]:
         ValueError: the file is no list of items; the text says which item and field.
     """
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"items {path}: cannot be read as JSON ({error})") from error
     if not isinstance(rows, list) or not rows:
