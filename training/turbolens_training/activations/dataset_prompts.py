@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from turbolens_server.files import first_line
 from turbolens_training.activations.prompt_files import TEXT, Column, PromptError, check_text, choose_column, kinds_of
 from turbolens_training.activations.prompts import Distinct, is_held_out, summarize
 
@@ -137,7 +138,7 @@ def _open(name: str) -> Any:
             opened = datasets.load_dataset(str(folder) if folder.is_dir() else name, streaming=True)
     except Exception as error:  # offline, gated, missing, malformed: `datasets` raises many kinds
         raise PromptError(
-            f"--prompts {name}: the dataset cannot be opened ({_first_line(error)}); offline, give a local file or "
+            f"--prompts {name}: the dataset cannot be opened ({first_line(error)}); offline, give a local file or "
             "folder"
         ) from error
     splits = dict(opened) if isinstance(opened, dict) else {"train": opened}
@@ -156,7 +157,7 @@ def _guarded(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
         except StopIteration:
             return
         except Exception as error:  # `datasets` raises many kinds
-            raise PromptError(f"{name}: the dataset cannot be read ({_first_line(error)})") from error
+            raise PromptError(f"{name}: the dataset cannot be read ({first_line(error)})") from error
         yield row
 
 
@@ -164,7 +165,3 @@ def _kind(feature: Any) -> str:
     """Of a dataset's column."""
     type_ = str(getattr(feature, "dtype", None) or feature)
     return TEXT if type_ in ("string", "large_string") else type_
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
