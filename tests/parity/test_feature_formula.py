@@ -8,6 +8,7 @@ import torch
 
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.reference import encode_dense
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import tapped_forward
 
 
@@ -73,6 +74,7 @@ def test_the_walk_is_the_models_own_forward_bit_for_bit(engine, tiny_engine):
         sample, text = torch.randn(2, 4, edge, edge), torch.randn(2, 77, unet.config.cross_attention_dim)
         pooled, time_ids = torch.randn(2, 128), torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)
         t = torch.tensor(499)
+        conditions = Conditions(text, pooled, time_ids)
         seen = []
 
         def tap(name, update, grid, seen=seen):
@@ -83,8 +85,8 @@ def test_the_walk_is_the_models_own_forward_bit_for_bit(engine, tiny_engine):
         with torch.no_grad():
             added = {"text_embeds": pooled, "time_ids": time_ids}
             expected = unet(sample, t, text, added_cond_kwargs=added).sample
-            plain = tapped_forward(unet, sample, t, text, pooled, time_ids)
-            tapped = tapped_forward(unet, sample, t, text, pooled, time_ids, tap=tap, at=points)
+            plain = tapped_forward(unet, sample, t, conditions)
+            tapped = tapped_forward(unet, sample, t, conditions, tap=tap, at=points)
         assert torch.equal(plain, expected)
         assert torch.equal(tapped, expected)
         assert [(name, grid) for name, _, grid in seen] == [

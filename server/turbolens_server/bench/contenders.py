@@ -71,19 +71,16 @@ class BarePipeline:
 
 def unet_pass(engine: Engine, work: Work, saes: Sequence[str]) -> Callable[[], object]:
     """One pass of the U-Net, with what some SAEs read in it: no text, sampler, copy to the host or picture."""
-    parts = engine.components
-    with torch.inference_mode():
-        text = parts.text.encode_all([PROMPT] * work.batch)
-        latent = (work.height // parts.vae_downscale, work.width // parts.vae_downscale)
-        sample = torch.randn(work.batch, parts.unet.config.in_channels, *latent).to(text.hidden)
-        size = (work.height, work.width)
-        time_ids = torch.tensor([[*size, 0, 0, *size]] * work.batch).to(text.hidden)
-        timestep = torch.tensor(999.0, device=engine.device)
-    plan = BatchPlan(work.jobs(saes=tuple(saes)), engine.info, engine.saes, engine.device, [999.0])
+    with on_device(engine.device), torch.inference_mode():
+        text = engine.components.text.encode_all([PROMPT] * work.batch)
+        walk = engine.begin(text, range(work.batch), 1, (work.height, work.width))
+        (t,) = walk.timesteps
+        sample = walk.noise.clone()
+    plan = BatchPlan(work.jobs(saes=tuple(saes)), engine.info, engine.saes, engine.device, [float(t)])
 
     def run() -> None:
         with on_device(engine.device), torch.inference_mode():
-            engine.unet.predict(sample, timestep, text.hidden, text.pooled, time_ids, StepTap(plan, 0))
+            engine.unet.predict(sample, t, walk.conditions, StepTap(plan, 0))
 
     return run
 

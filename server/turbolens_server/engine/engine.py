@@ -19,10 +19,12 @@ from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.plan import BatchPlan, StepTap
 from turbolens_server.engine.sampler import Sampler
-from turbolens_server.engine.text import TextEncoder
+from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, OnEvent, Result, SparseCodes, StepDone
+from turbolens_server.engine.walk import Walk
 from turbolens_server.sae.sae import Sae
 from turbolens_server.unet.backend import UNetBackend
+from turbolens_server.unet.conditions import Conditions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -174,22 +176,18 @@ class Engine:
         parts, first = self._parts, jobs[0]
 
         text = parts.text.encode_all([job.prompt for job in jobs])
-        time_ids = self._time_ids_of(first, text.hidden.dtype).expand(len(jobs), -1)
-        shape = (parts.unet.config.in_channels, *(edge // parts.vae_downscale for edge in (first.height, first.width)))
-        run = self._sampler.start(first.steps, [job.seed for job in jobs], shape, text.hidden.dtype)
-
-        plan = BatchPlan(jobs, self.info, self._saes, self._device, run.timesteps.tolist())
+        walk = self.begin(text, [job.seed for job in jobs], first.steps, (first.height, first.width))
+        plan = BatchPlan(jobs, self.info, self._saes, self._device, walk.timesteps.tolist())
         live = [not is_cancelled(row) for row in range(len(jobs))]
         features: list[list[SparseCodes]] = [[] for _ in jobs]
-        for step, t in enumerate(run.timesteps):
+        for step, t in enumerate(walk.timesteps):
             live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
             if not any(live):
                 break
             tap = StepTap(plan, step)
-            prediction = self._unet.predict(run.scaled(t), t, text.hidden, text.pooled, time_ids, tap)
-            estimate = run.advance(prediction, t)
+            estimate = walk.step(t, tap)
             # Reading this waits for the device: a step that is told of has been taken.
-            finite = torch.isfinite(run.latents).flatten(1).all(1).tolist()
+            finite = torch.isfinite(walk.latents).flatten(1).all(1).tolist()
             for row in [row for row, alive in enumerate(live) if alive and not finite[row]]:
                 live[row] = False
                 emit(NotFinite(row, "U-Net", step, self.info.dtype))
@@ -202,7 +200,7 @@ class Engine:
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
-        return Denoised(jobs, run.latents, live, features, text.tokens_cut)
+        return Denoised(jobs, walk.latents, live, features, text.tokens_cut)
 
     @_on_own_device
     @torch.inference_mode()
@@ -259,9 +257,26 @@ class Engine:
                 for size in range(1, largest + 1):
                     self.run([job] * size)
 
-    def _time_ids_of(self, job: Job, dtype: torch.dtype) -> Tensor:
+    @_on_own_device
+    @torch.inference_mode()
+    def begin(self, text: EncodedTexts, seeds: Sequence[int], steps: int, size: tuple[int, int] | None = None) -> Walk:
+        """A walk before its first step, a lane for each text and seed; in the thread of `denoise`.
+
+        Args:
+            text: one for each lane.
+            seeds: likewise.
+            steps: of the walk.
+            size: (height, width) of the pictures in pixels; None: the model's own.
+        """
+        height, width = size or self.info.default_size
+        parts, dtype = self._parts, text.hidden.dtype
+        shape = (parts.unet.config.in_channels, height // parts.vae_downscale, width // parts.vae_downscale)
+        time_ids = self._time_ids_of((height, width), dtype).expand(len(seeds), -1)
+        state = self._sampler.start(steps, seeds, shape, dtype)
+        return Walk(self._unet, state, Conditions(text.hidden, text.pooled, time_ids))
+
+    def _time_ids_of(self, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""
-        size = (job.height, job.width)
         if size not in self._time_ids:
             self._time_ids[size] = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=self._device)
         return self._time_ids[size]

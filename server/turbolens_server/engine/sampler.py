@@ -18,7 +18,7 @@ class UnsupportedScheduler(ValueError):
 
 
 @dataclasses.dataclass
-class Run:
+class SamplerState:
     """One batch on its way from noise to latents."""
 
     scheduler: Any
@@ -56,7 +56,7 @@ class Sampler:
         self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
         self._prepared: dict[int, Any] = {}
 
-    def start(self, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> Run:
+    def start(self, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> SamplerState:
         """First noise and a sampler for a batch; `shape` is that of one latent, (C, h, w)."""
         if steps not in self._prepared:
             fresh = type(self._scheduler).from_config(self._scheduler.config)
@@ -66,7 +66,9 @@ class Sampler:
         # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
-        return Run(scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None)
+        return SamplerState(
+            scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None
+        )
 
 
 def check_scheduler(scheduler: Any, max_steps: int) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from turbolens_server.unet.conditions import Conditions
+
 PREDICTION: Final = "prediction"
 """Name of a compiled graph's first output; the others are the updates, named by :func:`update_name`."""
 
@@ -52,19 +54,19 @@ class UNetBackend(Protocol):
         """`torch`, `onnx` or `tensorrt`, with what it runs on."""
         ...
 
-    def predict(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
-    ) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """The prediction [B, C, h, w].
 
         Args:
             sample: scaled latents [B, C, h, w].
             timestep: [].
-            text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
-            pooled: pooled text, [B, D].
-            time_ids: SDXL's size conditioning, [B, 6].
+            conditions: what the U-Net hears.
             tap: what to read and steer.
         """
+        ...
+
+    def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
+        """Show the tap its hook points, where nobody wants the prediction: the pass ends where the backend can."""
         ...
 
 
@@ -95,7 +97,9 @@ def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
-def steered_passes(run: Run, grids: Mapping[str, tuple[int, int]], tap: Tap) -> Tensor:
+def steered_passes(
+    run: Run, grids: Mapping[str, tuple[int, int]], tap: Tap, wanted: Sequence[str]
+) -> dict[str, Tensor]:
     """Run a graph whose steering is an input until every closed edit has seen the activations it depends on.
 
     Open edits are known before the pass, so a batch that holds no other takes one. A closed edit takes the pass that
@@ -106,9 +110,10 @@ def steered_passes(run: Run, grids: Mapping[str, tuple[int, int]], tap: Tap) -> 
         run: one pass.
         grids: (rows, columns) by hook point, in order of execution.
         tap: what to read and steer; sees every point once, in order of execution.
+        wanted: names of outputs of the last pass; where there are none, it is left out once every point is seen.
 
     Returns:
-        The prediction of the last pass, [B, C, h, w].
+        The outputs wanted, by name.
     """
     waiting = [point for point in grids if point in tap.at]
     steering = {}
@@ -122,10 +127,11 @@ def steered_passes(run: Run, grids: Mapping[str, tuple[int, int]], tap: Tap) -> 
             tap.read(point, updates[update_name(point)], grids[point])
         steered = to_grid(tap(closed, updates[update_name(closed)], grids[closed]).float(), grids[closed])
         steering[closed] = (torch.zeros_like(steered[:, :1]), steered)
-    outputs = run(steering, [PREDICTION, *(update_name(point) for point in waiting)])
+    names = [*wanted, *(update_name(point) for point in waiting)]
+    outputs = run(steering, names) if names else {}
     for point in waiting:
         tap.read(point, outputs[update_name(point)], grids[point])
-    return outputs[PREDICTION]
+    return {name: outputs[name] for name in wanted}
 
 
 def _split_after(points: list[str], last: str) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from turbolens_server.unet.backend import PREDICTION, Affine, Tap, steered_passes, to_tokens, update_name
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.points import HookPoint
 from turbolens_server.unet.tapped import tapped_forward
 
@@ -148,9 +149,8 @@ class SteerableUNet(nn.Module):
             return (to_tokens(gain) * update.float() + to_tokens(bias)).to(update.dtype)
 
         # The walk joins the pooled text to embeddings made in float32; TensorRT wants both of one type in the graph.
-        prediction = tapped_forward(
-            self.unet, sample, timestep, text, pooled.float(), time_ids, tap=steer, at=frozenset(self._points)
-        )
+        conditions = Conditions(text, pooled.float(), time_ids)
+        prediction = tapped_forward(self.unet, sample, timestep, conditions, tap=steer, at=frozenset(self._points))
         if prediction is None:
             raise AssertionError("a pass that is not stopped predicts")
         return prediction, *(updates[point] for point in self._points)
@@ -170,12 +170,19 @@ class GraphUNet:
         self._spec = spec
         self._execute = execute
 
-    def predict(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
-    ) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
+        return self._passes(sample, timestep, conditions, tap, [PREDICTION])[PREDICTION]
+
+    def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
+        """See :class:`turbolens_server.unet.backend.UNetBackend`."""
+        self._passes(sample, timestep, conditions, tap, [])
+
+    def _passes(
+        self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap, wanted: Sequence[str]
+    ) -> dict[str, Tensor]:
         timesteps = timestep.float().expand(len(sample))
-        values = (sample, timesteps, text, pooled, time_ids)
+        values = (sample, timesteps, *conditions.tensors())
         fixed = dict(zip(self._spec.input_names(), values, strict=False))
 
         def run(steering: Mapping[str, Affine], wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -184,4 +191,4 @@ class GraphUNet:
             self._execute({name: tensor.contiguous() for name, tensor in inputs.items()}, outputs)
             return outputs
 
-        return steered_passes(run, self._spec.grids(sample), tap)
+        return steered_passes(run, self._spec.grids(sample), tap, wanted)

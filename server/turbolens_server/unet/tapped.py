@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from turbolens_server.unet.attention_taps import run_layer
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.points import HookPoint, Side, block_name, block_of, module_of
 
 OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
@@ -91,9 +92,7 @@ def tapped_forward(
     unet: UNet2DConditionModel,
     sample: Tensor,
     timestep: Tensor,
-    text: Tensor,
-    pooled: Tensor,
-    time_ids: Tensor,
+    conditions: Conditions,
     *,
     tap: OnUpdate | None = None,
     at: frozenset[str] = frozenset(),
@@ -106,9 +105,7 @@ def tapped_forward(
         unet: an SDXL-type U-Net, see :func:`check_supported`.
         sample: scaled latents [B, C, h, w]; h and w divisible by 2 ** (levels - 1).
         timestep: [] or [B].
-        text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
-        pooled: pooled text, [B, D].
-        time_ids: SDXL's size conditioning, [B, 6].
+        conditions: what the U-Net hears.
         tap: called at every hook point in `at`.
         at: names of hook points.
         stop_after: end the pass after the block of this hook point, where only updates are wanted.
@@ -118,7 +115,8 @@ def tapped_forward(
         The prediction [B, C, h, w]; None where the pass was stopped.
     """
     embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
-    added = {"text_embeds": pooled, "time_ids": time_ids}
+    text = conditions.hidden
+    added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
 
     blocks = blocks or _OwnModules()

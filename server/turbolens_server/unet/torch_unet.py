@@ -11,7 +11,9 @@ from torch import Tensor
 
 from turbolens_server.cuda_graphs import Cut, Recording, record
 from turbolens_server.unet.backend import Tap
-from turbolens_server.unet.tapped import Blocks, OnUpdate, tapped_forward
+from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.points import block_of
+from turbolens_server.unet.tapped import Blocks, attention_blocks, tapped_forward
 
 
 class TorchUNet:
@@ -22,12 +24,20 @@ class TorchUNet:
         self.name = name
         self._unet = unet
         self._blocks = blocks
+        self._order = [name for name, _, _ in attention_blocks(unet)]
 
-    def predict(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
-    ) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
-        return _walk(self._unet, self._blocks, (sample, timestep, text, pooled, time_ids), tap, tap.at)
+        return _whole(tapped_forward(self._unet, sample, timestep, conditions, tap=tap, at=tap.at, blocks=self._blocks))
+
+    def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
+        """See :class:`turbolens_server.unet.backend.UNetBackend`."""
+        tapped = {block_of(point) for point in tap.at}
+        last = next((block for block in reversed(self._order) if block in tapped), None)
+        if last is not None:
+            tapped_forward(
+                self._unet, sample, timestep, conditions, tap=tap, at=tap.at, stop_after=last, blocks=self._blocks
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +67,17 @@ class GraphedUNet:
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Recording[_Pass]]] = {}
 
-    @torch.inference_mode()
-    def predict(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor, tap: Tap
-    ) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`; the next call overwrites what this returns."""
-        values = (sample, timestep.float().expand(len(sample)), text, pooled, time_ids)
+        return self._replay(sample, timestep, conditions, tap).prediction
+
+    def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
+        """See :class:`turbolens_server.unet.backend.UNetBackend`."""
+        self._replay(sample, timestep, conditions, tap)
+
+    @torch.inference_mode()
+    def _replay(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> _Pass:
+        values = (sample, timestep.float().expand(len(sample)), *conditions.tensors())
         key = tuple(sample.shape)
         if key not in self._recorded:
             self._recorded[key] = self._record(values)
@@ -75,7 +90,7 @@ class GraphedUNet:
             if point in tap.at and (steered := tap(point, update, grid)) is not update:
                 update.copy_(steered)
             piece.replay()
-        return recording.result.prediction
+        return recording.result
 
     def _record(self, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Recording[_Pass]]:
         sample, *conditions = values
@@ -92,16 +107,17 @@ class GraphedUNet:
                 cut()
                 return update
 
-            return _Pass(_walk(self._unet, self._blocks, inputs, end_piece, self._points), tuple(updates))
+            latents, timestep, *heard = inputs
+            whole = tapped_forward(
+                self._unet, latents, timestep, Conditions(*heard),
+                tap=end_piece, at=self._points, blocks=self._blocks,
+            )  # fmt: skip
+            return _Pass(_whole(whole), tuple(updates))
 
         return inputs, record(run, self._pool)
 
 
-def _walk(
-    unet: UNet2DConditionModel, blocks: Blocks | None, inputs: Sequence[Tensor], tap: OnUpdate, at: frozenset[str]
-) -> Tensor:
-    sample, timestep, text, pooled, time_ids = inputs
-    prediction = tapped_forward(unet, sample, timestep, text, pooled, time_ids, tap=tap, at=at, blocks=blocks)
+def _whole(prediction: Tensor | None) -> Tensor:
     if prediction is None:
         raise AssertionError("a pass that is not stopped predicts")
     return prediction

@@ -16,6 +16,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.unet.attention_taps import with_attention_points
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.points import block_of, list_points
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
@@ -23,13 +24,13 @@ from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates
 
 
-def arguments(engine: Engine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def arguments(engine: Engine) -> tuple[Tensor, Tensor, Conditions]:
     unet, g = engine.components.unet, torch.Generator().manual_seed(0)
     edge = unet.config.sample_size
     sample = torch.randn(2, unet.config.in_channels, edge, edge, generator=g)
     text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=g)
     pooled = engine.components.text.encode("a star").pooled.repeat(2, 1)
-    return sample, torch.tensor(499), text, pooled, torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)
+    return sample, torch.tensor(499), Conditions(text, pooled, torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2))
 
 
 def points_of(engine: Engine):
@@ -46,7 +47,7 @@ def either(request: pytest.FixtureRequest, engine: Engine, tiny_engine: Engine) 
 def test_every_layer_gives_what_the_module_gives_and_changes_no_bit(either: Engine) -> None:
     unet, args = either.components.unet, arguments(either)
     points = points_of(either)
-    sample, timestep, text, pooled, time_ids = args
+    sample, timestep, conditions = args
     expected: dict[str, Tensor] = {}
     layers = [point for name, point in points.items() if name != block_of(name)]
     hooks = [
@@ -56,8 +57,8 @@ def test_every_layer_gives_what_the_module_gives_and_changes_no_bit(either: Engi
         for point in layers
     ]
     try:
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        prediction = unet(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
+        added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+        prediction = unet(sample, timestep, conditions.hidden, added_cond_kwargs=added, return_dict=False)[0]
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,6 +14,7 @@ from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.tapped import tapped_forward
 from turbolens_server.unet.torch_unet import TorchUNet
@@ -38,7 +39,7 @@ def walk(unet, spec, blocks, batch, at):
     timestep = torch.full((batch,), 500.0)
     with torch.inference_mode():
         prediction = tapped_forward(
-            unet, sample, timestep, text, pooled, time_ids, tap=tap, at=frozenset(at), blocks=blocks
+            unet, sample, timestep, Conditions(text, pooled, time_ids), tap=tap, at=frozenset(at), blocks=blocks
         )
     return {"prediction": prediction, **updates}
 

@@ -113,6 +113,7 @@ def test_the_model_has_sdxls_hook_points_on_an_8_by_8_grid():
 
 
 def test_a_caption_reaches_the_picture_only_through_the_deepest_blocks():
+    from turbolens_server.unet.conditions import Conditions
     from turbolens_server.unet.tapped import attention_blocks, tapped_forward
 
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_a_caption_reaches_the_picture_only_through_the_deepest_blocks():
         pooled = torch.randn(1, parts.POOLED_DIM, generator=generator)
         tap = {"tap": lambda _name, update, _grid: gain * update, "at": frozenset(names)}
         with torch.no_grad():
-            return tapped_forward(unet, sample, t, text, pooled, time_ids, **tap)
+            return tapped_forward(unet, sample, t, Conditions(text, pooled, time_ids), **tap)
 
     assert torch.equal(predict(1, 0.0), predict(2, 0.0))
     assert not torch.equal(predict(1, 1.0), predict(2, 1.0))

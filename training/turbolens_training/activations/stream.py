@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.unet.tapped import tapped_forward
-from turbolens_training.activations.begin import begin
 from turbolens_training.activations.prompts import PromptSource, ScenePrompts
+from turbolens_training.activations.taps import HookPointTap, begin
 
 TRAINING: Final = "training"
 HELD_OUT: Final = "held out"
@@ -66,31 +65,16 @@ class Chunk:
     updates: Updates
 
 
-@torch.inference_mode()
 def collect_updates(engine: Engine, captions: Sequence[str], seeds: Sequence[int], steps: int) -> Updates:
-    """Run the sampler as `Engine.run` does, and keep the updates instead of the pictures."""
-    parts, info = engine.components, engine.info
-    blocks = frozenset(point.name for point in info.hook_points)
-    last = info.hook_points[-1].name
-    batch = begin(engine, captions, seeds, steps)
-    run = batch.run
-
-    kept: dict[str, list[Tensor]] = {point.name: [] for point in info.hook_points}
-
-    def keep(name: str, update: Tensor, _: tuple[int, int]) -> Tensor:
-        kept[name].append(update.float())
-        return update
-
-    for t in run.timesteps:
-        stop = last if len(kept[last]) == steps - 1 else None
-        prediction = tapped_forward(
-            parts.unet, run.scaled(t), t, *batch.conditioning, tap=keep, at=blocks, stop_after=stop
-        )
-        if prediction is not None:
-            run.advance(prediction, t)
-    timesteps = tuple(int(t) for t in run.timesteps)
-    by_block = {name: torch.stack(updates) for name, updates in kept.items()}
-    return Updates(tuple(captions), tuple(seeds), run.noise, timesteps, by_block)
+    """Walk as `Engine.run` does, and keep the updates instead of the pictures."""
+    walk = begin(engine, captions, seeds, steps)
+    tap = HookPointTap([point.name for point in engine.info.hook_points], keep=True)
+    *before, last = walk.timesteps
+    for t in before:
+        walk.step(t, tap)
+    walk.look(last, tap)
+    timesteps = tuple(int(t) for t in walk.timesteps)
+    return Updates(tuple(captions), tuple(seeds), walk.noise, timesteps, tap.updates())
 
 
 def sample_tokens(by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int, per_image: int) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
 from turbolens_server.steering.masks import Mask
+from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.interventions import shift
-from turbolens_training.evaluation.sampling import Intervention, Run, device_of, sample
+from turbolens_training.evaluation.sampling import Walked, device_of, sample
 from turbolens_training.evaluation.transfer import (
     EncodedRun,
     choose_features,
@@ -116,7 +117,7 @@ def edit_pictures(
             rows = slice(start, min(start + batch, len(pairs)))
             some = pairs[rows]
 
-            def run(captions: list[str], intervene: Intervention | None = None, some: CaptionPairs = some) -> Run:
+            def run(captions: list[str], intervene: Intervention | None = None, some: CaptionPairs = some) -> Walked:
                 found = sample(engine, captions, some.seeds, steps, intervene=intervene, keep=intervene is None)
                 progress.update(len(captions))
                 return found

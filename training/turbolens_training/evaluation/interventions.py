@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_training.evaluation.sampling import Intervention
+from turbolens_training.activations.taps import Intervention
 
 
 def zero(blocks: Collection[str]) -> Intervention:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,16 +12,12 @@ from torch import Tensor
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
-from turbolens_server.unet.tapped import tapped_forward
-from turbolens_training.activations.begin import begin
+from turbolens_training.activations.taps import HookPointTap, Intervention, begin
 from turbolens_training.mini.model import SCALING_FACTOR
-
-Intervention = Callable[[int, str, Tensor], Tensor]
-"""(step, hook point, update [N, P, d_model]) -> the update to add instead, in any float type."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Walked:
     """What one batch of captions and seeds came to."""
 
     latents: Tensor  # [N, C, h, w], the final ones
@@ -29,7 +25,6 @@ class Run:
     """By hook point: [T, N, P, d_model] float32, each before its own intervention; empty where not kept."""
 
 
-@torch.inference_mode()
 def sample(
     engine: Engine,
     captions: Sequence[str],
@@ -38,8 +33,8 @@ def sample(
     *,
     intervene: Intervention | None = None,
     keep: bool = False,
-) -> Run:
-    """Run the sampler as `Engine.run` does, with one intervention on the whole batch.
+) -> Walked:
+    """Walk as `Engine.run` does, with one intervention on the whole batch.
 
     Args:
         engine: the model.
@@ -49,24 +44,11 @@ def sample(
         intervene: called at every step and hook point.
         keep: keep the updates.
     """
-    parts, info = engine.components, engine.info
-    batch = begin(engine, captions, seeds, steps)
-    run = batch.run
-    kept: dict[str, list[Tensor]] = {point.name: [] for point in info.hook_points}
-    at = frozenset(kept) if keep or intervene else frozenset()
-
-    for step, t in enumerate(run.timesteps):
-
-        def tap(name: str, update: Tensor, _: tuple[int, int], step: int = step) -> Tensor:
-            if keep:
-                kept[name].append(update.float())
-            return update if intervene is None else intervene(step, name, update).to(update.dtype)
-
-        prediction = tapped_forward(parts.unet, run.scaled(t), t, *batch.conditioning, tap=tap, at=at)
-        if prediction is None:
-            raise AssertionError("a pass that is not stopped predicts")
-        run.advance(prediction, t)
-    return Run(run.latents, {name: torch.stack(updates) for name, updates in kept.items()} if keep else {})
+    walk = begin(engine, captions, seeds, steps)
+    tap = HookPointTap([point.name for point in engine.info.hook_points], keep=keep, intervene=intervene)
+    for t in walk.timesteps:
+        walk.step(t, tap)
+    return Walked(walk.latents, tap.updates())
 
 
 def thumbnails(latents: Tensor) -> Tensor:

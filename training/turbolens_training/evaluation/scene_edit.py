@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
+from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.dose import Concept, pick_concepts, read_labelled
 from turbolens_training.evaluation.edits import (
@@ -26,7 +27,7 @@ from turbolens_training.evaluation.edits import (
 )
 from turbolens_training.evaluation.interventions import patch, shift
 from turbolens_training.evaluation.pairs import EditScore, Group, caption_pairs, draw_pairs, score_edits
-from turbolens_training.evaluation.sampling import Intervention, decode, device_of, saes_by_block, sample, thumbnails
+from turbolens_training.evaluation.sampling import decode, device_of, saes_by_block, sample, thumbnails
 
 
 @dataclasses.dataclass(frozen=True)

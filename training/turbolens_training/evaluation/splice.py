@@ -7,9 +7,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
+from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.interventions import splice, zero
-from turbolens_training.evaluation.sampling import Intervention, saes_by_block, sample, thumbnails
+from turbolens_training.evaluation.sampling import saes_by_block, sample, thumbnails
 from turbolens_training.mini.evaluate import HeldOut, psnr, score_attributes
 from turbolens_training.mini.report import held_out
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import tapped_forward
 from turbolens_training.mini import model as parts
 from turbolens_training.mini.captions import describe
@@ -301,7 +302,7 @@ class Denoiser(torch.nn.Module):
 
         silent = torch.zeros(len(x_t), parts.POOLED_DIM, device=x_t.device, dtype=hidden.dtype)
         at = frozenset(parts.SPARE_BLOCKS)
-        prediction = tapped_forward(self.unet, x_t, t, hidden, silent, time_ids, tap=tap, at=at)
+        prediction = tapped_forward(self.unet, x_t, t, Conditions(hidden, silent, time_ids), tap=tap, at=at)
         if prediction is None:
             raise AssertionError("a pass that is not stopped predicts")
         return prediction

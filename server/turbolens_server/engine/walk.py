@@ -1,0 +1,45 @@
+"""The one walk from noise to latents: serving, training, evaluation and the benchmarks differ in the tap alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from turbolens_server.engine.sampler import SamplerState
+from turbolens_server.unet.backend import Tap, UNetBackend
+from turbolens_server.unet.conditions import Conditions
+
+
+class Walk:
+    """One batch of lanes on its way from noise to latents, by whatever backend serves."""
+
+    def __init__(self, unet: UNetBackend, state: SamplerState, conditions: Conditions) -> None:
+        self._unet = unet
+        self._state = state
+        self.conditions = conditions
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Timestep of each step, [steps], falling."""
+        return self._state.timesteps
+
+    @property
+    def noise(self) -> Tensor:
+        """The first noise, [B, C, h, w], of unit variance."""
+        return self._state.noise
+
+    @property
+    def latents(self) -> Tensor:
+        """Where the walk is, [B, C, h, w]."""
+        return self._state.latents
+
+    @torch.inference_mode()
+    def step(self, t: Tensor, tap: Tap) -> Tensor:
+        """Take the step at timestep `t`; returns the model's estimate of the clean latents, [B, C, h, w]."""
+        prediction = self._unet.predict(self._state.scaled(t), t, self.conditions, tap)
+        return self._state.advance(prediction, t)
+
+    @torch.inference_mode()
+    def look(self, t: Tensor, tap: Tap) -> None:
+        """Show the tap the updates at timestep `t` without taking the step: the pass may end after the last of them."""
+        self._unet.read(self._state.scaled(t), t, self.conditions, tap)

@@ -1,0 +1,23 @@
+"""What the U-Net hears beside the latents: one value in place of the tensors that every pass takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Conditions:
+    """The conditions of a batch, the same at every step; a row for each lane."""
+
+    hidden: Tensor
+    """Hidden states of the text encoders, [B, tokens, cross_attention_dim]."""
+    pooled: Tensor
+    """Pooled text, [B, D]."""
+    time_ids: Tensor
+    """SDXL's size conditioning, [B, 6]."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in order, for what compiles or records a pass of plain tensors."""
+        return self.hidden, self.pooled, self.time_ids
