@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
+from diffusers import UNet2DConditionModel
+
+from turbolens_server.files import first_line
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.hub import SAE_PATTERNS, model_folder, resolve, snapshot
 from turbolens_server.sae.bundle import Bundle, BundleError, save_bundle
 from turbolens_server.sae.formats.names import Format, check_name
 from turbolens_server.sae.formats.read import find_saes, is_bundle, read_sae
-from turbolens_server.unet.points import module_of
+from turbolens_server.unet.attention_taps import with_attention_points
+from turbolens_server.unet.points import HookPoint, list_points, module_of
+from turbolens_server.unet.tapped import find_hook_points
 
 
 def convert(
@@ -49,9 +56,10 @@ def convert(
     if out.exists():
         raise BundleError(f"{out} exists; name a new folder")
     root = resolve(src, "SRC", snapshot(SAE_PATTERNS))
-    model_hash = None
+    model_hash, points = None, None
     if model is not None:
-        model_hash = hash_unet(model_folder(model, variant), variant)
+        at = model_folder(model, variant)
+        model_hash, points = hash_unet(at, variant), _points(at)
     folders = find_saes(root)
     if not folders:
         raise BundleError(f"{src}: no SAE of a known format in {root}")
@@ -62,6 +70,8 @@ def convert(
     if already := [folder for folder in folders if is_bundle(folder)]:
         raise BundleError(f"{already[0]} is a bundle already; serve it as it is")
     found = [read_sae(folder, block, format) for folder in folders]
+    for bundle in found if points is not None else ():
+        _check_fits(bundle, points, str(model))
     blocks = [bundle.hook_point for bundle in found]
     if doubled := sorted({at for at in blocks if blocks.count(at) > 1}):
         raise BundleError(
@@ -85,6 +95,7 @@ def convert(
             weights=bundle.weights,
             stats=bundle.stats,
             name=name,
+            nesting=bundle.nesting,
             provenance={
                 **bundle.provenance,
                 "source": root.name if Path(src).expanduser().is_dir() else src,
@@ -92,3 +103,24 @@ def convert(
             },
         )
         yield bundle, folder
+
+
+def _points(model: Path) -> dict[str, HookPoint]:
+    """Every hook point of a model, by its configuration alone."""
+    try:
+        with torch.device("meta"):  # shapes and no contents
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / "unet"))
+    except Exception as error:  # diffusers raises many kinds for what is no U-Net of its own
+        raise LoadError(f"{model / 'unet'}: no U-Net of diffusers ({first_line(error)})") from error
+    return with_attention_points(unet, find_hook_points(unet, 1))
+
+
+def _check_fits(bundle: Bundle, points: Mapping[str, HookPoint], model: str) -> None:
+    """Raise BundleError where a model has no such hook point, or one of another width."""
+    point = points.get(bundle.hook_point)
+    if point is None:
+        raise BundleError(f"{bundle.folder}: {model} has no block {bundle.hook_point}; it has {list_points(points)}")
+    if point.d_model != bundle.d_model:
+        raise BundleError(
+            f"{bundle.folder}: reads {bundle.d_model} dimensions, {bundle.hook_point} of {model} has {point.d_model}"
+        )

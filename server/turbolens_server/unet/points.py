@@ -21,8 +21,8 @@ DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 """The blocks that Surkov et al. (arXiv 2410.22366) found to matter most in SDXL Turbo."""
 
 _MODULE: Final = re.compile(
-    r"(?:(?P<side>down|up)_blocks\.(?P<i>\d+)\.attentions\.(?P<j>\d+)|mid_block\.attentions\.(?P<mid>\d+))"
-    r"(?:\.transformer_blocks\.(?P<layer>\d+)\.(?P<attention>attn[12]))?"
+    r"(?:(?P<side>down|up)_blocks[._](?P<i>\d+)[._]attentions[._](?P<j>\d+)|mid_block[._]attentions[._](?P<mid>\d+))"
+    r"(?:[._]transformer_blocks[._](?P<layer>\d+)[._](?P<attention>attn[12]))?"
 )
 _NAME: Final = re.compile(
     r"(?:(?P<side>down|up)\.(?P<i>\d+)\.(?P<j>\d+)|mid\.(?P<mid>\d+))(?:\.(?P<attention>attn[12])\.(?P<layer>\d+))?"
@@ -70,7 +70,10 @@ def is_attention(point: str) -> bool:
 
 
 def find_point(text: str) -> str | None:
-    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1"."""
+    """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1".
+
+    Underscores in place of dots are understood too, as some tools write folders ("unet_down_blocks_2_attentions_1").
+    """
     if module := _MODULE.search(text):
         return _name(module)
     return text if is_point(text) else None

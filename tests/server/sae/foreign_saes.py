@@ -70,7 +70,7 @@ def sdxl_unbox(seed: int) -> Foreign:
     state["stats_last_nonzero"] = torch.zeros(D_SAE, dtype=torch.long)
     return Foreign(
         {
-            "config.json": {"n_dirs_local": D_SAE, "d_model": D_IN, "k": K, "auxk": 4, "bs": 4096},
+            "config.json": {"n_dirs_local": D_SAE, "d_model": D_IN, "k": K, "auxk": 4, "dead_steps_threshold": 9},
             "state_dict.pth": {"state_dict": state},
             "mean.pt": torch.linspace(0, 2, D_SAE),
         },
@@ -87,6 +87,42 @@ def openai_relu(seed: int) -> Foreign:
     counters = {"latents_activation_frequency": torch.ones(D_SAE), "latents_mean_square": torch.zeros(D_SAE)}
     files = {"state_dict.pt": {**state, **counters, "activation": "ReLU"}}
     return Foreign(files, lambda x: unbox.pre(x).relu(), unbox.decode, unbox.pre)
+
+
+def openai_tied(seed: int) -> Foreign:
+    """Tied weights are saved once more under the decoder's name, as the encoder has them."""
+    theirs = openai_relu(seed)
+    state = {**theirs.files["state_dict.pt"]}
+    del state["decoder.weight"]
+    E, bias = state["encoder.weight"], state["pre_bias"]
+    return dataclasses.replace(
+        theirs, files={"state_dict.pt": {**state, "decoder.linear.weight": E}}, decode=lambda z: z @ E + bias
+    )
+
+
+def openai_topk(seed: int) -> Foreign:
+    """TopK as `state_dict()` of their library has it, trained without its normalisation: the config says so."""
+    unbox = sdxl_unbox(seed)
+    saved = {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+    state = {**unbox.files["state_dict.pth"]["state_dict"], **saved, "activation.k": K, "activation.postact_fn": "ReLU"}
+    return dataclasses.replace(unbox, files={"config.json": {"k": K}, "state_dict.pt": state})
+
+
+def latentsae(seed: int, **changes: Any) -> Foreign:
+    """sparsify's tensors with a type of SAE: a Matryoshka encodes with the last k; a mean is taken off and put back."""
+    mean = draw(seed + 4, D_IN)
+    config = {"sae_type": "MATRYOSHKA", "k": 1, "matryoshka_sizes": f"2,9,{D_SAE}", "matryoshka_ks": f"1,2,{K}"}
+    theirs = sparsify(seed)
+    for name in ("activation", "skip_connection", "transcode"):
+        del theirs.files["cfg.json"][name]
+    theirs.files["cfg.json"] |= {**config, "mean_center": True, "use_skip": False, **changes}
+    theirs.files["sae.safetensors"]["input_mean"] = mean
+    return dataclasses.replace(
+        theirs,
+        encode=lambda x: sparsify(seed).encode(x - mean),
+        decode=lambda z: theirs.decode(z) + mean,
+        pre=lambda x: theirs.pre(x - mean),
+    )
 
 
 def sparsify(seed: int, **changes: Any) -> Foreign:
@@ -125,16 +161,17 @@ def dictionary_learning_linear(seed: int, dict_class: str, threshold: float) -> 
         state["bias"] = b_dec
     else:
         state |= {"b_dec": b_dec, "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(threshold)}
+    norm = D.norm(dim=0) if dict_class == "AutoEncoder" else torch.ones(D_SAE)
     encoders: dict[str, Callable[[Tensor], Tensor]] = {
         "AutoEncoderTopK": lambda x: keep_top(pre(x).relu(), K),
         "BatchTopKSAE": lambda x: pre(x).relu() * (pre(x).relu() > threshold),
-        "AutoEncoder": lambda x: pre(x).relu(),
+        "AutoEncoder": lambda x: pre(x).relu() * norm,
     }
     trainer = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "k": K, "layer": 0}
     return Foreign(
         {"config.json": {"trainer": {**trainer, "submodule_name": BLOCK}, "buffer": {}}, "ae.pt": state},
         encode=encoders[dict_class],
-        decode=lambda z: z @ D.T + b_dec,
+        decode=lambda z: (z / norm) @ D.T + b_dec,
         pre=pre if dict_class == "AutoEncoderTopK" else lambda x: pre(x) - max(threshold, 0),
         k=K if dict_class == "AutoEncoderTopK" else None,
     )
@@ -161,18 +198,17 @@ def dictionary_learning_matryoshka(seed: int) -> Foreign:
 def dictionary_learning_jumprelu(seed: int) -> Foreign:
     W_enc, W_dec = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
     b_enc, b_dec, threshold = draw(seed + 2, D_SAE), draw(seed + 3, D_IN), draw(seed + 4, D_SAE)
-    norm = W_dec.norm(dim=1)
 
     def encode(x: Tensor) -> Tensor:
         pre = x @ W_enc + b_enc
-        return (pre * (pre > threshold)).relu() * norm
+        return (pre * (pre > threshold)).relu()
 
     trainer = {"dict_class": "JumpReluAutoEncoder", "activation_dim": D_IN, "dict_size": D_SAE}
     state = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
     return Foreign(
         {"config.json": {"trainer": {**trainer, "submodule_name": BLOCK}}, "ae.pt": state},
         encode=encode,
-        decode=lambda z: (z / norm) @ W_dec + b_dec,
+        decode=lambda z: z @ W_dec + b_dec,
         pre=lambda x: x @ W_enc + b_enc - threshold,
     )
 
@@ -209,6 +245,47 @@ def saelens(seed: int, architecture: str, *, centred: bool = True, rescaled: boo
     )
 
 
+def saelens_gated(seed: int, *, centred: bool = True) -> Foreign:
+    theirs = saelens(seed, "standard", centred=centred)
+    tensors, config = theirs.files["sae_weights.safetensors"], theirs.files["cfg.json"]
+    b_gate, b_mag, r_mag = tensors["b_enc"], draw(seed + 5, D_SAE), 0.5 * draw(seed + 6, D_SAE)
+
+    def magnitude(x: Tensor) -> Tensor:
+        return (theirs.pre(x) - b_gate) * r_mag.exp() + b_mag
+
+    kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc"}
+    return dataclasses.replace(
+        theirs,
+        files={
+            "cfg.json": {**config, "architecture": "gated"},
+            "sae_weights.safetensors": {**kept, "b_gate": b_gate, "b_mag": b_mag, "r_mag": r_mag},
+        },
+        encode=lambda x: magnitude(x).relu() * (theirs.pre(x) > 0),
+        # Whether a feature fires hangs on the gate's sign, and on the magnitude's.
+        pre=lambda x: torch.minimum(theirs.pre(x).abs(), magnitude(x).abs()),
+    )
+
+
+def saelens_checkpoint(seed: int, factor: float = 0.4) -> Foreign:
+    """A BatchTopK in training: its threshold is one number, and a file beside says by what inputs are multiplied."""
+    theirs = saelens(seed, "topk")
+    config = {
+        **theirs.files["cfg.json"],
+        "architecture": "batchtopk",
+        "normalize_activations": "expected_average_only_in",
+    }
+    tensors = {**theirs.files["sae_weights.safetensors"], "topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    scaler = {"scaling_factor": factor, "has_whitening": False}
+    return dataclasses.replace(
+        theirs,
+        files={"cfg.json": config, "sae_weights.safetensors": tensors, "activation_scaler.json": scaler},
+        encode=lambda x: theirs.pre(factor * x).relu() * (theirs.pre(factor * x) > 0.7),
+        decode=lambda z: theirs.decode(z) / factor,
+        pre=lambda x: theirs.pre(factor * x) - 0.7,
+        k=None,
+    )
+
+
 def saelens_before_6(seed: int) -> Foreign:
     """Before version 6 everything was at the top level, and k an argument of the activation function."""
     new = saelens(seed, "topk")
@@ -230,8 +307,11 @@ def saelens_of_activation(seed: int, **old: Any) -> Foreign:
 KINDS: dict[str, Callable[[int], Foreign]] = {
     "sdxl-unbox": sdxl_unbox,
     "openai": openai_relu,
+    "openai, tied": openai_tied,
+    "sdxl-unbox, of OpenAI's TopK": openai_topk,
     "sparsify": sparsify,
     "sparsify, by expansion factor": lambda seed: sparsify(seed, num_latents=0, expansion_factor=D_SAE // D_IN),
+    "sparsify, by latentsae": latentsae,
     "dictionary_learning TopK": lambda seed: dictionary_learning_linear(seed, "AutoEncoderTopK", -1.0),
     "dictionary_learning BatchTopK": lambda seed: dictionary_learning_linear(seed, "BatchTopKSAE", 0.4),
     "dictionary_learning ReLU": lambda seed: dictionary_learning_linear(seed, "AutoEncoder", 0.0),
@@ -243,6 +323,9 @@ KINDS: dict[str, Callable[[int], Foreign]] = {
     "saelens topk, rescaled, not centred": lambda seed: saelens(seed, "topk", rescaled=True, centred=False),
     "saelens jumprelu": lambda seed: saelens(seed, "jumprelu"),
     "saelens jumprelu, not centred": lambda seed: saelens(seed, "jumprelu", centred=False),
+    "saelens gated": saelens_gated,
+    "saelens gated, not centred": lambda seed: saelens_gated(seed, centred=False),
+    "saelens checkpoint of BatchTopK": saelens_checkpoint,
     "saelens before 6": saelens_before_6,
     "saelens standard, of TopK": saelens_of_activation,
     "saelens of no architecture, of TopK": lambda seed: saelens_of_activation(

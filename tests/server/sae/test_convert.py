@@ -48,7 +48,7 @@ def test_several_saes_become_a_folder_of_bundles(tmp_path, capsys):
     main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {"mid.0", "down.2.1"}
     assert load_bundle(tmp_path / "ours" / "down.2.1").architecture == "jumprelu"
-    assert "norm" in capsys.readouterr().out
+    assert "folded: the encoder's input bias" in capsys.readouterr().out
 
 
 def test_a_converted_sae_is_bound_to_its_model_and_served(tmp_path, tiny_folder):
@@ -101,6 +101,8 @@ def test_what_cannot_be_converted_writes_nothing(tmp_path, capsys):
         ((tmp_path / "two", ours), "not finite"),
         ((nameless, ours), "which block"),
         ((nameless, ours, "--block", "attic"), "no block"),
+        ((whole, ours, "--block", "mid.9", "--model", "mini"), "mini has no block mid.9; it has down.2.0, "),
+        ((whole, ours, "--model", "mini"), "reads 6 dimensions, mid.0 of mini has "),
         ((whole, ours, "--format", "saelens"), "sae_weights.safetensors is missing"),
         ((tmp_path / "two", ours, "--block", "mid.0"), "holds 2 SAEs"),
         ((again, ours), "several SAEs for mid.0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from turbolens_server.files import first_line
-from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights
+from turbolens_server.sae.bundle import BundleError, FeatureStats, Nesting, SaeWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ForeignSae:
     stats: FeatureStats | None = None
     folded: tuple[str, ...] = ()
     """What was folded into the weights, in words."""
+    nesting: Nesting | None = None
+    """Of a Matryoshka TopK: the sizes at which it was trained."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,6 +116,19 @@ def take(state: object, names: Mapping[str, str], path: Path, *, beside: frozens
     return SaeWeights(**tensors)
 
 
+def vectors(state: Mapping[str, Any], names: Sequence[str], size: int, path: Path) -> tuple[Tensor, ...]:
+    """Further vectors of an SAE, a number for each of `size` features.
+
+    Raises:
+        BundleError: one is absent or something else.
+    """
+    for name in names:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.shape != (size,) or not torch.isfinite(value).all():
+            raise BundleError(f"{path}: {name} is missing or no {size} finite numbers")
+    return tuple(state[name].float() for name in names)
+
+
 def transposed(weights: SaeWeights) -> SaeWeights:
     """`nn.Linear` keeps [out, in]: both matrices the other way round."""
     return dataclasses.replace(weights, W_enc=weights.W_enc.T.contiguous(), W_dec=weights.W_dec.T.contiguous())
@@ -131,11 +146,51 @@ def whole_number(config: Mapping[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def refuse(config: Mapping[str, Any], reasons: Mapping[str, str], path: Path) -> None:
-    """Raise BundleError where a switch is on that changes the maths beyond what weights can express."""
-    for key, reason in reasons.items():
-        if config.get(key):
-            raise BundleError(f"{path}: {key}={config[key]!r} is not supported: {reason}")
+def check_settings(
+    config: Mapping[str, Any],
+    path: Path,
+    *,
+    known: str,
+    only: Mapping[str, tuple[Any, str]],
+) -> None:
+    """Refuse what a configuration says beyond what is read here: a reader that ignores it gives wrong features.
+
+    Args:
+        config: all settings.
+        path: the file, for errors.
+        known: names, with spaces between, of settings that the reader reads, or that change nothing of what is encoded
+            and decoded.
+        only: settings that are supported at one value, and why not at others. None is "not set" for all.
+
+    Raises:
+        BundleError: a setting is unknown, or has another value.
+    """
+    names = set(known.split())
+    for key, value in config.items():
+        if key in names or value is None:
+            continue
+        if key not in only:
+            raise BundleError(
+                f"{path}: {key}={value!r} is not known here, and may change what is encoded; where it does not, take "
+                "it out of the file"
+            )
+        supported, reason = only[key]
+        if value != supported:
+            raise BundleError(f"{path}: {key}={value!r} is not supported: {reason}")
+
+
+def scalar(state: Mapping[str, Any], name: str, path: Path) -> float:
+    """A single number of a file of tensors.
+
+    Raises:
+        BundleError: it is absent or something else.
+    """
+    value = state.get(name)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise BundleError(f"{path}: {name} is missing or no single number")
 
 
 def check_size(config: Mapping[str, Any], key: str, size: int, path: Path) -> None:
@@ -147,6 +202,27 @@ def check_size(config: Mapping[str, Any], key: str, size: int, path: Path) -> No
 def plain_relu(weights: SaeWeights) -> SaeWeights:
     """ReLU is JumpReLU with all thresholds at 0."""
     return dataclasses.replace(weights, threshold=torch.zeros_like(weights.b_enc))
+
+
+def gated_as_jump_relu(weights: SaeWeights, b_gate: Tensor, r_mag: Tensor) -> SaeWeights:
+    """JumpReLU weights from those of a gated SAE whose `b_enc` is the magnitudes' bias.
+
+    With u = (x - b_dec) W_enc and r = exp(r_mag) > 0, the gate u + b_gate > 0 is r u + b_mag > b_mag - r b_gate: the
+    magnitude r u + b_mag against a threshold of its own (Rajamanoharan et al. 2024, arXiv 2404.16014).
+    """
+    rescale, b_mag = r_mag.double().exp(), weights.b_enc.double()
+    return dataclasses.replace(
+        weights,
+        W_enc=(weights.W_enc.double() * rescale).float(),
+        threshold=(b_mag - rescale * b_gate.double()).relu().float(),
+    )
+
+
+def scale_input(weights: SaeWeights, factor: float) -> SaeWeights:
+    """Weights that read x, from weights that read factor * x and whose output is divided by the factor."""
+    return dataclasses.replace(
+        weights, W_enc=weights.W_enc * factor, W_dec=weights.W_dec / factor, b_dec=weights.b_dec / factor
+    )
 
 
 def fold_input_bias(weights: SaeWeights) -> SaeWeights:

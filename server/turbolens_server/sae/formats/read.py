@@ -95,7 +95,7 @@ def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto
     return Bundle(
         name=block,
         hook_point=block,
-        architecture=sae.architecture,
+        architecture="turbolens-matryoshka" if sae.nesting else sae.architecture,
         k=sae.k,
         weights=sae.weights,
         stats=sae.stats,
@@ -103,4 +103,5 @@ def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto
         model_hash=None,
         provenance={"format": kind, "model_name": sae.model_name, "folded": list(sae.folded), "config": sae.config},
         folder=folder,
+        nesting=sae.nesting,
     )

@@ -2,20 +2,23 @@
 
 Both keep the same tensors: `encoder.weight [d_sae, d_in]`, `latent_bias`, `decoder.weight [d_in, d_sae]`, `pre_bias`.
 The authors of arXiv 2410.22366 put k into `config.json` and call a run's folder after its block
-("unet.down_blocks.2.attentions.1_k10_hidden5120_.../final"); OpenAI's library puts the activation into the state.
+("unet.down_blocks.2.attentions.1_k10_hidden5120_.../final"); OpenAI's library puts the activation into the state, and
+of tied weights `decoder.linear.weight`, which is the encoder's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from turbolens_server.sae.bundle import BundleError, FeatureStats
+from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights
 from turbolens_server.sae.formats.common import (
     ForeignSae,
+    check_settings,
     check_size,
     plain_relu,
     read_json,
@@ -28,19 +31,29 @@ from turbolens_server.sae.formats.common import (
 STATE_FILES: Final = ("state_dict.pth", "state_dict.pt")
 _NAMES: Final = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
 _COUNTERS: Final = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})
-_ACTIVATION: Final = frozenset({"activation", "activation_state_dict"})
+_ACTIVATION: Final = frozenset({"activation", "activation_state_dict", "activation.k", "activation.postact_fn"})
+_KNOWN: Final = "n_dirs_local d_model k auxk auxk_coef dead_steps_threshold"
 
 
 def read_sdxl_unbox(folder: Path) -> ForeignSae:
     """Read one published SAE for SDXL Turbo."""
-    path = _state_file(folder)
-    config = read_json(folder / "config.json")
-    weights = transposed(take(_state(path), _NAMES, path, beside=_COUNTERS))
-    check_size(config, "n_dirs_local", weights.b_enc.shape[0], folder / "config.json")
-    check_size(config, "d_model", weights.b_dec.shape[0], folder / "config.json")
+    path, settings = _state_file(folder), folder / "config.json"
+    config = read_json(settings)
+    check_settings(config, settings, known=_KNOWN, only={})
+    state, k = _state(path), whole_number(config, "k", settings)
+    weights = _weights(state, path)
+    for name, value, expected in (
+        ("activation", state.get("activation"), "TopK"),
+        ("activation.postact_fn", state.get("activation.postact_fn"), "ReLU"),
+        ("activation.k", state.get("activation.k"), k),
+    ):
+        if value not in (None, expected):
+            raise BundleError(f"{path}: {name} is {value!r}, expected {expected!r}")
+    check_size(config, "n_dirs_local", weights.b_enc.shape[0], settings)
+    check_size(config, "d_model", weights.b_dec.shape[0], settings)
     return ForeignSae(
         architecture="topk",
-        k=whole_number(config, "k", folder / "config.json"),
+        k=k,
         weights=weights,
         weights_file=path,
         config=config,
@@ -56,7 +69,7 @@ def read_openai(folder: Path) -> ForeignSae:
     """
     path = _state_file(folder)
     state = _state(path)
-    weights = transposed(take(state, _NAMES, path, beside=_COUNTERS | _ACTIVATION))
+    weights = _weights(state, path)
     activation = state.get("activation", "ReLU")
     if activation == "TopK":
         raise BundleError(
@@ -74,6 +87,16 @@ def read_openai(folder: Path) -> ForeignSae:
         config={"activation": activation},
         folded=("ReLU as JumpReLU with thresholds of 0",),
     )
+
+
+def _weights(state: dict[str, Any], path: Path) -> SaeWeights:
+    beside = _COUNTERS | _ACTIVATION
+    if "decoder.linear.weight" not in state:
+        return transposed(take(state, _NAMES, path, beside=beside))
+    tied = take(state, {**_NAMES, "W_dec": "decoder.linear.weight"}, path, beside=beside)
+    if not torch.equal(tied.W_enc, tied.W_dec):
+        raise BundleError(f"{path}: decoder.linear.weight differs from encoder.weight, which it is tied to")
+    return dataclasses.replace(tied, W_enc=tied.W_enc.T.contiguous())
 
 
 def _state_file(folder: Path) -> Path:
