@@ -30,7 +30,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.calls import CallInterceptor
 from turbolens_server.rpc.errors import device_is_lost
-from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
+from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
 from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
 from turbolens_server.unet.backend import BackendError
@@ -109,17 +109,17 @@ class Serving:
         """
         config = self._config
         limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
-        scheduler = Scheduler(engine, limits, on_error=self._on_error)
+        queue = Queue(engine, limits, on_error=self._on_error)
         try:
             if config.warm_up:
-                await scheduler.call(lambda engine: engine.warm_up(config.max_batch))
-            catalog = await scheduler.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
+                await queue.call(lambda engine: engine.warm_up(config.max_batch))
+            catalog = await queue.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
         except Exception as error:
-            await scheduler.close()
+            await queue.close()
             if isinstance(error, FloatingPointError | BackendError):
                 raise LoadError(f"{engine.info.model}: {error}") from error
             raise
-        self._room.ready = Ready(engine, scheduler, catalog)
+        self._room.ready = Ready(engine, queue, catalog)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float) -> None:
@@ -127,7 +127,7 @@ class Serving:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
         if self._room.ready is not None:
-            await self._room.ready.scheduler.close()
+            await self._room.ready.queue.close()
 
     def _on_error(self, error: Exception) -> None:
         if device_is_lost(error) and not self.device_lost.is_set():

@@ -17,7 +17,7 @@ from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
-from turbolens_server.rpc.scheduler import QueueLimits
+from turbolens_server.rpc.queue import QueueLimits
 from turbolens_server.rpc.validation import (
     MAX_MESSAGE_BYTES,
     MAX_REQUEST_ID_CHARS,

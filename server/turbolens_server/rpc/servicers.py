@@ -30,7 +30,7 @@ from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, Step
 from turbolens_server.rpc import convert
 from turbolens_server.rpc.calls import current_deadline, current_request_id
 from turbolens_server.rpc.errors import RpcError, Violation, invalid, loading, not_finite
-from turbolens_server.rpc.scheduler import Queued, Scheduler
+from turbolens_server.rpc.queue import Queue, Queued
 from turbolens_server.rpc.validation import (
     RequestLimits,
     Selection,
@@ -49,7 +49,7 @@ class Ready:
     """What serves requests once the model is loaded."""
 
     engine: Engine
-    scheduler: Scheduler
+    queue: Queue
     catalog: Catalog
 
 
@@ -97,9 +97,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: models.GetModelRequest, context: Context) -> models.GetModelResponse:  # noqa: N802
         ready = self._room.get()
-        model = convert.model(
-            ready.engine.info, self._room.limits, ready.scheduler.limits, ready.catalog.label_counts()
-        )
+        model = convert.model(ready.engine.info, self._room.limits, ready.queue.limits, ready.catalog.label_counts())
         return models.GetModelResponse(model=model)
 
 
@@ -112,7 +110,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._room.get()
         valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
-        results = await ready.scheduler.run(valid.jobs, current_deadline())
+        results = await ready.queue.run(valid.jobs, current_deadline())
         made = [await _off_loop(convert.generation, result, valid, features=True) for result in results]
         return generation.GenerateResponse(
             request_id=current_request_id(),
@@ -132,7 +130,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs, current_deadline())) as events:
+        async with contextlib.aclosing(ready.queue.stream(valid.jobs, current_deadline())) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -163,7 +161,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     ) -> features.ExtractFeaturesResponse:
         ready = self._room.get()
         valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
-        results = await ready.scheduler.run(valid.jobs, current_deadline())
+        results = await ready.queue.run(valid.jobs, current_deadline())
         return features.ExtractFeaturesResponse(
             request_id=current_request_id(),
             extractions=[await _off_loop(convert.extraction, result, valid) for result in results],
@@ -180,7 +178,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(ready.scheduler.stream(valid.jobs, current_deadline())) as events:
+        async with contextlib.aclosing(ready.queue.stream(valid.jobs, current_deadline())) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -212,7 +210,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         ready = self._room.get()
         ready.catalog.check_search(request)
         query = request.query.strip()
-        embedded = await ready.scheduler.call(lambda engine: engine.embed_text([query])[0])
+        embedded = await ready.queue.call(lambda engine: engine.embed_text([query])[0])
         return await _off_loop(ready.catalog.search, request, embedded)
 
 

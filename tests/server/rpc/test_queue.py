@@ -16,7 +16,7 @@ from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_server.engine.types import Job, NotFinite, Result
 from turbolens_server.rpc.errors import RpcError
-from turbolens_server.rpc.scheduler import QueueLimits, Scheduler
+from turbolens_server.rpc.queue import Queue, QueueLimits
 
 
 def ask(running, seed: int, **options) -> asyncio.Future:
@@ -36,7 +36,7 @@ async def until(condition) -> None:
 
 
 def waiting(running) -> int:
-    return running.serving._room.ready.scheduler.waiting
+    return running.serving._room.ready.queue.waiting
 
 
 async def test_a_full_queue_says_when_to_come_back_and_then_takes_more(running):
@@ -168,9 +168,9 @@ def a_job(seed: int, steps: int = 1) -> Job:
 
 
 @pytest.fixture
-async def scheduler(fake):
+async def queue(fake):
     """A queue on an engine that waits for its gate."""
-    made = Scheduler(fake, QueueLimits(max_batch=4, batch_wait_s=0, max_queue=32, max_queue_pictures=64))
+    made = Queue(fake, QueueLimits(max_batch=4, batch_wait_s=0, max_queue=32, max_queue_pictures=64))
     fake.gate.clear()
     yield made
     fake.gate.set()
@@ -178,18 +178,18 @@ async def scheduler(fake):
     await made.close()
 
 
-async def busy(scheduler, fake, seed: int = 0) -> asyncio.Task:
+async def busy(queue, fake, seed: int = 0) -> asyncio.Task:
     """A request that runs until the gate opens."""
-    task = asyncio.create_task(scheduler.run([a_job(seed)]))
+    task = asyncio.create_task(queue.run([a_job(seed)]))
     await until(fake.started.is_set)
     return task
 
 
-async def queued(scheduler, jobs, **options) -> asyncio.Task:
+async def queued(queue, jobs, **options) -> asyncio.Task:
     """A request that waits."""
-    before = scheduler.waiting
-    task = asyncio.create_task(scheduler.run(jobs, **options))
-    await until(lambda: scheduler.waiting == before + 1)
+    before = queue.waiting
+    task = asyncio.create_task(queue.run(jobs, **options))
+    await until(lambda: queue.waiting == before + 1)
     return task
 
 
@@ -206,28 +206,28 @@ async def test_callers_share_a_batch_and_are_told(running):
     assert [answer.generations[0].seed for answer in answers] == [0, 1, 2]
 
 
-async def test_other_steps_are_another_batch(scheduler, fake):
-    tasks = [await busy(scheduler, fake)]
+async def test_other_steps_are_another_batch(queue, fake):
+    tasks = [await busy(queue, fake)]
     for seed, steps in ((1, 1), (2, 2), (3, 1)):
-        tasks.append(await queued(scheduler, [a_job(seed, steps)]))
+        tasks.append(await queued(queue, [a_job(seed, steps)]))
     fake.gate.set()
     await asyncio.gather(*tasks)
     assert fake.batches == [[0], [1, 3], [2]]
 
 
-async def test_a_large_request_lets_a_small_one_in(scheduler, fake):
-    tasks = [await busy(scheduler, fake)]
-    tasks.append(await queued(scheduler, [a_job(seed) for seed in range(10, 22)]))
-    tasks.append(await queued(scheduler, [a_job(1)]))
+async def test_a_large_request_lets_a_small_one_in(queue, fake):
+    tasks = [await busy(queue, fake)]
+    tasks.append(await queued(queue, [a_job(seed) for seed in range(10, 22)]))
+    tasks.append(await queued(queue, [a_job(1)]))
     fake.gate.set()
     _, large, _ = await asyncio.gather(*tasks)
     assert 1 in fake.batches[1]
     assert [result.job for result in large] == list(range(12))
 
 
-async def test_a_row_that_leaves_is_nobody_elses_loss(scheduler, fake):
-    first = await busy(scheduler, fake)
-    leaver, stayer = await queued(scheduler, [a_job(1)]), await queued(scheduler, [a_job(2)])
+async def test_a_row_that_leaves_is_nobody_elses_loss(queue, fake):
+    first = await busy(queue, fake)
+    leaver, stayer = await queued(queue, [a_job(1)]), await queued(queue, [a_job(2)])
     fake.started.clear()
     first.cancel()  # the gate stays closed: the next batch is held at its first step
     await until(fake.started.is_set)
@@ -236,10 +236,10 @@ async def test_a_row_that_leaves_is_nobody_elses_loss(scheduler, fake):
     assert (await stayer)[0].batch_size == 2
 
 
-async def test_a_deadline_that_passed_in_the_queue_costs_nothing(scheduler, fake):
-    first = await busy(scheduler, fake)
-    late = await queued(scheduler, [a_job(1)], deadline=asyncio.get_running_loop().time() + 0.05)
-    alive = await queued(scheduler, [a_job(2)], deadline=asyncio.get_running_loop().time() + 60)
+async def test_a_deadline_that_passed_in_the_queue_costs_nothing(queue, fake):
+    first = await busy(queue, fake)
+    late = await queued(queue, [a_job(1)], deadline=asyncio.get_running_loop().time() + 0.05)
+    alive = await queued(queue, [a_job(2)], deadline=asyncio.get_running_loop().time() + 60)
     await asyncio.sleep(0.06)
     fake.gate.set()
     await asyncio.gather(first, alive)
@@ -249,29 +249,29 @@ async def test_a_deadline_that_passed_in_the_queue_costs_nothing(scheduler, fake
     assert fake.batches == [[0], [2]]
 
 
-async def test_pictures_that_wait_are_counted_too(scheduler, fake):
-    first = await busy(scheduler, fake)
-    calls = [await queued(scheduler, [a_job(seed) for seed in range(16)]) for _ in range(4)]
+async def test_pictures_that_wait_are_counted_too(queue, fake):
+    first = await busy(queue, fake)
+    calls = [await queued(queue, [a_job(seed) for seed in range(16)]) for _ in range(4)]
     with pytest.raises(RpcError, match="4 requests with 64 pictures") as caught:
-        await scheduler.run([a_job(1)])
+        await queue.run([a_job(1)])
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     for call in calls:
         call.cancel()
-    await until(lambda: scheduler.waiting == 0)
+    await until(lambda: queue.waiting == 0)
     fake.gate.set()
     await first
 
 
-async def test_the_time_to_come_back_is_that_of_what_waits(scheduler, fake):
+async def test_the_time_to_come_back_is_that_of_what_waits(queue, fake):
     fake.gate.set()
-    await scheduler.run([a_job(0)])
-    scheduler._batcher._job_s = dict.fromkeys(scheduler._batcher._job_s, 0.5)
+    await queue.run([a_job(0)])
+    queue._batcher._job_s = dict.fromkeys(queue._batcher._job_s, 0.5)
     fake.gate.clear()
     fake.started.clear()
-    first = await busy(scheduler, fake)
-    waits = await queued(scheduler, [a_job(seed) for seed in range(64)])
+    first = await busy(queue, fake)
+    waits = await queued(queue, [a_job(seed) for seed in range(64)])
     with pytest.raises(RpcError) as caught:
-        await scheduler.run([a_job(1)])
+        await queue.run([a_job(1)])
     assert caught.value.retry_after_s == pytest.approx(65 * 0.5)
     waits.cancel()
     fake.gate.set()
@@ -313,46 +313,46 @@ async def test_a_stream_gives_the_pictures_that_came_out_and_then_the_error(runn
 
 
 async def test_a_pipelined_engine_denoises_while_it_decodes_and_no_further(fake):
-    scheduler = Scheduler(fake, QueueLimits(max_batch=1, batch_wait_s=0), pipelined=True)
+    queue = Queue(fake, QueueLimits(max_batch=1, batch_wait_s=0), pipelined=True)
     fake.decode_gate.clear()
-    tasks = [asyncio.create_task(scheduler.run([a_job(seed)])) for seed in range(3)]
+    tasks = [asyncio.create_task(queue.run([a_job(seed)])) for seed in range(3)]
     await until(lambda: len(fake.batches) == 2)
     await asyncio.sleep(0.1)
     assert fake.batches == [[0], [1]]  # one decodes, one waits for it; the third can still gain mates
-    assert scheduler.waiting == 1
+    assert queue.waiting == 1
     fake.decode_gate.set()
     results = await asyncio.gather(*tasks)
     assert [result.latents[0, 0, 0] for (result,) in results] == [0, 1, 2]
     assert len(fake.threads) == 2
-    await scheduler.close()
+    await queue.close()
 
 
 async def test_after_a_shared_batch_the_next_one_waits_a_little(fake):
-    scheduler = Scheduler(fake, QueueLimits(max_batch=4, batch_wait_s=0.3))
+    queue = Queue(fake, QueueLimits(max_batch=4, batch_wait_s=0.3))
     fake.gate.clear()
-    tasks = [await busy(scheduler, fake)]
-    tasks += [await queued(scheduler, [a_job(1)]), await queued(scheduler, [a_job(2)])]
+    tasks = [await busy(queue, fake)]
+    tasks += [await queued(queue, [a_job(1)]), await queued(queue, [a_job(2)])]
     fake.gate.set()
     await asyncio.gather(*tasks)
     start = asyncio.get_running_loop().time()
-    await scheduler.run([a_job(3)])
+    await queue.run([a_job(3)])
     assert asyncio.get_running_loop().time() - start > 0.2
-    await asyncio.gather(scheduler.run([a_job(4)]), scheduler.run([a_job(5)]))
+    await asyncio.gather(queue.run([a_job(4)]), queue.run([a_job(5)]))
     assert fake.batches[2:] in ([[3], [4, 5]], [[3], [4], [5]])
-    await scheduler.close()
+    await queue.close()
 
 
-async def test_events_of_a_shared_batch_reach_their_own_caller(scheduler, fake):
+async def test_events_of_a_shared_batch_reach_their_own_caller(queue, fake):
     fake.not_finite = {12}
-    tasks = [await busy(scheduler, fake)]
-    other = asyncio.create_task(events_of(scheduler, [a_job(11), a_job(12)]))
-    await until(lambda: scheduler.waiting == 1)
-    tasks.append(await queued(scheduler, [a_job(21)]))
+    tasks = [await busy(queue, fake)]
+    other = asyncio.create_task(events_of(queue, [a_job(11), a_job(12)]))
+    await until(lambda: queue.waiting == 1)
+    tasks.append(await queued(queue, [a_job(21)]))
     fake.gate.set()
     await asyncio.gather(*tasks)
     events = [event for event in await other if isinstance(event, Result | NotFinite)]
     assert sorted((event.job, type(event).__name__) for event in events) == [(0, "Result"), (1, "NotFinite")]
 
 
-async def events_of(scheduler, jobs) -> list:
-    return [event async for event in scheduler.stream(jobs)]
+async def events_of(queue, jobs) -> list:
+    return [event async for event in queue.stream(jobs)]

@@ -79,7 +79,7 @@ class Ticket:
         self.events.put_nowait(None)
 
 
-class Scheduler:
+class Queue:
     """Runs jobs of many requests in shared batches. Its methods belong to one event loop."""
 
     def __init__(
