@@ -36,7 +36,7 @@ $(STAMP)dev: pyproject.toml constraints.txt $(STAMP)run
 	@touch $@
 
 $(STAMP)interop: $(STAMP)dev
-	@echo "Installing SAELens"
+	@echo "Installing SAELens and other libraries of SAEs"
 	@$(PIP) --editable '.[server,training,dev,interop]'
 	@touch $@
 
@@ -57,7 +57,7 @@ test: $(STAMP)dev        ## Pass the tests
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
 
-test-interop: $(STAMP)interop  ## Load the shipped SAEs in SAELens and compare; train beside it
+test-interop: $(STAMP)interop  ## Our SAEs in SAELens, those that other libraries saved here; training beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks
 
 test-ray: $(STAMP)ray    ## Collect activations with a Ray of two workers and compare

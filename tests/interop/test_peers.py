@@ -231,3 +231,69 @@ def test_dictionary_learning(kind, folder):
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": None}))
     theirs, _ = load_dictionary(str(folder), "cpu")
     same(folder, theirs.encode, theirs.decode)
+
+
+# llamascopium
+
+
+@pytest.mark.parametrize("norm", [None, 7.0])
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_llamascopium(kind, rescaled, norm, folder):
+    need("llamascopium")
+    from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+
+    point = "unet.down_blocks.2.attentions.1"
+    config = SAEConfig(
+        hook_point_in=point, hook_point_out=point, d_model=D_IN, expansion_factor=D_SAE / D_IN, act_fn=kind, top_k=K,
+        sparsity_include_decoder_norm=rescaled, norm_activation="dataset-wise" if norm else "inference",
+    )  # fmt: skip
+    made = SparseAutoEncoder(config)
+    stir(made)
+    if norm is not None:
+        made.set_dataset_average_activation_norm({point: norm})
+    made.save_pretrained(folder)
+    config.save_hyperparameters(folder)
+    theirs = SparseAutoEncoder.from_pretrained(str(folder))
+    factor = D_IN**0.5 / norm if norm else 1.0
+    # TopK selects among activations times their row's norm, and is told in that unit here.
+    unit = theirs.decoder_norm() if kind == "topk" and rescaled else torch.ones(D_SAE)
+    same(
+        folder,
+        lambda x: theirs.encode(theirs.normalize_activations({point: x})[point]) * unit,
+        lambda z: theirs.decode(z / unit) / factor,
+    )
+
+
+# overcomplete, which imports torchvision for parts that encode nothing
+
+
+@pytest.mark.parametrize("normalization", ["l2", "max_l2", "identity"])
+@pytest.mark.parametrize("encoder", ["linear", "untied", "tied"])
+@pytest.mark.parametrize("kind", ["SAE", "TopKSAE", "JumpSAE"])
+def test_overcomplete(kind, encoder, normalization, folder):
+    overcomplete = need("overcomplete.sae")
+    more = {"top_k": K} if kind == "TopKSAE" else {}
+    dictionary = {"normalization": normalization, "use_multiplier": True}
+    theirs = getattr(overcomplete, kind)(D_IN, D_SAE, dictionary_params=dictionary, **more)
+    if encoder != "linear":
+        theirs = getattr(theirs, encoder)(bias=True)
+    stir(theirs)
+    folder.mkdir()
+    torch.save(theirs.state_dict(), folder / "state_dict.pt")
+    (folder / "config.json").write_text(json.dumps({"class": kind, "normalization": normalization, **more}))
+    theirs.eval()
+    same(folder, lambda x: theirs.encode(x)[1], theirs.decode)
+
+
+# saev
+
+
+def test_saev(folder):
+    saev = need("saev.nn")
+    from saev.config import SparseAutoencoder
+
+    theirs = saev.SparseAutoencoder(SparseAutoencoder(d_vit=D_IN, exp_factor=D_SAE // D_IN))
+    stir(theirs)
+    saev.dump(str(folder / "sae.pt"), theirs)
+    same(folder, lambda x: theirs(x)[1], theirs.decode)

@@ -22,7 +22,7 @@ SAE_PATTERNS: Final = (
     "*.safetensors",
     "*state_dict.pth",
     "*state_dict.pt",
-    "*ae.pt",
+    "*ae.pt",  # sae.pt too
     "*mean.pt",
 )
 """Files of SAE folders of every format."""

@@ -37,6 +37,10 @@ class Foreign:
                 (folder / name).write_text(json.dumps(content))
             elif name.endswith(".safetensors"):
                 save_file({n: t.contiguous() for n, t in content.items()}, folder / name)
+            elif isinstance(content, tuple):
+                with (folder / name).open("wb") as file:
+                    file.write(json.dumps(content[0]).encode() + b"\n")
+                    torch.save(content[1], file)
             else:
                 torch.save(content, folder / name)
         return folder
@@ -304,6 +308,97 @@ def saelens_of_activation(seed: int, **old: Any) -> Foreign:
     return dataclasses.replace(theirs, files={"cfg.json": kept, "sae_weights.safetensors": tensors})
 
 
+def llamascopium(seed: int, act_fn: str, *, rescaled: bool = True, norm: float | None = 5.0, **changes: Any) -> Foreign:
+    """Selected among activations times their decoder row's norm; our TopK also tells them in that unit."""
+    W_E, W_D = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
+    b_E, b_D, log_threshold = draw(seed + 2, D_SAE), draw(seed + 3, D_IN), draw(seed + 4, D_SAE)
+    factor = 1.0 if norm is None else D_IN**0.5 / norm
+    scale = W_D.norm(dim=1) if rescaled else torch.ones(D_SAE)
+    unit = scale if act_fn == "topk" else torch.ones(D_SAE)
+
+    def pre(x: Tensor) -> Tensor:
+        return (factor * x @ W_E + b_E) * scale
+
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": lambda x: pre(x).relu() / scale,
+        "jumprelu": lambda x: pre(x) * (pre(x) > log_threshold.exp()) / scale,
+        "topk": lambda x: keep_top(pre(x).relu(), K) / scale,
+    }
+    config = {
+        "sae_type": "sae", "d_model": D_IN, "expansion_factor": D_SAE / D_IN, "use_decoder_bias": True,
+        "act_fn": act_fn, "norm_activation": "dataset-wise" if norm else "inference", "top_k": K,
+        "sparsity_include_decoder_norm": rescaled, "use_triton_kernel": False, "jumprelu_threshold_window": 2.0,
+        "hook_point_in": BLOCK, "hook_point_out": BLOCK, "use_glu_encoder": False, **changes,
+    }  # fmt: skip
+    state = {"W_E": W_E, "b_E": b_E, "W_D": W_D, "b_D": b_D}
+    if act_fn == "jumprelu":
+        state["activation_function.log_jumprelu_threshold"] = log_threshold
+    if norm is not None:
+        state[f"dataset_average_activation_norm.{BLOCK}"] = torch.tensor(norm)
+    return Foreign(
+        {"config.json": config, "sae_weights.safetensors": state},
+        encode=lambda x: encoders[act_fn](x) * unit,
+        decode=lambda z: (z / unit @ W_D + b_D) / factor,
+        pre=(lambda x: pre(x) - log_threshold.exp()) if act_fn == "jumprelu" else pre,
+        k=K if act_fn == "topk" else None,
+    )
+
+
+def overcomplete(seed: int, kind: str, encoder: str | None = "encoder.final_block.0") -> Foreign:
+    """Nothing is centred; rows are normalised when they are used; thresholds are logarithms; k is not in the state."""
+    rows, bias, thresholds = draw(seed + 1, D_SAE, D_IN), draw(seed + 2, D_SAE), draw(seed + 4, D_SAE)
+    D = rows / (rows.norm(dim=1, keepdim=True) + 1e-8) * torch.tensor(0.3).exp()
+    E = D if encoder is None else draw(seed, D_SAE, D_IN)
+
+    def pre(x: Tensor) -> Tensor:
+        return x @ E.T + bias
+
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {
+        "SAE": lambda x: pre(x).relu(),
+        "TopKSAE": lambda x: keep_top(pre(x).relu(), K),
+        "JumpSAE": lambda x: pre(x).relu() * (pre(x).relu() > thresholds.exp()),
+    }
+    state = {"dictionary._weights": rows, "dictionary.multiplier": torch.tensor(0.3)}
+    if encoder is None:
+        state |= {
+            "encoder.bias": bias,
+            "encoder.tied_to._weights": rows,
+            "encoder.tied_to.multiplier": torch.tensor(0.3),
+        }
+    else:
+        state |= {f"{encoder}.weight": E, f"{encoder}.bias": bias}
+    if kind == "JumpSAE":
+        state["thresholds"] = thresholds
+    return Foreign(
+        {"config.json": {"class": kind, **({"top_k": K} if kind == "TopKSAE" else {})}, "state_dict.pt": state},
+        encode=encoders[kind],
+        decode=lambda z: z @ D,
+        pre=(lambda x: pre(x) - thresholds.exp()) if kind == "JumpSAE" else pre,
+        k=K if kind == "TopKSAE" else None,
+    )
+
+
+def saev(seed: int, schema: int | None, activation: str = "Relu") -> Foreign:
+    """A line of JSON, then tensors. Release 0.1 writes no schema, and centres."""
+    W_enc, W_dec = draw(seed, D_IN, D_SAE), draw(seed + 1, D_SAE, D_IN)
+    b_enc, b_dec = draw(seed + 2, D_SAE), draw(seed + 3, D_IN)
+
+    def pre(x: Tensor) -> Tensor:
+        return (x - b_dec if schema is None else x) @ W_enc + b_enc
+
+    settings = {"d_vit": D_IN, "exp_factor": D_SAE // D_IN, "n_reinit_samples": 9, "normalize_w_dec": True, "seed": 0}
+    told: dict[str, Any] = {**settings, "sparsity_coeff": 4e-4, "ghost_grads": False}
+    if schema is not None:
+        activated = {"cls": activation, "params": {} if activation == "Relu" else {"top_k": K}}
+        told = {"schema": schema, "cfg": {**settings, "activation": activated}, "commit": "x", "lib": "0.2"}
+    return Foreign(
+        {"sae.pt": (told, {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})},
+        encode=lambda x: pre(x).relu(),
+        decode=lambda z: z @ W_dec + b_dec,
+        pre=pre,
+    )
+
+
 KINDS: dict[str, Callable[[int], Foreign]] = {
     "sdxl-unbox": sdxl_unbox,
     "openai": openai_relu,
@@ -331,4 +426,16 @@ KINDS: dict[str, Callable[[int], Foreign]] = {
     "saelens of no architecture, of TopK": lambda seed: saelens_of_activation(
         seed, architecture=None, activation_fn_str=None, activation_fn="topk"
     ),
+    "llamascopium relu": lambda seed: llamascopium(seed, "relu"),
+    "llamascopium jumprelu": lambda seed: llamascopium(seed, "jumprelu"),
+    "llamascopium jumprelu, not rescaled": lambda seed: llamascopium(seed, "jumprelu", rescaled=False, norm=None),
+    "llamascopium topk": lambda seed: llamascopium(seed, "topk"),
+    "llamascopium topk, not rescaled": lambda seed: llamascopium(seed, "topk", rescaled=False),
+    "overcomplete SAE": lambda seed: overcomplete(seed, "SAE"),
+    "overcomplete TopKSAE": lambda seed: overcomplete(seed, "TopKSAE"),
+    "overcomplete TopKSAE, untied": lambda seed: overcomplete(seed, "TopKSAE", "encoder"),
+    "overcomplete TopKSAE, tied": lambda seed: overcomplete(seed, "TopKSAE", None),
+    "overcomplete JumpSAE": lambda seed: overcomplete(seed, "JumpSAE"),
+    "saev": lambda seed: saev(seed, None),
+    "saev, of a schema": lambda seed: saev(seed, 2),
 }

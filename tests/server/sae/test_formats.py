@@ -133,16 +133,19 @@ class _Payload:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("kind", ["sdxl-unbox", "openai", "dictionary_learning TopK"])
+@pytest.mark.parametrize("kind", ["sdxl-unbox", "openai", "dictionary_learning TopK", "overcomplete SAE", "saev"])
 @pytest.mark.parametrize("how", ["torch", "pickle", "beside the tensors"])
 def test_code_in_a_pickle_is_never_run(kind, how, tmp_path):
     theirs = KINDS[kind](0)
     folder, trace = theirs.write(tmp_path / "down.2.1"), tmp_path / "ran"
-    (name,) = (name for name in theirs.files if name.startswith(("state_dict", "ae")))
+    (name,) = (name for name in theirs.files if name.startswith(("state_dict", "ae", "sae")))
     if how == "pickle":
         (folder / name).write_bytes(pickle.dumps(_Payload(trace)))
     else:
-        torch.save(_Payload(trace) if how == "torch" else {**theirs.files[name], "x": _Payload(trace)}, folder / name)
+        held = theirs.files[name][1] if isinstance(theirs.files[name], tuple) else theirs.files[name]
+        hostile = _Payload(trace) if how == "torch" else {**held, "x": _Payload(trace)}
+        theirs.files[name] = (theirs.files[name][0], hostile) if held is not theirs.files[name] else hostile
+        theirs.write(folder)
     with pytest.raises(BundleError, match=rf"{name}: refused.*not run"):
         read_sae(folder)
     assert not trace.exists()
@@ -231,6 +234,27 @@ MALFORMED = [
     ("dictionary_learning BatchTopK", put("threshold", torch.tensor(torch.nan)), "threshold is nan"),
     ("dictionary_learning BatchTopK", without("threshold"), "threshold is missing"),
     ("dictionary_learning ReLU", put("decoder.weight", torch.zeros(D_IN, D_SAE)), "row 0 is zero"),
+    ("llamascopium topk", settle(sae_type="clt"), "sae_type='clt'.*no SAE of one hook point"),
+    ("llamascopium topk", settle(use_glu_encoder=True), "use_glu_encoder"),
+    ("llamascopium topk", settle(hook_point_out="mid_block.attentions.0"), "another module's output"),
+    ("llamascopium topk", settle(act_fn="batchtopk"), "'batchtopk'"),
+    ("llamascopium topk", settle(norm_activation="token-wise"), "token-wise.*own norms"),
+    ("llamascopium topk", settle(d_model=7), "d_model=7"),
+    ("llamascopium topk", without(f"dataset_average_activation_norm.{foreign.BLOCK}"), "average_activation_norm"),
+    ("llamascopium topk", put(f"dataset_average_activation_norm.{foreign.BLOCK}", torch.tensor(0.0)), "above 0"),
+    ("llamascopium topk", put("W_E_glu", torch.zeros(D_IN, D_SAE)), "W_E_glu"),
+    ("overcomplete TopKSAE", drop("top_k"), "top_k=None"),
+    ("overcomplete TopKSAE", settle(**{"class": "BatchTopKSAE"}), "'BatchTopKSAE'"),
+    ("overcomplete TopKSAE", settle(normalization="l3"), "normalization='l3'"),
+    ("overcomplete TopKSAE", put("thresholds", torch.zeros(D_SAE)), "thresholds, which a linear TopKSAE does not have"),
+    ("overcomplete TopKSAE", put("encoder.final_block.1.running_mean", torch.zeros(D_SAE)), "running_mean"),
+    ("overcomplete TopKSAE", put("encoder.final_block.0.weight", torch.zeros(D_SAE, 2)), "has shape"),
+    ("overcomplete TopKSAE", without("dictionary._weights"), "dictionary._weights is missing"),
+    ("overcomplete JumpSAE", without("thresholds"), "thresholds is missing"),
+    ("saev", lambda files: files["sae.pt"][0].update(whiten=1), "whiten=1 is not known"),
+    ("saev", lambda files: files["sae.pt"][0].update(d_vit=7), "d_vit=7"),
+    ("saev", lambda files: files.update({"sae.pt": ([1], {})}), "begins with a list"),
+    ("saev, of a schema", lambda files: files["sae.pt"][0]["cfg"]["activation"].update(cls="TopK"), "'TopK'.*negative"),
     ("saelens topk", settle(k=None), "k=None"),
     ("saelens topk", settle(k=D_SAE + 1), "more than its 18 features"),
     ("saelens topk", settle(d_sae=7), "d_sae=7"),

@@ -7,7 +7,17 @@ from typing import Final, Literal
 
 from turbolens_server.unet.points import is_point
 
-Format = Literal["auto", "sdxl-unbox", "openai", "sparsify", "dictionary_learning", "saelens"]
+Format = Literal[
+    "auto",
+    "sdxl-unbox",
+    "openai",
+    "sparsify",
+    "dictionary_learning",
+    "saelens",
+    "llamascopium",
+    "overcomplete",
+    "saev",
+]
 """Whose folder it is; "auto": told by its files."""
 _NAME: Final = re.compile(r"[\w.+-]+")
 

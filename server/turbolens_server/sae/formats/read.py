@@ -13,7 +13,15 @@ from typing import Final
 
 from turbolens_server.files import hash_file
 from turbolens_server.sae.bundle import Bundle, BundleError, check_weights, load_bundle
-from turbolens_server.sae.formats import dictionary_learning, saelens, sparsify, state_dict
+from turbolens_server.sae.formats import (
+    dictionary_learning,
+    llamascopium,
+    overcomplete,
+    saelens,
+    saev,
+    sparsify,
+    state_dict,
+)
 from turbolens_server.sae.formats.common import ForeignSae, read_json
 from turbolens_server.sae.formats.names import Format
 from turbolens_server.unet.points import find_point, point_of_folder
@@ -24,11 +32,15 @@ _READERS: Final[Mapping[str, Callable[[Path], ForeignSae]]] = {
     "sparsify": sparsify.read_sparsify,
     "dictionary_learning": dictionary_learning.read_dictionary_learning,
     "saelens": saelens.read_saelens,
+    "llamascopium": llamascopium.read_llamascopium,
+    "overcomplete": lambda folder: overcomplete.read_overcomplete(folder, state_dict.state_file(folder)),
+    "saev": saev.read_saev,
 }
 _BY_WEIGHTS: Final = {
     saelens.WEIGHTS_FILE: "saelens",
     sparsify.WEIGHTS_FILE: "sparsify",
     dictionary_learning.WEIGHTS_FILE: "dictionary_learning",
+    saev.WEIGHTS_FILE: "saev",
     **dict.fromkeys(state_dict.STATE_FILES, "sdxl-unbox"),
 }
 
@@ -50,8 +62,15 @@ def detect(folder: Path) -> str:
     if not found:
         raise BundleError(f"{folder}: the weights are missing; formats keep them in {', '.join(_BY_WEIGHTS)}")
     kind = _BY_WEIGHTS[found[0]]
-    # The two keep the same tensors; OpenAI's library writes no configuration beside them.
-    return "openai" if kind == "sdxl-unbox" and not (folder / "config.json").is_file() else kind
+    if kind == "saelens" and llamascopium.is_llamascopium(folder):
+        return "llamascopium"
+    if kind != "sdxl-unbox":
+        return kind
+    # Three projects keep a state of that name; OpenAI's library writes no configuration beside it.
+    settings = folder / "config.json"
+    if not settings.is_file():
+        return "openai"
+    return "overcomplete" if overcomplete.CONFIG_KEY in read_json(settings) else kind
 
 
 def is_bundle(folder: Path) -> bool:

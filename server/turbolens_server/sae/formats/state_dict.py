@@ -37,7 +37,7 @@ _KNOWN: Final = "n_dirs_local d_model k auxk auxk_coef dead_steps_threshold"
 
 def read_sdxl_unbox(folder: Path) -> ForeignSae:
     """Read one published SAE for SDXL Turbo."""
-    path, settings = _state_file(folder), folder / "config.json"
+    path, settings = state_file(folder), folder / "config.json"
     config = read_json(settings)
     check_settings(config, settings, known=_KNOWN, only={})
     state, k = _state(path), whole_number(config, "k", settings)
@@ -67,7 +67,7 @@ def read_openai(folder: Path) -> ForeignSae:
     Raises:
         BundleError: it is a TopK SAE: their library normalises every token before it, which weights cannot express.
     """
-    path = _state_file(folder)
+    path = state_file(folder)
     state = _state(path)
     weights = _weights(state, path)
     activation = state.get("activation", "ReLU")
@@ -99,7 +99,12 @@ def _weights(state: dict[str, Any], path: Path) -> SaeWeights:
     return dataclasses.replace(tied, W_enc=tied.W_enc.T.contiguous())
 
 
-def _state_file(folder: Path) -> Path:
+def state_file(folder: Path) -> Path:
+    """The one state file of a folder.
+
+    Raises:
+        BundleError: there is none, or there are two.
+    """
     found = [folder / name for name in STATE_FILES if (folder / name).is_file()]
     if len(found) != 1:
         raise BundleError(f"{folder}: expected one of {' and '.join(STATE_FILES)}, found {len(found)}")
