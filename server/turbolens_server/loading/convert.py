@@ -56,7 +56,7 @@ def convert(
     if out.exists():
         raise BundleError(f"{out} exists; name a new folder")
     root = resolve(src, "SRC", snapshot(SAE_PATTERNS))
-    model_hash, points = None, None
+    model_hash, points = None, {}
     if model is not None:
         at = model_folder(model, variant)
         model_hash, points = hash_unet(at, variant), _points(at)
@@ -70,7 +70,7 @@ def convert(
     if already := [folder for folder in folders if is_bundle(folder)]:
         raise BundleError(f"{already[0]} is a bundle already; serve it as it is")
     found = [read_sae(folder, block, format) for folder in folders]
-    for bundle in found if points is not None else ():
+    for bundle in found if model is not None else ():
         _check_fits(bundle, points, str(model))
     blocks = [bundle.hook_point for bundle in found]
     if doubled := sorted({at for at in blocks if blocks.count(at) > 1}):

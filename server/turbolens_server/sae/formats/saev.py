@@ -54,7 +54,7 @@ def read_saev(folder: Path) -> ForeignSae:
         raise BundleError(f"{path}: activation {kind!r} is not supported: it lets activations be negative")
     weights = plain_relu(take(state, _NAMES, path))
     check_size(config, "d_vit", weights.b_dec.shape[0], path)
-    folded = ("ReLU as JumpReLU with thresholds of 0",)
+    folded: tuple[str, ...] = ("ReLU as JumpReLU with thresholds of 0",)
     if "schema" in told:
         weights, folded = fold_input_bias(weights), (*folded, "the encoder's input bias")
     return ForeignSae(architecture="jumprelu", k=None, weights=weights, weights_file=path, config=config, folded=folded)
