@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.reference_server import AddEdit, ReferenceServer
 from turbolens_server.bench.contenders import largest_difference
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading.model import load_pipeline
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 
 PROMPT = "a big red star on the left, night background"

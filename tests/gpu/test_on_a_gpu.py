@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

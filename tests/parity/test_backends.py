@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.torch_unet import TorchUNet

@@ -13,10 +13,13 @@ import torch
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.plan import BatchPlan, StepTap
-from turbolens_server.engine.types import Edit, Job, Result, Unit, WeightedFeature
+from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.plan import BatchPlan
+from turbolens_server.engine.tap import StepTap
+from turbolens_server.engine.types import Job, Result
 from turbolens_server.images import encode_image
 from turbolens_server.loading.model import load_pipeline
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 
 PROMPT: Final = "a big red star on the left, night background"
 _FRESH: Final = itertools.count()
@@ -76,7 +79,8 @@ def unet_pass(engine: Engine, work: Work, saes: Sequence[str]) -> Callable[[], o
         walk = engine.begin(text, range(work.batch), 1, (work.height, work.width))
         (t,) = walk.timesteps
         sample = walk.noise.clone()
-    plan = BatchPlan(work.jobs(saes=tuple(saes)), engine.info, engine.saes, engine.device, [float(t)])
+    jobs = work.jobs(saes=tuple(saes))
+    plan = BatchPlan(jobs, Lanes.of(jobs), engine.info, engine.saes, engine.device, [float(t)])
 
     def run() -> None:
         with on_device(engine.device), torch.inference_mode():

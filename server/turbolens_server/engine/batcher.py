@@ -22,9 +22,9 @@ from turbolens_server.engine.types import Job
 R = TypeVar("R", bound=Hashable)
 
 MAX_BATCH: Final = 8
-"""Jobs that run together, unless the operator says otherwise."""
+"""Lanes that run together, unless the operator says otherwise: pictures, and the reference runs of their edits."""
 _NEWEST_WEIGHT: Final = 0.25
-"""Of the newest batch in the moving average of how long a job takes."""
+"""Of the newest batch in the moving average of how long a lane takes."""
 
 
 class BatchKey(NamedTuple):
@@ -59,7 +59,7 @@ class Batcher(Generic[R]):
         """Make an empty queue.
 
         Args:
-            max_batch: jobs of a batch, at most.
+            max_batch: lanes of a batch, at most; no job has more.
             wait_s: how long after a shared batch a smaller one waits for the callers just answered to come back.
         """
         self._max_batch = max_batch
@@ -67,7 +67,7 @@ class Batcher(Generic[R]):
         self._slots: list[Slot[R]] = []  # in order of place
         self._requests = 0
         self._shared_until: tuple[float, int] | None = None
-        self._job_s: dict[BatchKey, float] = {}
+        self._lane_s: dict[BatchKey, float] = {}
 
     def __len__(self) -> int:
         """Jobs that wait."""
@@ -99,7 +99,7 @@ class Batcher(Generic[R]):
         """
         if not self._slots:
             return None
-        if self._shared_until is None or len(self._next()) >= self._shared_until[1]:
+        if self._shared_until is None or _lanes(self._next()) >= self._shared_until[1]:
             return 0.0
         return self._shared_until[0]
 
@@ -114,20 +114,32 @@ class Batcher(Generic[R]):
         if not self._slots:
             return []
         key = batch_key(self._slots[0].job)
-        return [slot for slot in self._slots if batch_key(slot.job) == key][: self._max_batch]
+        batch, free = [], self._max_batch
+        for slot in self._slots:
+            if batch_key(slot.job) != key:
+                continue
+            if slot.job.lanes > free:  # what fits would overtake it
+                break
+            batch.append(slot)
+            free -= slot.job.lanes
+        return batch
 
     def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
         """A batch that ran from `started` to `now` is done."""
         shared = len({slot.request for slot in batch}) > 1
-        self._shared_until = (now + self._wait_s, len(batch)) if shared else None
-        key, newest = batch_key(batch[0].job), (now - started) / len(batch)
-        known = self._job_s.get(key, newest)
-        self._job_s[key] = known + _NEWEST_WEIGHT * (newest - known)
+        self._shared_until = (now + self._wait_s, _lanes(batch)) if shared else None
+        key, newest = batch_key(batch[0].job), (now - started) / _lanes(batch)
+        known = self._lane_s.get(key, newest)
+        self._lane_s[key] = known + _NEWEST_WEIGHT * (newest - known)
 
     def drain_s(self, running: Iterable[Slot[R]] = ()) -> float | None:
         """About how long all that waits and runs will take, from the batches so far; None where no batch has ended."""
-        if not self._job_s:
+        if not self._lane_s:
             return None
-        typical = sum(self._job_s.values()) / len(self._job_s)
+        typical = sum(self._lane_s.values()) / len(self._lane_s)
         jobs = (slot.job for slot in (*self._slots, *running))
-        return sum(self._job_s.get(batch_key(job), typical) for job in jobs)
+        return sum(job.lanes * self._lane_s.get(batch_key(job), typical) for job in jobs)
+
+
+def _lanes(batch: Sequence[Slot[R]]) -> int:
+    return sum(slot.job.lanes for slot in batch)

@@ -17,8 +17,10 @@ from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.info import EngineInfo
-from turbolens_server.engine.plan import BatchPlan, StepTap
+from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.sampler import Sampler
+from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, OnEvent, Result, SparseCodes, StepDone
 from turbolens_server.engine.walk import Walk
@@ -175,9 +177,10 @@ class Engine:
         emit, is_cancelled = on_event or _silent, cancelled or _never
         parts, first = self._parts, jobs[0]
 
-        text = parts.text.encode_all([job.prompt for job in jobs])
-        walk = self.begin(text, [job.seed for job in jobs], first.steps, (first.height, first.width))
-        plan = BatchPlan(jobs, self.info, self._saes, self._device, walk.timesteps.tolist())
+        lanes = Lanes.of(jobs)
+        text = parts.text.encode_all([lane.prompt for lane in lanes.rows])
+        walk = self.begin(text, [lane.seed for lane in lanes.rows], first.steps, (first.height, first.width))
+        plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         live = [not is_cancelled(row) for row in range(len(jobs))]
         features: list[list[SparseCodes]] = [[] for _ in jobs]
         for step, t in enumerate(walk.timesteps):
@@ -188,7 +191,8 @@ class Engine:
             estimate = walk.step(t, tap)
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(walk.latents).flatten(1).all(1).tolist()
-            for row in [row for row, alive in enumerate(live) if alive and not finite[row]]:
+            whole = [all(finite[lane] for lane in lanes.rows_of(row)) for row in range(len(jobs))]
+            for row in [row for row, alive in enumerate(live) if alive and not whole[row]]:
                 live[row] = False
                 emit(NotFinite(row, "U-Net", step, self.info.dtype))
             for row, codes in tap.collect():
@@ -200,7 +204,7 @@ class Engine:
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
-        return Denoised(jobs, walk.latents, live, features, text.tokens_cut)
+        return Denoised(jobs, walk.latents[: len(jobs)], live, features, text.tokens_cut)
 
     @_on_own_device
     @torch.inference_mode()

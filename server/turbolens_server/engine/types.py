@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from turbolens_server.steering.masks import Mask
-
-EditKind = Literal["add", "scale", "set", "replace"]
-
-
-class Unit(enum.Enum):
-    """What strength 1 means for a feature."""
-
-    RAW = "raw"
-    """The activation itself."""
-    MEAN = "mean"
-    """The feature's mean activation where it is active, from the bundle's statistics."""
-    NORM = "norm"
-    """The RMS norm of the block's update at that step, from the bundle's statistics."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class WeightedFeature:
-    """A feature of an SAE with its share in an edit."""
-
-    sae: str
-    index: int
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Edit:
-    """One validated edit; see `proto/turbolens/v1/steering.proto` for what each kind does."""
-
-    kind: EditKind
-    features: tuple[WeightedFeature, ...]
-    amount: float
-    """Strength of `add` and `replace`, factor of `scale`, value of `set`."""
-    unit: Unit = Unit.MEAN
-    """Ignored by `scale`."""
-    mask: Mask | None = None
-    """None: everywhere."""
-    steps: tuple[int, int] | None = None
-    """Half-open range of 0-based steps; None: every step."""
+from turbolens_server.steering.edits import Edit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,8 +24,21 @@ class SaeOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Reference:
+    """A run beside a job's own, step by step, that its edits may read."""
+
+    name: str
+    prompt: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One picture to make: a prompt, a seed, and what to do and return on the way."""
+    """One picture to make: a prompt, a seed, and what to do and return on the way.
+
+    A row of a batch is a *lane*, one walk from noise to latents. A job is one lane for its picture and one for each
+    reference; they share a batch and never part, so an edit finds what it reads in the same pass.
+    """
 
     prompt: str
     seed: int
@@ -80,6 +54,13 @@ class Job:
     """Decode the picture; False where only features are wanted."""
     previews: bool = False
     """Decode the estimate of the clean latent at every step but the last."""
+    references: tuple[Reference, ...] = ()
+    """Unsteered runs that its edits read, by distinct names."""
+
+    @property
+    def lanes(self) -> int:
+        """Rows that it takes of a batch."""
+        return 1 + len(self.references)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

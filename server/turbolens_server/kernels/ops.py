@@ -116,7 +116,7 @@ def apply_edits(
     values: Tensor,
     indices: Tensor,
 ) -> Tensor:
-    """Apply all edits of a batch to its updates at one hook point, as :mod:`turbolens_server.kernels.edits` packs them.
+    """Apply all edits of a batch to its updates at one hook point, which `steering.compose` packs.
 
     Args:
         x: updates [B, P, d_model].

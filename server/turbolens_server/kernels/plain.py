@@ -5,6 +5,8 @@ Every function has the arguments and results of its namesake in :mod:`turbolens_
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -77,17 +79,17 @@ def apply_edits(
 ) -> Tensor:
     """gain x + sum over a row's edited features of (slope z + shift) d_j: [B, P, d_model], in x's type.
 
-    One matrix product for the whole batch, with zeros where a feature is another row's.
+    Row by row, since on a CPU a product over the features of all rows, mostly zeros, is many times as much work.
     """
-    rows, positions = x.shape[:2]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    entries = torch.arange(len(features), device=x.device, dtype=offsets.dtype)
-    row = torch.searchsorted(offsets, entries, right=True) - 1  # [E]
-    amounts = shift
-    if values.shape[-1]:
-        hit = indices[row] == features[:, None, None]  # [E, P, K]
-        amounts = shift + slope * torch.where(hit, values[row], 0).sum(-1)
-    own = row == torch.arange(rows, device=x.device)[:, None]  # [B, E]
-    by_row = torch.where(own[:, None, :], amounts.T, 0).to(dtype)  # [B, P, E]
-    delta = by_row.reshape(rows * positions, -1) @ W_dec[features].to(dtype)
-    return (gain[..., None] * x.to(dtype) + delta.view(x.shape)).to(x.dtype)
+    out = gain[..., None] * x.to(dtype)
+    for row, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        if start == stop:
+            continue
+        own = features[start:stop]
+        amounts = shift[start:stop]  # [S, P]
+        if values.shape[-1]:
+            hit = indices[row] == own[:, None, None]  # [S, P, K]
+            amounts = amounts + slope[start:stop] * torch.where(hit, values[row], 0).sum(-1)
+        out[row] += amounts.T.to(dtype) @ W_dec[own].to(dtype)
+    return out.to(x.dtype)

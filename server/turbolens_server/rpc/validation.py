@@ -16,9 +16,11 @@ import numpy as np
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 from turbolens_server.engine.info import EngineInfo
-from turbolens_server.engine.types import Edit, EditKind, Job, SaeOptions, Unit, WeightedFeature
+from turbolens_server.engine.types import Job, SaeOptions
 from turbolens_server.rpc.errors import Violation, invalid
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.kinds import EditKind
 from turbolens_server.steering.masks import Box, BoxMask, FloatGrid, GridMask, Mask, PolygonMask, read_png
 
 MAX_SEED: Final = 2**63 - 1

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from turbolens_server.sae.bundle import Bundle
-from turbolens_server.sae.steering import ResolvedEdit
+from turbolens_server.steering.resolve import ResolvedEdit
+from turbolens_server.steering.twin import move_dense
 
 
 def encode_dense(bundle: Bundle, x: Tensor, k: int | None = None, prefix: int | None = None) -> Tensor:
@@ -37,34 +38,6 @@ def steer_dense(
 ) -> Tensor:
     """Steer updates x [P, d_in] of one picture by edits of one SAE's features."""
     return move_dense(x, encode_dense(bundle, x, k, prefix), bundle.weights.W_dec, edits)
-
-
-def move_dense(x: Tensor, z: Tensor, W_dec: Tensor, edits: Sequence[ResolvedEdit]) -> Tensor:
-    """Steer updates x [P, d_in] by edits of features of a dictionary, with every activation z [P, d_sae] written out.
-
-    The result is x + sum_j (z'_j - z_j) d_j; a `replace` swaps that share of the whole update instead, and leaves
-    the swapped-in activations for the edits after it. Several SAEs at one hook point are one dictionary: their
-    activations and decoder rows [d_sae, d_in] side by side.
-    """
-    z, out = z.clone(), x.float().clone()
-    replaced = [e for e in edits if e.kind == "replace"]
-    for position in range(len(x)):
-        left = max(0.0, 1 - sum(float(edit.mask[position]) for edit in replaced))
-        out[position] *= left
-        z[position] *= left
-        for edit in (*replaced, *(e for e in edits if e.kind != "replace")):
-            m = float(edit.mask[position])
-            for j, amount in zip(edit.features.tolist(), edit.amounts.tolist(), strict=True):
-                old = float(z[position, j])
-                new = {
-                    "add": old + amount * m,
-                    "scale": old + m * (amount - 1) * old,
-                    "set": (1 - m) * old + m * amount,
-                    "replace": old + m * amount,
-                }[edit.kind]
-                z[position, j] = new
-                out[position] += (new - old) * W_dec[j]
-    return out
 
 
 def encode_run_dense(bundle: Bundle, updates: Tensor) -> Tensor:

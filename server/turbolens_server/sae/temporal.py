@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle, SaeWeights
+from turbolens_server.steering.kinds import KINDS, EditKind
 
 
 def refuse_steps(bundle: Bundle, steps: int) -> str | None:
@@ -26,13 +27,14 @@ def refuse_steps(bundle: Bundle, steps: int) -> str | None:
     return f"the temporal SAE {bundle.name} serves runs of {bundle.steps} steps alone"
 
 
-def refuse_edit(bundle: Bundle, kind: str) -> str | None:
-    """Why an SAE cannot serve an edit of some kind; None where it can."""
-    if bundle.steps is None or kind in ("add", "replace"):
+def refuse_edit(bundle: Bundle, kind: EditKind, reference: str | None = None) -> str | None:
+    """Why an SAE cannot serve an edit of some kind, which may read a reference run; None where it can."""
+    if bundle.steps is None or not (KINDS[kind].reads_own or KINDS[kind].reference or reference):
         return None
+    taken = [name for name, other in KINDS.items() if not other.reads_own and not other.reference]
     return (
         f"{kind} needs activations while the picture is made, and those of the temporal SAE {bundle.name} are known "
-        "after the last step; it takes add and replace"
+        f"after the last step; it takes {' and '.join(taken)}"
     )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.decode import decode_latents, decode_rows
-from turbolens_server.engine.types import Edit, FeaturesReady, Job, NotFinite, Result, StepDone, Unit, WeightedFeature
+from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, Result, StepDone
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 
 ENGINE = "turbolens_server.engine.engine"

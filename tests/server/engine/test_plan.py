@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolens_server.engine.info import SaeInfo
-from turbolens_server.engine.plan import BatchPlan, StepTap
-from turbolens_server.engine.types import Edit, Job, SaeOptions, Unit, WeightedFeature
+from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.plan import BatchPlan
+from turbolens_server.engine.tap import StepTap
+from turbolens_server.engine.types import Job, SaeOptions
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
-from turbolens_server.sae.reference import encode_dense, move_dense, steer_dense
+from turbolens_server.sae.reference import encode_dense, steer_dense
 from turbolens_server.sae.sae import Sae
-from turbolens_server.sae.steering import ResolvedEdit
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
+from turbolens_server.steering.resolve import ResolvedEdit
+from turbolens_server.steering.twin import move_dense
 
 GRID = (8, 8)
 LEFT = BoxMask((Box(0, 0, 0.5, 1),))
@@ -30,7 +34,7 @@ def edit(kind, amount, *features, **more):
 def tap_of(engine, *edits, step=0) -> StepTap:
     size = engine.info.default_size
     jobs = [Job("a red star", 7, 2, *size, edits=row, saes=("up.0.0",)) for row in edits]
-    return StepTap(BatchPlan(jobs, engine.info, engine.saes, torch.device("cpu"), [999.0, 499.0]), step)
+    return StepTap(BatchPlan(jobs, Lanes.of(jobs), engine.info, engine.saes, torch.device("cpu"), [999.0, 499.0]), step)
 
 
 def test_gain_and_bias_do_what_the_tap_does(engine):
@@ -100,11 +104,11 @@ def test_each_row_of_a_batch_is_read_at_the_k_and_prefix_it_asks_for(nested, row
         for k, prefix in rows
     ]  # fmt: skip
     cpu = torch.device("cpu")
-    plan = BatchPlan(jobs, info, {"mid.0": Sae(bundle, cpu)}, cpu, [999.0])
+    plan = BatchPlan(jobs, Lanes.of(jobs), info, {"mid.0": Sae(bundle, cpu)}, cpu, [999.0])
     tap = StepTap(plan, 0)
     steered = tap("mid.0", update, GRID)
     for row, (k, prefix) in enumerate(rows):
-        expected = steer_dense(bundle, update[row], plan.edits_at("mid.0", 0).by_row[row], k, prefix)
+        expected = steer_dense(bundle, update[row], [as_one_dictionary(e, {"mid.0": 0}) for e in edits], k, prefix)
         assert torch.allclose(steered[row], expected, atol=1e-4)
     found = dict(tap.collect())
     assert list(found) == (list(range(len(rows))) if wanted else [])
@@ -154,12 +158,11 @@ def as_one_dictionary(edit: Edit, offset: dict[str, int]) -> ResolvedEdit:
     return ResolvedEdit(edit.kind, features, amounts, mask)
 
 
-@given(st.lists(edits_of_two_saes(), min_size=1, max_size=3), st.sampled_from(["b", "a", "ab", ""]), st.booleans())
-def test_two_saes_of_one_hook_point_are_steered_as_one_dictionary(two_saes, rows, wanted, packed):
+@given(st.lists(edits_of_two_saes(), min_size=1, max_size=3), st.sampled_from(["b", "a", "ab", ""]))
+def test_two_saes_of_one_hook_point_are_steered_as_one_dictionary(two_saes, rows, wanted):
     info, saes = two_saes
     jobs = [Job("", 7, 1, *info.default_size, edits=edits, saes=tuple(wanted)) for edits in rows]
-    plan = BatchPlan(jobs, info, saes, torch.device("cpu"), [999.0])
-    plan.on_gpu = packed  # the way that steers a whole batch at once
+    plan = BatchPlan(jobs, Lanes.of(jobs), info, saes, torch.device("cpu"), [999.0])
     update = torch.randn(len(rows), 64, 128, generator=torch.Generator().manual_seed(len(rows)))
     tap = StepTap(plan, 0)
     steered = tap(AT, update, GRID)
@@ -182,7 +185,8 @@ def test_swapping_the_order_of_two_edits_of_two_saes_changes_nothing_where_one_r
     replace = Edit("replace", (WeightedFeature("b", 5),), 4.0, Unit.RAW)
     found = []
     for edits in ((add, replace), (replace, add)):
-        plan = BatchPlan([Job("", 7, 1, *info.default_size, edits=edits)], info, saes, torch.device("cpu"), [999.0])
+        jobs = [Job("", 7, 1, *info.default_size, edits=edits)]
+        plan = BatchPlan(jobs, Lanes.of(jobs), info, saes, torch.device("cpu"), [999.0])
         found.append(StepTap(plan, 0)(AT, update, GRID))
     directions = {name: sae.W_dec for name, sae in saes.items()}
     expected = (2 * directions["a"][3] + 4 * directions["b"][5]).expand(1, 64, 128)

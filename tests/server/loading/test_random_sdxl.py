@@ -10,10 +10,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading import random_sdxl
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.points import DEFAULT_HOOK_POINTS
 from turbolens_server.unet.tapped import check_supported, find_hook_points
 

@@ -19,9 +19,10 @@ from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
-from turbolens_server.engine.types import Edit, SaeOptions, Unit, WeightedFeature
+from turbolens_server.engine.types import SaeOptions
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 
 INFO, LIMITS = an_info(), RequestLimits()
 _PLAIN = INFO.saes["up.0.1"]

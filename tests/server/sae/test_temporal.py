@@ -16,16 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.info import SaeInfo
-from turbolens_server.engine.plan import BatchPlan, StepTap
-from turbolens_server.engine.types import Edit, FeaturesReady, Job, Unit, WeightedFeature
+from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.plan import BatchPlan
+from turbolens_server.engine.tap import StepTap
+from turbolens_server.engine.types import FeaturesReady, Job
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle
 from turbolens_server.sae.reference import decode_run_dense, encode_run_dense, steer_run_dense
 from turbolens_server.sae.sae import Sae
-from turbolens_server.sae.steering import ResolvedEdit, affine, steer
 from turbolens_server.sae.temporal import by_step, changes, side_by_side
+from turbolens_server.steering.compose import compose
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
+from turbolens_server.steering.resolve import ResolvedEdit
 from turbolens_server.unet.torch_unet import TorchUNet
 
 CPU = torch.device("cpu")
@@ -77,6 +81,13 @@ def test_changes_are_since_the_step_before_in_the_units_of_the_steps(seed: int) 
     assert torch.allclose((y * scales[:, None, None]).cumsum(0), updates, atol=1e-4)
 
 
+def steer(x: torch.Tensor, edits: list[ResolvedEdit], W_dec: torch.Tensor) -> torch.Tensor:
+    """One picture's update [P, d] with edits that ask for no activation."""
+    row = compose(edits, len(x))
+    assert not row.closed
+    return row.gain[:, None] * x + row.shift.T @ W_dec[row.features]
+
+
 @st.composite
 def edits_by_step(draw) -> list[list[ResolvedEdit]]:
     """Up to three `add` and one `replace` at every step."""
@@ -99,10 +110,7 @@ def test_steering_is_that_of_the_slow_twin(edits: list[list[ResolvedEdit]], seed
     sae = Sae(bundle, CPU)
     expected = steer_run_dense(bundle, updates, edits)
     for step, update in enumerate(updates):
-        steered = steer(update, edits[step], sae.directions(step), None)
-        assert torch.allclose(steered, expected[step], atol=1e-3)
-        gain, bias = affine(edits[step], sae.directions(step), POSITIONS)
-        assert torch.allclose(gain * update + bias, expected[step], atol=1e-3)
+        assert torch.allclose(steer(update, edits[step], sae.directions(step)), expected[step], atol=1e-3)
 
 
 @given(SEEDS, st.integers(0, D_SAE - 1), st.floats(-9, 9, width=32))
@@ -115,7 +123,7 @@ def test_to_add_a_feature_is_to_decode_more_of_it_and_the_rest_cancels(seed: int
     moved = decode_run_dense(bundle, more) - decode_run_dense(bundle, z)
     edit = ResolvedEdit("add", torch.tensor([feature]), torch.tensor([amount]), torch.ones(POSITIONS))
     for step, update in enumerate(updates):
-        assert torch.allclose(steer(update, [edit], sae.directions(step), None) - update, moved[step], atol=1e-3)
+        assert torch.allclose(steer(update, [edit], sae.directions(step)) - update, moved[step], atol=1e-3)
 
 
 def test_a_run_of_another_length_is_no_input() -> None:
@@ -202,7 +210,7 @@ def job(engine: Engine, seed: int = 7, steps: int = STEPS, **more) -> Job:
 
 
 def plan_of(engine: Engine, *jobs: Job) -> BatchPlan:
-    return BatchPlan(jobs, engine.info, engine.saes, CPU, [999.0, 666.0, 499.0])
+    return BatchPlan(jobs, Lanes.of(jobs), engine.info, engine.saes, CPU, [999.0, 666.0, 499.0])
 
 
 def test_the_tap_moves_an_update_by_the_direction_of_its_step(temporal_engine: Engine) -> None:

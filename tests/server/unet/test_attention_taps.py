@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.fused import FusedBlocks

@@ -10,9 +10,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import Edit, Job, Unit, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.fused import FusedBlocks

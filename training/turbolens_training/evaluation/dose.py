@@ -21,8 +21,9 @@ from turbolens_server.catalog.labels import read_labels
 from turbolens_server.catalog.search import commonness
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.info import SaeInfo
-from turbolens_server.engine.types import Edit, Job, WeightedFeature
+from turbolens_server.engine.types import Job
 from turbolens_server.loading.load import load_engine
+from turbolens_server.steering.edits import Edit, WeightedFeature
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves
 from turbolens_training.evaluation.report import write_table

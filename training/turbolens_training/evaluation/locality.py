@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.info import SaeInfo
-from turbolens_server.engine.types import Edit, Unit, WeightedFeature
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.dose import Scenes, generate

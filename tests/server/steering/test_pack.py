@@ -8,13 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolens_server.kernels import ops, reference
-from turbolens_server.kernels.edits import pack_edits
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import encode_dense, steer_dense
-from turbolens_server.sae.steering import ResolvedEdit, steer
+from turbolens_server.steering.compose import compose, pack
+from turbolens_server.steering.resolve import ResolvedEdit
 
 POSITIONS, D_MODEL, D_SAE, K = 5, 8, 24, 4
-CPU = torch.device("cpu")
 
 
 def make_bundle() -> Bundle:
@@ -57,6 +56,14 @@ def no_codes(x):
     return x.new_zeros(*x.shape[:2], 0), torch.zeros(*x.shape[:2], 0, dtype=torch.int64)
 
 
+def packed_edits(batch):
+    return pack([compose(row, POSITIONS) if row else None for row in batch], POSITIONS)
+
+
+def closed(batch):
+    return any(edit.kind in ("scale", "set") for edits in batch for edit in edits)
+
+
 def run(apply, x, packed, codes):
     fields = (packed.gain, packed.offsets, packed.features, packed.slope, packed.shift)
     return apply(x, *fields, BUNDLE.weights.W_dec, *codes)
@@ -65,8 +72,8 @@ def run(apply, x, packed, codes):
 @given(st.lists(edit_lists(), min_size=1, max_size=4))
 def test_a_batch_in_one_go_is_each_picture_by_the_dense_twin(batch):
     x = updates(len(batch))
-    packed = pack_edits(batch, POSITIONS, CPU)
-    codes = codes_of(x) if packed.needs_codes else no_codes(x)
+    packed = packed_edits(batch)
+    codes = codes_of(x) if closed(batch) else no_codes(x)
     steered = run(ops.apply_edits, x, packed, codes)
     expected = torch.stack([steer_dense(BUNDLE, row, edits) for row, edits in zip(x, batch, strict=True)])
     assert torch.allclose(steered, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
@@ -74,14 +81,13 @@ def test_a_batch_in_one_go_is_each_picture_by_the_dense_twin(batch):
 
 
 @given(st.lists(edit_lists(), min_size=1, max_size=4))
-def test_a_feature_has_one_entry_a_row_and_needs_codes_only_where_something_is_closed_loop(batch):
-    packed = pack_edits(batch, POSITIONS, CPU)
+def test_a_feature_has_one_entry_a_row_and_activations_are_read_only_where_something_is_closed_loop(batch):
+    packed = packed_edits(batch)
     for row, edits in enumerate(batch):
         own = packed.features[packed.offsets[row] : packed.offsets[row + 1]].tolist()
         assert own == sorted({j for edit in edits for j in edit.features.tolist()})
-    closed = any(edit.kind in ("scale", "set") for edits in batch for edit in edits)
-    assert packed.needs_codes == closed
-    if not closed:
+    assert closed(batch) == any(compose(edits, POSITIONS).closed for edits in batch)
+    if not closed(batch):
         assert not packed.slope.any()
 
 
@@ -98,7 +104,7 @@ def test_neutral_edits_and_rows_without_edits_change_no_bit():
         [],
         [edit("replace", [3], [5.0], [0.0] * POSITIONS)],
     ]
-    steered = run(ops.apply_edits, x, pack_edits(neutral, POSITIONS, CPU), codes_of(x.float()))
+    steered = run(ops.apply_edits, x, packed_edits(neutral), codes_of(x.float()))
     assert steered.dtype == torch.float16
     assert torch.equal(steered, x)
 
@@ -106,7 +112,7 @@ def test_neutral_edits_and_rows_without_edits_change_no_bit():
 def test_set_gives_exactly_that_activation_and_leaves_the_rest():
     x = updates(1)
     dense = encode_dense(BUNDLE, x[0])
-    steered = run(ops.apply_edits, x, pack_edits([[edit("set", [3], [7.0])]], POSITIONS, CPU), codes_of(x))
+    steered = run(ops.apply_edits, x, packed_edits([[edit("set", [3], [7.0])]]), codes_of(x))
     moved = (7.0 - dense[:, 3:4]) * BUNDLE.weights.W_dec[3]
     assert torch.allclose(steered[0], x[0] + moved, atol=1e-5)
 
@@ -117,8 +123,8 @@ def test_a_nan_in_one_row_stays_there():
     codes = codes_of(x)
     chosen = codes[1][0, 1, :2].tolist()  # among the activations that are NaN
     edits = [[edit("scale", chosen, [0.0, 0.0])], [edit("scale", [1, 2], [0.0, 0.0])]]
-    both = run(ops.apply_edits, x, pack_edits(edits, POSITIONS, CPU), codes)
-    alone = run(ops.apply_edits, x[1:], pack_edits(edits[1:], POSITIONS, CPU), codes_of(x[1:]))
+    both = run(ops.apply_edits, x, packed_edits(edits), codes)
+    alone = run(ops.apply_edits, x[1:], packed_edits(edits[1:]), codes_of(x[1:]))
     assert codes[0][0, 1].isnan().all()
     assert both[0, 1].isnan().all()
     assert torch.allclose(both[1:], alone, atol=1e-6)
@@ -126,7 +132,7 @@ def test_a_nan_in_one_row_stays_there():
 
 def test_what_does_not_fit_is_refused_by_name():
     x = updates(2)
-    packed = pack_edits([[edit("add", [1], [1.0])]], POSITIONS, CPU)
+    packed = packed_edits([[edit("add", [1], [1.0])]])
     with pytest.raises(ValueError, match=r"gain: \[2, 5\], not \[1, 5\]"):
         run(ops.apply_edits, x, packed, no_codes(x))
 
@@ -137,6 +143,6 @@ def test_masks_that_round_to_more_than_the_whole_of_a_place_leave_nothing_of_the
     edits = [ResolvedEdit("replace", torch.tensor([j]), torch.tensor([2.0]), half) for j in (3, 7)]
     x = 1000 * updates(1)
     expected = (2 * 128 / 255 * BUNDLE.weights.W_dec[[3, 7]].sum(0)).expand(POSITIONS, -1)
-    packed = run(ops.apply_edits, x, pack_edits([edits], POSITIONS, CPU), no_codes(x))
-    for steered in (packed[0], steer(x[0], edits, BUNDLE.weights.W_dec, None), steer_dense(BUNDLE, x[0], edits)):
+    packed = run(ops.apply_edits, x, packed_edits([edits]), no_codes(x))
+    for steered in (packed[0], steer_dense(BUNDLE, x[0], edits)):
         assert torch.allclose(steered, expected, atol=1e-4)

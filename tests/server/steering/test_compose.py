@@ -10,10 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbolens_server.kernels import ops
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import encode_dense, steer_dense
+from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_server.sae.steering import ResolvedEdit, needs_codes, steer
+from turbolens_server.steering.compose import compose, pack
+from turbolens_server.steering.kinds import KINDS
+from turbolens_server.steering.resolve import ResolvedEdit
+from turbolens_server.steering.twin import move_dense
 
 POSITIONS, D_MODEL, D_SAE = 6, 16, 40
 
@@ -32,35 +36,94 @@ def make_bundle(seed: int, architecture: str = "topk") -> Bundle:
     return Bundle("x", "mid.0", architecture, k, weights, None, "", None, {})
 
 
+def steer(x, edits, W_dec, codes=None, references=None):
+    """Steer one picture's update [P, d] as the server does; references: name -> (update, codes)."""
+    row = compose(edits, POSITIONS)
+    of = {name: known.of(row.features).T for name, (_, known) in (references or {}).items()}
+    patches = row.patches
+    packed = pack([row.filled(of)], POSITIONS)
+    empty = Codes(torch.zeros(POSITIONS, 0), torch.zeros(POSITIONS, 0, dtype=torch.int64))
+    values, indices = codes if row.reads_own else empty
+    out = ops.apply_edits(
+        x[None], packed.gain, packed.offsets, packed.features, packed.slope, packed.shift, W_dec,
+        values[None], indices[None],
+    )[0]  # fmt: skip
+    for name, share in patches.items():
+        out = out + share[:, None] * references[name][0]
+    return out
+
+
 amounts = st.floats(-20, 20, width=32)
+RUNS = ("one", "two")
 
 
 @st.composite
 def edit_lists(draw):
-    """Up to six edits; replacing masks share the positions out, so that they do not overlap."""
+    """Up to six edits; masks that act on the whole update share the positions out, so that they do not overlap."""
     owner = draw(st.lists(st.integers(0, 2), min_size=POSITIONS, max_size=POSITIONS))
     edits = []
     for _ in range(draw(st.integers(0, 6))):
-        kind = draw(st.sampled_from(["add", "scale", "set", "replace"]))
+        kind = draw(st.sampled_from(list(KINDS)))
         features = draw(st.lists(st.integers(0, D_SAE - 1), min_size=1, max_size=4, unique=True))
+        if not KINDS[kind].features:
+            features = []
         mask = draw(st.lists(st.floats(0, 1, width=32), min_size=POSITIONS, max_size=POSITIONS))
-        if kind == "replace":
-            turn = sum(edit.kind == "replace" for edit in edits)
+        if KINDS[kind].whole:
+            turn = sum(KINDS[edit.kind].whole for edit in edits)
             mask = [m if owner[p] == turn else 0.0 for p, m in enumerate(mask)]
         values = draw(st.lists(amounts, min_size=len(features), max_size=len(features)))
-        edits.append(ResolvedEdit(kind, torch.tensor(features), torch.tensor(values), torch.tensor(mask)))
+        reads = KINDS[kind].reference or (kind in ("add", "set") and draw(st.booleans()))
+        edits.append(
+            ResolvedEdit(
+                kind, torch.tensor(features, dtype=torch.int64), torch.tensor(values, dtype=torch.float32),
+                torch.tensor(mask), draw(st.sampled_from(RUNS)) if reads else None,
+            )
+        )  # fmt: skip
     return edits
 
 
 @given(edit_lists(), st.integers(0, 50), st.sampled_from(["topk", "jumprelu"]))
 def test_steer_equals_the_slow_twin(edits, seed, architecture):
+    """Every kind, in any order, with what it reads of two reference runs."""
     bundle = make_bundle(seed, architecture)
     sae = Sae(bundle, torch.device("cpu"))
-    x = 3 * torch.randn(POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(seed))
-    codes = sae.encode(x) if needs_codes(edits) else None
-    expected = steer_dense(bundle, x, edits)
+    x, *others = 3 * torch.randn(3, POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    runs = {name: (update, sae.encode(update)) for name, update in zip(RUNS, others, strict=True)}
+    dense = {name: (update, encode_dense(bundle, update)) for name, update in zip(RUNS, others, strict=True)}
+    expected = move_dense(x, encode_dense(bundle, x), sae.W_dec, edits, dense)
     scale = max(1.0, float(expected.abs().max()))
-    assert torch.allclose(steer(x, edits, sae.W_dec, codes) / scale, expected / scale, atol=2e-5)
+    assert torch.allclose(steer(x, edits, sae.W_dec, sae.encode(x), runs) / scale, expected / scale, atol=2e-5)
+
+
+@given(edit_lists())
+def test_what_is_known_before_the_pass_is_said(edits):
+    row = compose(edits, POSITIONS)
+    assert row.reads_own == any(edit.kind in ("scale", "set", "transfer") for edit in edits)
+    assert set(row.references) <= {edit.reference for edit in edits} - {None}
+    assert row.closed == (row.reads_own or any(edit.reference for edit in edits))
+
+
+def test_a_transfer_takes_over_the_reference_runs_activations_where_its_mask_is():
+    bundle = make_bundle(2)
+    sae = Sae(bundle, torch.device("cpu"))
+    x, other = torch.randn(2, POSITIONS, D_MODEL)
+    z, z_r = encode_dense(bundle, x), encode_dense(bundle, other)
+    feature = int(z_r.sum(0).argmax())
+    mask = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    edit = ResolvedEdit("transfer", torch.tensor([feature]), torch.tensor([2.0]), mask, "one")
+    steered = steer(x, [edit], sae.W_dec, sae.encode(x), {"one": (other, sae.encode(other))})
+    moved = (mask * (2 * z_r[:, feature] - z[:, feature]))[:, None] * sae.W_dec[feature]
+    assert torch.allclose(steered, x + moved, atol=1e-5)
+    assert not torch.allclose(steered[:3], x[:3])
+
+
+def test_a_patch_puts_the_reference_runs_update_in_place_to_the_last_bit():
+    x, other = torch.randn(2, POSITIONS, D_MODEL)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    edit = ResolvedEdit("patch", nothing, nothing.float(), torch.tensor([1.0, 1, 1, 0, 0, 0]), "one")
+    empty = Codes(torch.zeros(POSITIONS, 1), torch.zeros(POSITIONS, 1, dtype=torch.int64))
+    steered = steer(x, [edit], torch.zeros(0, D_MODEL), None, {"one": (other, empty)})
+    assert torch.equal(steered, torch.cat([other[:3], x[3:]]))
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
@@ -88,13 +151,13 @@ def everywhere(kind: str, features: list[int], values: list[float]) -> ResolvedE
     return ResolvedEdit(kind, torch.tensor(features), torch.tensor(values), torch.ones(POSITIONS))
 
 
-def test_no_edit_is_the_same_object_and_neutral_edits_change_nothing():
+def test_no_edit_and_neutral_edits_change_no_bit():
     bundle = make_bundle(5)
     sae = Sae(bundle, torch.device("cpu"))
     x = torch.randn(POSITIONS, D_MODEL)
     codes = sae.encode(x)
     active = codes.indices[0, :3].tolist()
-    assert steer(x, [], sae.W_dec, None) is x
+    assert torch.equal(steer(x, [], sae.W_dec), x)
     assert torch.equal(steer(x, [everywhere("add", active, [0.0] * 3)], sae.W_dec, None), x)
     assert torch.equal(steer(x, [everywhere("scale", active, [1.0] * 3)], sae.W_dec, codes), x)
     nowhere = dataclasses.replace(everywhere("replace", active, [5.0] * 3), mask=torch.zeros(POSITIONS))
@@ -130,11 +193,3 @@ def test_half_precision_updates_keep_their_type():
     steered = steer(x, [everywhere("add", [1], [2.0])], sae.W_dec, None)
     assert steered.dtype == torch.float16
     assert np.allclose((steered - x).float().numpy(), (2 * sae.W_dec[1]).numpy(), atol=1e-2)
-
-
-def test_closed_loop_without_activations_is_refused():
-    sae = Sae(make_bundle(9), torch.device("cpu"))
-    with pytest.raises(ValueError, match="activations"):
-        steer(torch.zeros(POSITIONS, D_MODEL), [everywhere("scale", [1], [0.0])], sae.W_dec, None)
-    empty = Codes(torch.zeros(POSITIONS, 1), torch.zeros(POSITIONS, 1, dtype=torch.int64))
-    assert not steer(torch.zeros(POSITIONS, D_MODEL), [everywhere("scale", [1], [0.0])], sae.W_dec, empty).any()

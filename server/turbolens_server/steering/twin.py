@@ -1,0 +1,61 @@
+"""The slow, readable twin of the steering algebra, for tests: one position and one feature at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from turbolens_server.steering.kinds import KINDS
+from turbolens_server.steering.resolve import ResolvedEdit
+
+
+def move_dense(
+    x: Tensor,
+    z: Tensor,
+    W_dec: Tensor,
+    edits: Sequence[ResolvedEdit],
+    references: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Steer updates by edits of features of a dictionary, with every activation written out.
+
+    The result is x + sum_j (z'_j - z_j) d_j; `replace` and `patch` swap that share of the whole update instead, and
+    leave the swapped-in activations for the edits after them. Several SAEs at one hook point are one dictionary: their
+    activations and decoder rows side by side.
+
+    Args:
+        x: updates of one picture, [P, d_model].
+        z: their activations, [P, d_sae].
+        W_dec: [d_sae, d_model].
+        edits: in the request's order.
+        references: updates and activations of each reference run, as x and z.
+
+    Returns:
+        [P, d_model] float32.
+    """
+    z, out = z.clone(), x.float().clone()
+    whole = [edit for edit in edits if KINDS[edit.kind].whole]
+    for position in range(len(x)):
+        left = max(0.0, 1 - sum(float(edit.mask[position]) for edit in whole))
+        out[position] *= left
+        z[position] *= left
+        for edit in whole:
+            if edit.kind == "patch":
+                update, activations = (references or {})[edit.reference or ""]
+                out[position] += float(edit.mask[position]) * update[position].float()
+                z[position] += float(edit.mask[position]) * activations[position]
+        for edit in (*whole, *(e for e in edits if not KINDS[e.kind].whole)):
+            m = float(edit.mask[position])
+            for j, amount in zip(edit.features.tolist(), edit.amounts.tolist(), strict=True):
+                old = float(z[position, j])
+                there = 1.0 if edit.reference is None else float((references or {})[edit.reference][1][position, j])
+                new = {
+                    "add": old + amount * m * there,
+                    "scale": old + m * (amount - 1) * old,
+                    "set": (1 - m) * old + m * amount * there,
+                    "transfer": (1 - m) * old + m * amount * there,
+                    "replace": old + m * amount,
+                }[edit.kind]
+                z[position, j] = new
+                out[position] += (new - old) * W_dec[j]
+    return out
