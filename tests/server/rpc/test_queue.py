@@ -265,7 +265,7 @@ async def test_pictures_that_wait_are_counted_too(queue, fake):
 async def test_the_time_to_come_back_is_that_of_what_waits(queue, fake):
     fake.gate.set()
     await queue.run([a_job(0)])
-    queue._batcher._job_s = dict.fromkeys(queue._batcher._job_s, 0.5)
+    queue._batcher._lane_s = dict.fromkeys(queue._batcher._lane_s, 0.5)
     fake.gate.clear()
     fake.started.clear()
     first = await busy(queue, fake)
