@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from turbolens_server.files import write_file
 from turbolens_server.kernels import plain
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -225,8 +226,7 @@ def main() -> None:
                     )  # fmt: skip
                     print(f"{kernel}, {pictures} x {POSITIONS}, k {k}: {name} {microseconds:.1f} us")
     results = ROOT / "benchmarks" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_file(results / "kernels.json", json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 from benchmarks.places import DOCS, RESULTS
 from turbolens_server.bench.results import describe_machine, to_markdown
 from turbolens_server.bench.suite import describe_case
+from turbolens_server.files import whole_file, write_file
 
 _MARKS: Final = re.compile(r"(<!-- result (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLORS: Final = {"met": "#2a7f3f", "missed": "#b3261e", "undecided": "#8a6d00", None: "#5f6368"}
@@ -115,7 +116,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(found)), [name for name, _ in found])
         axes.invert_yaxis()
         axes.set_xlabel("time over the other's time; the black tick is the most that is aimed at")
-        figure.savefig(path, metadata={"Date": None})
+        with whole_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:], metadata={"Date": None})
         plt.close(figure)
 
 
@@ -149,7 +151,7 @@ def main() -> None:
     page = DOCS / "performance.md"
     text = page.read_text()
     plots = DOCS / "performance"
-    page.write_text(rewrite(text, {name: section(name, RESULTS, plots) for name in marked(text)}))
+    write_file(page, rewrite(text, {name: section(name, RESULTS, plots) for name in marked(text)}))
     print(f"wrote {page}")
 
 

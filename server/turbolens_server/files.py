@@ -103,6 +103,24 @@ def write_files(contents: Mapping[Path, bytes | str]) -> None:
             os.fsync(file.fileno())
 
 
+def add_lines(path: Path, lines: Sequence[str]) -> None:
+    """Add lines to a log; one that was cut off is ended first, so that it takes no other with it.
+
+    Raises:
+        WriteError: they cannot be written; the last may then be cut off.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            whole = True
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                whole = file.read() == b"\n"
+            file.write(("" if whole else "\n").encode() + "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise _failure(path, error) from error
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` once the block ends well.
@@ -229,7 +247,9 @@ def _failure(path: Path, error: OSError) -> WriteError:
         return error
     parents = (parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(next(parents)).free
-    return WriteError(f"{path}: cannot be written ({error.strerror or error}; {free / 1e6:,.0f} MB free)")
+    failure = WriteError(f"{path}: cannot be written ({error.strerror or error}; {free / 1e6:,.0f} MB free)")
+    failure.errno = error.errno
+    return failure
 
 
 def _sync(path: Path) -> None:

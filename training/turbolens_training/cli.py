@@ -81,11 +81,12 @@ def main(argv: list[str]) -> None:
     else:
         command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
+    from turbolens_server.files import WriteError
     from turbolens_server.loading.errors import LoadError
 
     try:
         run(command)
-    except (LoadError, ValueError, ArithmeticError) as error:
+    except (LoadError, ValueError, ArithmeticError, WriteError) as error:
         sys.exit(f"turbolens train: {error}")
 
 

@@ -15,16 +15,22 @@ def main(argv: list[str]) -> None:
     # What measures is imported here: a command's help must not wait for torch.
     from turbolens_server.bench.results import describe_machine, save, to_markdown
     from turbolens_server.bench.suite import describe_case, run
+    from turbolens_server.files import WriteError, check_writable
     from turbolens_server.loading.errors import LoadError
     from turbolens_server.sae.bundle import BundleError
 
     try:
+        if config.out is not None:
+            check_writable(config.out.parent)
         result = run(config)
-    except (LoadError, BundleError, ValueError) as error:
+    except (LoadError, BundleError, ValueError, WriteError) as error:
         sys.exit(f"turbolens bench: {error}")
     print(describe_machine(result["machine"]))
     for case in result["cases"]:
         print(describe_case(case))
     print(f"\n{to_markdown(result)}")
     if config.out is not None:
-        save(config.out, result)
+        try:
+            save(config.out, result)
+        except WriteError as error:
+            sys.exit(f"turbolens bench: {error}")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 
+from turbolens_server.files import write_file
 from turbolens_server.loading.device import versions
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[3]
@@ -80,11 +81,10 @@ def assemble(benchmark: str, rounds: int, cases: Sequence[Mapping[str, Any]], **
 
 def save(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1)
     # The times of a row on one line: a result is also read by people.
     text = re.sub(r"\[[-\d.e,\s]+\]", lambda found: " ".join(found[0].split()), text)
-    path.write_text(text + "\n")
+    write_file(path, text + "\n")
     print(f"wrote {path}", file=sys.stderr)
 
 

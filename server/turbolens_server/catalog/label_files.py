@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.files import hash_file
-from turbolens_server.sae.bundle import amend_provenance, load_bundle
+from turbolens_server.sae.bundle import load_bundle
 
 _ENDINGS: Final = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -60,9 +60,9 @@ def import_labels(config: ImportLabelsConfig) -> int:
             rows.append(FeatureLabels(index, label.value, label.score, (label,), examples))
         else:
             rows.append(FeatureLabels(index, "", 0.0, (), examples))
-    write_labels(config.sae, rows)
-    amend_provenance(
+    write_labels(
         config.sae,
+        rows,
         zero_shot=None,  # labels by an encoder, if there were any, are gone
         labels={
             "source": config.source,

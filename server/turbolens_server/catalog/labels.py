@@ -9,12 +9,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from turbolens_server.sae.bundle import FEATURES_FILE, BundleError
+from turbolens_server.sae.bundle import FEATURES_FILE, BundleError, amend_bundle
 
 FILE_NAME: Final = FEATURES_FILE
 _LABEL: Final = pa.struct(
@@ -87,10 +87,21 @@ class FeatureLabels:
     """The pictures that lift it most, strongest first, each picture once."""
 
 
-def write_labels(folder: Path, rows: Sequence[FeatureLabels]) -> None:
-    """Write what is known of a bundle's features, in place of what the folder had."""
+def write_labels(folder: Path, rows: Sequence[FeatureLabels], **entries: Any) -> None:
+    """Write what is known of a bundle's features, in place of what the folder had.
+
+    Args:
+        folder: the bundle.
+        rows: one for each feature.
+        entries: of the bundle's provenance, which tell of them; None removes one.
+
+    Raises:
+        WriteError: they cannot be written; those from before stay.
+    """
     table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
-    pq.write_table(table, folder / FILE_NAME, compression="zstd")
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd")
+    amend_bundle(folder, {FILE_NAME: content.getvalue().to_pybytes()}, **entries)
 
 
 def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from turbolens_server.files import hash_file
+from turbolens_server.files import first_line, hash_file, whole_folder, write_file, write_files
 
 FORMAT_VERSION: Final = 1
 Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka", "turbolens-temporal"]
@@ -40,6 +42,8 @@ _MEANINGS: Final = {
 FEATURES_FILE: Final = "features.parquet"
 """Written and read by `turbolens_server.catalog.labels`."""
 _STATS_FILE: Final = "feature_stats.safetensors"
+_WEIGHTS_FILE: Final = "sae_weights.safetensors"
+_PROVENANCE_FILE: Final = "provenance.json"
 
 _MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
 """What an architecture has beside the four tensors of all."""
@@ -196,12 +200,15 @@ def save_bundle(
     name: str | None = None,
     nesting: Nesting | None = None,
 ) -> None:
-    """Write a bundle; `features.parquet` is the catalog's to add.
+    """Write a bundle, whole or not at all; `features.parquet` is the catalog's to add.
 
     Of an older bundle in the folder, what was known of its features goes unless the weights are the same: a feature of
     other weights must not be served under an old one's label or statistics.
+
+    Raises:
+        BundleError: the weights are none of an SAE.
+        WriteError: it cannot be written; the older one stays as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     check_weights(weights, str(folder))
     d_in, d_sae = weights.W_enc.shape
     config: dict[str, Any] = {
@@ -231,30 +238,72 @@ def save_bundle(
         config |= dataclasses.asdict(nesting)
     if weights.scales is not None:
         config |= {"steps": len(weights.scales)}
-    (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights_file = folder / "sae_weights.safetensors"
-    before = hash_file(weights_file) if weights_file.exists() else None
-    save_file({n: t.float().contiguous() for n, t in weights.tensors().items()}, weights_file)
-    if hash_file(weights_file) != before:
-        for known in (FEATURES_FILE, _STATS_FILE):
-            (folder / known).unlink(missing_ok=True)
-    if stats is not None:
-        save_stats(folder, stats)
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    with whole_folder(folder, replace=True) as whole:
+        (whole / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
+        (whole / _WEIGHTS_FILE).write_bytes(save({n: t.float().contiguous() for n, t in weights.tensors().items()}))
+        (whole / _PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+        if stats is not None:
+            (whole / _STATS_FILE).write_bytes(_stats_content(stats))
+        _keep_others(folder, whole)
+
+
+def _keep_others(folder: Path, whole: Path) -> None:
+    """Take over what a new bundle does not bring itself from the one whose place it takes."""
+    before = folder / _WEIGHTS_FILE
+    same = before.is_file() and hash_file(before) == hash_file(whole / _WEIGHTS_FILE)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (whole / path.name).exists() or (path.name in (FEATURES_FILE, _STATS_FILE) and not same):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, whole / path.name)
+        else:
+            shutil.copyfile(path, whole / path.name)
 
 
 def save_stats(folder: Path, stats: FeatureStats) -> None:
-    """Write a bundle's statistics."""
-    tensors = {f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
-    save_file(tensors, folder / _STATS_FILE)
+    """Write a bundle's statistics.
+
+    Raises:
+        WriteError: they cannot be written; those from before stay.
+    """
+    write_file(folder / _STATS_FILE, _stats_content(stats))
 
 
-def amend_provenance(folder: Path, **entries: Any) -> None:
-    """Add entries to a bundle's provenance, in place of those of the same name; None removes one."""
-    path = folder / "provenance.json"
-    known = {**(json.loads(path.read_text()) if path.exists() else {}), **entries}
+def _stats_content(stats: FeatureStats) -> bytes:
+    return bytes(save({f.name: torch.from_numpy(getattr(stats, f.name)) for f in dataclasses.fields(stats)}))
+
+
+def amend_bundle(folder: Path, files: Mapping[str, bytes], **entries: Any) -> None:
+    """Write files of a bundle together with entries of its provenance, which tell of them.
+
+    Args:
+        folder: the bundle.
+        files: contents by name.
+        entries: of the provenance, in place of those of the same name; None removes one.
+
+    Raises:
+        BundleError: the provenance from before is malformed.
+        WriteError: one cannot be written; all stay as they were.
+    """
+    known = {**_read_provenance(folder), **entries}
     kept = {name: entry for name, entry in known.items() if entry is not None}
-    path.write_text(json.dumps(kept, indent=2) + "\n")
+    contents: dict[Path, bytes | str] = {folder / name: content for name, content in files.items()}
+    write_files({**contents, folder / _PROVENANCE_FILE: json.dumps(kept, indent=2) + "\n"})
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    path = folder / _PROVENANCE_FILE
+    return _read_object(path) if path.exists() else {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: unreadable ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise BundleError(f"{path}: holds a {type(found).__name__}, expected an object")
+    return found
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -263,14 +312,14 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: a file is missing, malformed or disagrees with another.
     """
-    for name in ("cfg.json", "sae_weights.safetensors"):
+    for name in ("cfg.json", _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise BundleError(f"{folder}: {name} is missing")
+    config = _read_object(folder / "cfg.json")
     try:
-        config = json.loads((folder / "cfg.json").read_text())
-        tensors = load_file(folder / "sae_weights.safetensors")
-    except Exception as error:  # json and safetensors raise many kinds for broken files
-        raise BundleError(f"{folder}: unreadable ({error})") from error
+        tensors = load_file(folder / _WEIGHTS_FILE)
+    except Exception as error:  # safetensors raises many kinds for broken files
+        raise BundleError(f"{folder / _WEIGHTS_FILE}: unreadable ({first_line(error)})") from error
     architecture = config.get("architecture")
     if architecture not in ARCHITECTURES:
         raise BundleError(f"{folder}: architecture {architecture!r}; served are {', '.join(ARCHITECTURES)}")
@@ -295,7 +344,6 @@ def load_bundle(folder: Path) -> Bundle:
     hook_point = ours.get("hook_point")
     if not hook_point:
         raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
-    provenance_file = folder / "provenance.json"
     return Bundle(
         name=ours.get("name") or hook_point,
         hook_point=hook_point,
@@ -303,9 +351,9 @@ def load_bundle(folder: Path) -> Bundle:
         k=k,
         weights=weights,
         stats=_load_stats(folder, weights.W_enc.shape[1]),
-        hash=hash_file(folder / "sae_weights.safetensors"),
+        hash=hash_file(folder / _WEIGHTS_FILE),
         model_hash=ours.get("model_hash"),
-        provenance=json.loads(provenance_file.read_text()) if provenance_file.exists() else {},
+        provenance=_read_provenance(folder),
         folder=folder,
         nesting=nesting,
     )

@@ -3,7 +3,7 @@
     <root>/lock                          held while something is made or removed
     <root>/graphs/<key>/                 one entry: its files and manifest.json
     <root>/engines/<key>/
-    <root>/{graphs,engines}/.partial-*   being made, or left by a process that was killed
+    <root>/{graphs,engines}/.<key>-*     being made, or left by a process that was killed
 
 An entry is made in a partial folder and renamed when its files and its manifest are on the disk, so a reader sees all
 of it or nothing. The manifest holds the key in words and every file's size and SHA-256; both are checked at each load.
@@ -18,19 +18,19 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from turbolens_server.files import hash_file
+from turbolens_server.files import hash_file, whole_folder
 from turbolens_server.unet.backend import BackendError
 
 Kind = Literal["graphs", "engines"]
 KINDS: Final[tuple[Kind, ...]] = ("graphs", "engines")
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
-_PARTIAL: Final = ".partial-"
+_PARTIAL: Final = "."
+"""What the names of folders that are being made begin with."""
 _GIB: Final = 2**30
 
 
@@ -112,16 +112,11 @@ class ArtifactCache:
                         f"{self.root}: {free / _GIB:.1f} GiB free, about {needs_bytes / _GIB:.1f} GiB needed; "
                         "free some, or name another folder by --cache"
                     )
-                partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.root / kind))
-                try:
-                    _complete(partial, kind, key, make(partial))
-                    partial.rename(self.folder(kind, key))
-                    _sync(self.root / kind)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                with whole_folder(self.folder(kind, key)) as folder:
+                    _complete(folder, kind, key, make(folder))
                 return self.verify(self.folder(kind, key))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise BackendError(f"{self.root}: no space left; free some, or name another by --cache") from error
             raise BackendError(f"{self.root}: cannot be written ({error}); name another folder by --cache") from error
 
@@ -205,20 +200,7 @@ class ArtifactCache:
 
 
 def _complete(folder: Path, kind: Kind, key: Mapping[str, Any], notes: dict[str, Any]) -> None:
-    """Write the manifest of what is in a folder, and force all of it to the disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+    """Write the manifest of what is in a folder."""
+    files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
     manifest = {"format": _FORMAT, "kind": kind, "key": dict(key), "files": files, "notes": notes}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(folder / _MANIFEST)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

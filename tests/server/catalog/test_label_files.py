@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import stat
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,8 @@ from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.label_files import LabelFileError, import_labels
 from turbolens_server.catalog.labels import Example, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.search import nearness
-from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle
+from turbolens_server.files import WriteError
+from turbolens_server.sae.bundle import BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle, save_stats
 
 D_SAE = 8
 ROWS = [
@@ -56,6 +59,59 @@ def test_other_weights_take_the_labels_and_statistics_of_the_old_ones_away(bundl
     save(bundle, dataclasses.replace(WEIGHTS, b_enc=torch.ones(D_SAE)), None)
     assert read_labels(bundle, D_SAE) == {}
     assert load_bundle(bundle).stats is None
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("most", [0, 100, 400])
+def test_a_full_disk_takes_nothing_of_a_bundle_away(bundle, tmp_path, full_disk, most):
+    """Neither its labels, whatever of them would have fitted, nor its weights for half of others."""
+    before = content(bundle)
+    file = write(tmp_path / "a.json", ROWS)
+    with full_disk(most), pytest.raises(WriteError, match=r"features\.parquet: cannot be written \(File too large"):
+        import_labels(config(file, bundle))
+    with full_disk(most), pytest.raises(WriteError, match=r"mid\.0: cannot be written"):
+        save(bundle, dataclasses.replace(WEIGHTS, b_enc=torch.ones(D_SAE)), STATS)
+    with full_disk(0), pytest.raises(WriteError, match=r"feature_stats\.safetensors: cannot be written"):
+        save_stats(bundle, STATS)
+    assert content(bundle) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "mid.0"]
+
+
+def test_what_else_lies_in_a_bundles_folder_stays(bundle):
+    (bundle / "README.md").write_text("ours")
+    (bundle / "more").mkdir()
+    (bundle / "more" / "file").write_text("too")
+    save(bundle, dataclasses.replace(WEIGHTS, b_enc=torch.ones(D_SAE)), None)
+    assert (bundle / "README.md").read_text() == "ours"
+    assert (bundle / "more" / "file").read_text() == "too"
+
+
+def test_whoever_the_umask_allows_may_read_a_bundle(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save(tmp_path / "mid.0", WEIGHTS, STATS)
+        write_labels(tmp_path / "mid.0", [])
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "mid.0").iterdir()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o644}
+    assert stat.S_IMODE((tmp_path / "mid.0").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    "name", ["cfg.json", "sae_weights.safetensors", "feature_stats.safetensors", "provenance.json"]
+)
+def test_a_cut_file_of_a_bundle_is_one_line_that_names_it(bundle, name):
+    save(bundle, WEIGHTS, STATS)
+    path = bundle / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BundleError, match=name) as caught:
+        load_bundle(bundle)
+    assert "\n" not in str(caught.value)
 
 
 def write(path, rows):

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -108,16 +109,12 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path, value: float) -> No
     assert not list(cache.problems())
 
 
-def test_a_disk_that_fails_leaves_no_part_of_a_shard(tmp_path: Path) -> None:
+def test_a_disk_that_fails_leaves_no_part_of_a_shard(tmp_path: Path, full_disk) -> None:
     """The system itself refuses the write: here by its limit on the size of a file."""
     cache = some_cache(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        with pytest.raises(CacheError, match=r"00000007: cannot be written \(File too large; .* MB free\); make room"):
-            cache.write(7, some_updates())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = r"00000007: cannot be written \(File too large; .* MB free\); make room"
+    with full_disk(200), pytest.raises(CacheError, match=told):
+        cache.write(7, some_updates())
     assert cache.shards() == [0]
     assert not list(cache.problems())
 
@@ -156,6 +153,26 @@ def test_a_file_cut_short_is_never_read(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CacheError, match=path.name):
         cache.read(0)
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"files": 3}', '{"files": {"pictures.parquet": {}}}', "[]", "3"])
+def test_a_shards_manifest_of_another_form_is_one_line(tmp_path: Path, manifest: str) -> None:
+    cache = some_cache(tmp_path)
+    (cache.folder / "shards" / "00000000" / "shard.json").write_text(manifest)
+    with pytest.raises(CacheError, match=r"shard\.json: "):
+        cache.read(0)
+    assert list(cache.problems())
+
+
+def test_whoever_the_umask_allows_may_read_a_cache(tmp_path: Path) -> None:
+    """As the training of another account of the same machine, or in a container."""
+    before = os.umask(0o022)
+    try:
+        cache = some_cache(tmp_path)
+    finally:
+        os.umask(before)
+    for path in [cache.folder, *cache.folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644)
 
 
 def test_a_folder_that_is_no_cache_is_one_clear_error(tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ class Harmful:
         ({"gen_args.json": b"{}"}, r"gen_args\.json: no prompts and seed"),
         ({"gen_args.json": b"[1"}, r"gen_args\.json: no prompts and seed"),
         ({"gen_args.json": b'{"prompt": ["a"], "seed": 1}'}, r"1 prompts and 2 seeds for 2 pictures"),
+        ({"gen_args.json": b'{"prompt": "ab", "seed": 1}'}, r"no prompts and seed in it .*no lists"),
+        ({"gen_args.json": b'{"prompt": ["a", null], "seed": 1}'}, r"gen_args\.json: a prompt is None, expected text"),
+        ({"gen_args.json": b'{"prompt": ["a", 5], "seed": 1}'}, r"a prompt is 5, expected text"),
+        (
+            {"gen_args.json": b'{"prompt": ["a", "b"], "seed": 9223372036854775808}'},
+            r"a seed is 9223372036854775808, expected",
+        ),
+        ({"gen_args.json": b'{"prompt": ["a", "b"], "seed": -1}'}, r"a seed is -1, expected a whole number from 0"),
+        ({"gen_args.json": b'{"prompt": ["a", "b"], "seed": 1.5}'}, r"a seed is 1\.5, expected a whole number"),
+        ({"gen_args.json": b'{"prompt": ["a", "b"], "seed": null}'}, r"a seed is None, expected a whole number"),
+        ({"diff.pth": pickled(torch.zeros(2, 1001, 1, 1, 1))}, r"1001 steps, expected floats of 1 to 1000"),
+        ({"diff.pth": pickled(torch.zeros(2, 1, 1, 1, 1, dtype=torch.int64))}, r"int64 of 1 steps, expected floats"),
     ],
 )
 def test_a_bad_sample_is_one_line_and_runs_no_code(
@@ -121,3 +133,43 @@ def test_tars_that_disagree_or_are_cut_short_are_refused(tmp_path: Path) -> None
         list(read_tar(path))
     with pytest.raises(CacheError, match="no tar named after a block"):
         import_tars(tmp_path / "cache", tmp_path / "cache")
+
+
+def test_a_cache_is_known_by_every_byte_of_its_tars(tmp_path: Path) -> None:
+    """Two tars of one length that differ in their last prompt alone are two caches."""
+    keys = set()
+    for name in ("one", "two"):
+        write_folder(tmp_path / name)
+        for module in BLOCKS.values():
+            path = tmp_path / name / f"{module}.tar"
+            content = path.read_bytes()
+            assert content.count(b'"p2"') == 1
+            path.write_bytes(content if name == "one" else content.replace(b'"p2"', b'"x2"'))
+        keys.add(import_tars(tmp_path / name, tmp_path / "cache").key)
+    assert len(keys) == 2
+
+
+def test_a_tar_that_ends_before_the_others_is_refused(tmp_path: Path) -> None:
+    """The first one too, whose end would otherwise be the end of all."""
+    write_folder(tmp_path)
+    first = tmp_path / "unet.down_blocks.2.attentions.1.tar"
+    write_tar(first, [sample(diff, [f"p{i}", "q"]) for i, diff in enumerate(tensors(4)[:2])])
+    with pytest.raises(CacheError, match=r"mid_block\.attentions\.0\.tar: has a sample_2 that .*down_blocks.* lacks"):
+        import_tars(tmp_path, tmp_path / "cache")
+
+
+def test_a_tar_cut_between_two_files_is_no_shorter_tar(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    path = tmp_path / "unet.mid_block.attentions.0.tar"
+    with tarfile.open(path) as tar:
+        end = next(member.offset for member in tar if member.name.startswith("sample_2"))
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(CacheError, match=r"mid_block\.attentions\.0\.tar: .* cut off"):
+        import_tars(tmp_path, tmp_path / "cache")
+
+
+def test_two_tars_of_one_block_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    write_tar(tmp_path / "mid_0.tar", [sample(tensors(1)[0], ["a", "b"])])
+    with pytest.raises(CacheError, match=r"attentions\.0\.tar: is of mid\.0, as mid_0\.tar is"):
+        import_tars(tmp_path, tmp_path / "cache")

@@ -14,7 +14,7 @@ from turbolens_server.engine.types import Job
 from turbolens_server.files import hash_file
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.load import load_engine
-from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_provenance, load_bundle, save_bundle
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_bundle, load_bundle, save_bundle
 from turbolens_training.catalog import cli
 from turbolens_training.catalog.build import complete_stats
 
@@ -184,7 +184,7 @@ def test_labels_are_imported_by_the_same_command(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps([{"index": 2, "label": "a dog"}]))
-    amend_provenance(bundle, zero_shot={"encoder": "clip"})
+    amend_bundle(bundle, {}, zero_shot={"encoder": "clip"})
     argv = ["import-labels", str(tmp_path / "labels.json"), "--sae", str(bundle), "--source", "x", "--licence", "MIT"]
     cli.main(argv)
     assert "1 labels of x" in capsys.readouterr().out

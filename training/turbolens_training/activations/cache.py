@@ -10,9 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from turbolens_server.files import WriteError, first_line, hash_file, whole_folder, write_file
 from turbolens_training.activations.stream import StepUpdates
 
 VERSION: Final = 1
@@ -69,8 +67,10 @@ class ShardCache:
         manifest = _read_json(folder / _MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("format") != "turbolens-activations":
             raise CacheError(f"{folder / _MANIFEST}: not version {VERSION} of the cache's format")
-        self.recipe: dict[str, Any] = manifest["recipe"]
-        self.key: str = manifest["key"]
+        self.recipe: dict[str, Any] = manifest.get("recipe", {})
+        self.key: str = manifest.get("key", "")
+        if not isinstance(self.recipe, dict) or not isinstance(self.key, str):
+            raise CacheError(f"{folder / _MANIFEST}: its recipe or key is of another form")
 
     @classmethod
     def create(cls, root: Path, recipe: Mapping[str, Any]) -> ShardCache:
@@ -86,9 +86,9 @@ class ShardCache:
             manifest = {"format": "turbolens-activations", "version": VERSION, "key": key, "recipe": dict(recipe)}
             try:
                 (folder / _SHARDS).mkdir(parents=True, exist_ok=True)
-                partial = folder / f".{_MANIFEST}-{uuid.uuid4().hex[:8]}"
-                _write(partial, json.dumps(manifest, indent=1).encode())
-                partial.replace(folder / _MANIFEST)
+                write_file(folder / _MANIFEST, json.dumps(manifest, indent=1))
+            except WriteError as error:
+                raise CacheError(str(error)) from error
             except OSError as error:
                 raise CacheError(f"{folder}: cannot be written ({error.strerror})") from error
         return cls(folder)
@@ -107,24 +107,13 @@ class ShardCache:
         Raises:
             CacheError: a value is not finite in float16, or the disk is full or fails. No part of the shard stays.
         """
-        final = self._path(index)
-        partial = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}")
         try:
-            partial.mkdir()
-            self._write_files(partial, updates)
-            try:
-                partial.rename(final)
-            except OSError:
-                if not final.exists():
-                    raise
-        except OSError as error:
-            free = shutil.disk_usage(self.folder).free
+            with whole_folder(self._path(index)) as folder:
+                self._write_files(folder, updates)
+        except WriteError as error:
             raise CacheError(
-                f"{final}: cannot be written ({error.strerror}; {free / 1e6:,.0f} MB free); make room or use another "
-                "cache folder, the shards before it are whole"
+                f"{error}; make room or use another cache folder, the shards before it are whole"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def read(self, index: int) -> StoredUpdates:
         """Shard `index`, mapped into memory; its checksums are looked at by :meth:`problems` only.
@@ -135,26 +124,10 @@ class ShardCache:
         folder = self._path(index)
         if index not in self:
             raise CacheError(f"{self.folder}: no shard {index}; it has {len(self.shards())}")
-        manifest = _read_json(folder / _SHARD_MANIFEST)
-        for name, entry in manifest["files"].items():
-            path = folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != entry["bytes"]:
-                raise CacheError(f"{path}: {'missing' if size is None else f'{size} bytes'}, not {entry['bytes']}")
         try:
-            rows = pq.read_table(folder / _SIDECAR, schema=_SIDECAR_SCHEMA).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CacheError(f"{folder / _SIDECAR}: cannot be read ({str(error).splitlines()[0]})") from error
-        pictures = [row for row in rows if row["step"] == 0]
-        timesteps = tuple(manifest["timesteps"])
-        by_block = {
-            block: tuple(
-                _map(folder / _file(block, step), (manifest["images"], *shape)) for step in range(len(timesteps))
-            )
-            for block, shape in manifest["blocks"].items()
-        }
-        captions, seeds = tuple(row["prompt"] for row in pictures), tuple(row["seed"] for row in pictures)
-        return StoredUpdates(captions, seeds, timesteps, by_block)
+            return _read_shard(folder, _read_json(folder / _SHARD_MANIFEST))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"{folder / _SHARD_MANIFEST}: malformed ({error!r})") from error
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the cache, a line each; every byte is read."""
@@ -167,11 +140,13 @@ class ShardCache:
             try:
                 files = _read_json(path / _SHARD_MANIFEST)["files"]
                 for name, entry in files.items():
-                    if (path / name).exists() and _sha256(path / name) != entry["sha256"]:
+                    if (path / name).exists() and hash_file(path / name) != entry["sha256"]:
                         yield f"{path / name}: the content is not what was written"
                 self.read(int(path.name))
-            except (CacheError, KeyError, TypeError, AttributeError) as error:
-                yield f"{path}: {error!r}" if not isinstance(error, CacheError) else str(error)
+            except CacheError as error:
+                yield str(error)
+            except (KeyError, TypeError, AttributeError) as error:
+                yield f"{path / _SHARD_MANIFEST}: malformed ({error!r})"
 
     def _path(self, index: int) -> Path:
         return self.folder / _SHARDS / f"{index:08d}"
@@ -223,6 +198,26 @@ def find_caches(path: Path) -> list[ShardCache]:
     return [ShardCache(folder) for folder in folders]
 
 
+def _read_shard(folder: Path, manifest: Mapping[str, Any]) -> StoredUpdates:
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != entry["bytes"]:
+            raise CacheError(f"{path}: {'missing' if size is None else f'{size} bytes'}, not {entry['bytes']}")
+    try:
+        rows = pq.read_table(folder / _SIDECAR, schema=_SIDECAR_SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CacheError(f"{folder / _SIDECAR}: cannot be read ({first_line(error)})") from error
+    pictures = [row for row in rows if row["step"] == 0]
+    timesteps = tuple(manifest["timesteps"])
+    by_block = {
+        block: tuple(_map(folder / _file(block, step), (manifest["images"], *shape)) for step in range(len(timesteps)))
+        for block, shape in manifest["blocks"].items()
+    }
+    captions, seeds = tuple(row["prompt"] for row in pictures), tuple(row["seed"] for row in pictures)
+    return StoredUpdates(captions, seeds, timesteps, by_block)
+
+
 def _file(block: str, step: int) -> str:
     return f"{block}.{step}.f16"
 
@@ -236,11 +231,8 @@ def _map(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file down to the disk; returns its length and checksum."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file of a shard; returns its length and checksum."""
+    path.write_bytes(content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -252,8 +244,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CacheError(f"{path}: not an object")
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

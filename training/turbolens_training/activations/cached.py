@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
@@ -58,7 +59,7 @@ class ShardSource:
         self.chunks = len(self._shards)
         first = cache.read(shards[0]).by_block
         self.widths = {block: updates[0].shape[-1] for block, updates in first.items()}
-        self.identity = f"{cache.key}/{len(shards)}"
+        self.identity = f"{cache.key}/{hashlib.sha256(str(shards).encode()).hexdigest()}"
         self.kind = f"activation cache {cache.key}"
 
     def updates(self, index: int) -> StoredUpdates:

@@ -138,13 +138,14 @@ class PromptStream:
         self._multi_steps = multi_steps
         self.widths = {point.name: point.d_model for point in engine.info.hook_points}
         self.kind = prompts.kind
-        self.identity = "/".join(filter(None, (engine.info.model_hash, prompts.identity)))
+        self.identity = "/".join(filter(None, (engine.info.model_hash, engine.info.components_hash, prompts.identity)))
 
     def recipe(self) -> dict[str, Any]:
         """All that decides a chunk beside its index, as plain values."""
         info = self.engine.info
         return {
             "model_hash": info.model_hash,
+            "components_hash": info.components_hash,
             "dtype": info.dtype,
             "size": list(info.default_size),
             "hook_points": [point.name for point in info.hook_points],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
 from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.load import load_engine
-from turbolens_server.sae.bundle import Bundle, FeatureStats, amend_provenance, save_stats
+from turbolens_server.sae.bundle import Bundle, FeatureStats, save_stats
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.temporal import side_by_side
@@ -109,8 +109,8 @@ def _from_scenes(
         bundle = saes[point.name].bundle
         truth = seen.truth(point.grid(*engine.info.default_size))
         rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
-        _write(config, engine, bundle, rows, top[point.name].examples(), batches * config.batch)
-        amend_provenance(_folder(bundle), labels=None, zero_shot=None)  # labels of others are gone
+        gone = {"labels": None, "zero_shot": None}  # those of others
+        _write(config, engine, bundle, rows, top[point.name].examples(), batches * config.batch, gone)
         table.append(summary(point.name, rows))
     if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
         mix = config.steps if steps is None else (steps,)
@@ -145,9 +145,8 @@ def _from_prompts(
         if namer is not None:
             known = {**without_zero_shot(known), **named[block]}
         rows = [known.get(index, FeatureLabels(index, "", 0.0, ())) for index in range(sae.bundle.d_sae)]
-        _write(config, engine, sae.bundle, rows, examples[block], len(prompts))
-        if namer is not None:
-            amend_provenance(_folder(sae.bundle), zero_shot={**namer.provenance, "labelled": len(named[block])})
+        new = {} if namer is None else {"zero_shot": {**namer.provenance, "labelled": len(named[block])}}
+        _write(config, engine, sae.bundle, rows, examples[block], len(prompts), new)
     if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
         _measure(lacking, _progress(data(), "statistics", batches))
 
@@ -176,15 +175,14 @@ def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
 
 def _write(
     config: BuildConfig, engine: Engine, bundle: Bundle, rows: list[FeatureLabels],
-    examples: list[tuple[Example, ...]], pictures: int,
+    examples: list[tuple[Example, ...]], pictures: int, entries: Mapping[str, object | None],
 ) -> None:  # fmt: skip
-    folder = _folder(bundle)
-    write_labels(folder, [dataclasses.replace(row, examples=examples[row.index]) for row in rows])
     made_from = "captioned scenes" if config.prompts is None else Path(config.prompts).name
     made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}
     if engine.info.saes[bundle.name].forced:
         made["forced_on"] = engine.info.model_hash
-    amend_provenance(folder, catalog=made)
+    shown = [dataclasses.replace(row, examples=examples[row.index]) for row in rows]
+    write_labels(_folder(bundle), shown, catalog=made, **entries)
 
 
 def _folder(bundle: Bundle) -> Path:

@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
     """Entry point: one line and exit code 1 for what cannot be done."""
     command: Command = tyro.cli(Command, args=argv, prog="turbolens catalog", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
+    from turbolens_server.files import WriteError
     from turbolens_server.loading.errors import LoadError
 
     try:
@@ -32,5 +33,5 @@ def main(argv: list[str]) -> None:
                 from turbolens_server.catalog.label_files import import_labels
 
                 print(f"{import_labels(command)} labels of {command.source} for {command.sae}")
-    except (LoadError, ValueError) as error:
+    except (LoadError, ValueError, WriteError) as error:
         sys.exit(f"turbolens catalog: {error}")

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.info import EngineInfo
+from turbolens_server.files import write_file
 from turbolens_server.loading.device import versions
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
@@ -261,7 +262,7 @@ def evaluate(config: EvalConfig) -> None:
         # After every part: a run that is cut short leaves what it has measured.
         write_report(config.out, "SAEs and steering against the truth", facts, sections)
         run = {**facts, "settings": settings, "seconds": seconds}
-        (config.out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        write_file(config.out / "run.json", json.dumps(run, indent=1) + "\n")
     print(config.out / "report.html")
 
 

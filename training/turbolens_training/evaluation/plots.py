@@ -10,6 +10,8 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 
+from turbolens_server.files import whole_file
+
 mpl.use("Agg")  # no display
 from matplotlib import pyplot as plt
 
@@ -61,6 +63,6 @@ def contact_strip(
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as a PNG and let go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from turbolens_server.files import write_files
+
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as a Markdown table; its columns are those of all rows, in order of appearance."""
@@ -16,6 +18,5 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write `path`.md and `path`.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(markdown_table(rows))
-    path.with_suffix(".json").write_text(json.dumps(list(rows), indent=1) + "\n")
+    files = {".md": markdown_table(rows), ".json": json.dumps(list(rows), indent=1) + "\n"}
+    write_files({path.with_suffix(ending): content for ending, content in files.items()})

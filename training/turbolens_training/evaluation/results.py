@@ -8,6 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from turbolens_server.files import write_files
 from turbolens_training.evaluation.report import markdown_table, write_table
 
 Rows = Sequence[Mapping[str, object]]
@@ -38,12 +39,11 @@ class Section:
 
 def write_report(folder: Path, title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> None:
     """Write every table (JSON, Markdown), report.md and report.html; the figures are there already."""
-    folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for name, rows in section.tables.items():
             write_table(folder / name, rows)
-    (folder / "report.md").write_text(to_markdown(title, facts, sections))
-    (folder / "report.html").write_text(to_html(folder, title, facts, sections))
+    files = {"report.md": to_markdown(title, facts, sections), "report.html": to_html(folder, title, facts, sections)}
+    write_files({folder / name: content for name, content in files.items()})
 
 
 def to_markdown(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from turbolens_server.files import write_files
 from turbolens_training.evaluation.report import markdown_table
 
 _PICTURES: Final = ("dose.png", "strips.png")
@@ -51,16 +51,14 @@ def best_curves(dose: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def summarize(work: Path, folder: Path) -> None:
     """Write `folder`/README.md, its JSON tables and its pictures from what a rebuild left in `work`."""
-    folder.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {}
+    files: dict[str, bytes | str] = {}
     for name in _TABLES:
-        source = work / f"{name}.json"
-        tables[Path(name).name] = json.loads(source.read_text())
-        shutil.copyfile(source, folder / source.name)
-    for name in _PICTURES:
-        shutil.copyfile(work / "dose" / name, folder / name)
+        files[f"{Path(name).name}.json"] = content = (work / f"{name}.json").read_bytes()
+        tables[Path(name).name] = json.loads(content)
+    files |= {name: (work / "dose" / name).read_bytes() for name in _PICTURES}
     concepts = best_curves(tables["dose"])
-    (folder / "concepts.json").write_text(json.dumps(concepts, indent=1) + "\n")
+    files["concepts.json"] = json.dumps(concepts, indent=1) + "\n"
     sections = [
         "# The SAEs of `mini`\n",
         "Made by `turbolens train rebuild`; every number is measured on scenes that took no part in training.\n",
@@ -88,4 +86,5 @@ def summarize(work: Path, folder: Path) -> None:
         "the scenes of the choice.\n",
         markdown_table(tables["blocks"]),
     ]
-    (folder / "README.md").write_text("\n".join(sections))
+    files["README.md"] = "\n".join(sections)
+    write_files({folder / name: content for name, content in files.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from turbolens_server.files import whole_folder
 from turbolens_server.loading.hub import embedded_model
 from turbolens_server.loading.load import load_engine
 from turbolens_training.mini.config import MiniConfig
@@ -24,6 +25,6 @@ def run(config: MiniConfig) -> None:
     folder = train_mini(config)
     print(f"The model is in {folder}")
     if config.ship:
-        shutil.rmtree(embedded_model(), ignore_errors=True)
-        shutil.copytree(folder, embedded_model())
+        with whole_folder(embedded_model(), replace=True) as whole:
+            shutil.copytree(folder, whole, dirs_exist_ok=True)
         print(f"and in {embedded_model()}; run `turbolens train rebuild` for what depends on it")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Final
+
+OF_THE_MACHINE: Final = ("out", "device", "precision", "compile", "checkpoint_minutes", "ship", "report")
+"""Settings that say where and how fast a run goes, not what comes out but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ rendering of its own caption.
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
 from collections.abc import Callable, Iterator
 
@@ -163,6 +164,13 @@ def to_image(pictures: Tensor) -> Image.Image:
     rows, columns, _, height, width = pictures.shape
     sheet = pictures.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
     return Image.fromarray(((sheet + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+
+
+def as_png(image: Image.Image) -> bytes:
+    """An image as a PNG, as small as it gets."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def progress_sheet(pairs: Tensor, columns: int = 12, rows: int = 4) -> Image.Image:

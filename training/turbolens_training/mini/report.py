@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Job
+from turbolens_server.files import write_files
 from turbolens_training.mini.captions import describe
-from turbolens_training.mini.evaluate import HELD_OUT_SEED, HeldOut, psnr, score_attributes, to_image
+from turbolens_training.mini.evaluate import HELD_OUT_SEED, HeldOut, as_png, psnr, score_attributes, to_image
 from turbolens_training.mini.scenes import COUNT, decode_scenes, sample_codes
 
 _BATCH = 8
@@ -107,9 +108,11 @@ def to_markdown(report: dict[str, Any]) -> str:
 def write_report(engine: Engine, folder: Path, n: int = 1000) -> dict[str, Any]:
     """Measure and write `README.md`, `report.json` and `sheet.png` below `folder`; returns the report."""
     report, sheet = measure(engine, n)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(to_markdown(report))
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     rows = sheet.unflatten(1, (3, 8)).transpose(0, 1).flatten(0, 1)  # [3 * (1 + steps), 8, 3, H, W]
-    to_image(rows).save(folder / "sheet.png", optimize=True)
+    files: dict[str, bytes | str] = {
+        "README.md": to_markdown(report),
+        "report.json": json.dumps(report, indent=2) + "\n",
+        "sheet.png": as_png(to_image(rows)),
+    }
+    write_files({folder / name: content for name, content in files.items()})
     return report

@@ -9,7 +9,6 @@ whatever the caption leaves open (see :mod:`~turbolens_training.mini.scenes`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 import time
@@ -24,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from turbolens_server.files import whole_folder, write_file
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import tapped_forward
+from turbolens_training.checkpoints import add_rows, read_states, save_state
 from turbolens_training.mini import model as parts
 from turbolens_training.mini.captions import describe
-from turbolens_training.mini.config import MiniConfig
-from turbolens_training.mini.evaluate import progress_sheet, quick_scores
+from turbolens_training.mini.config import OF_THE_MACHINE, MiniConfig
+from turbolens_training.mini.evaluate import as_png, progress_sheet, quick_scores
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import (
     CODE_SIZES,
@@ -139,17 +140,29 @@ class Run:
         self.dtype = choose_precision(config.precision, self.device)
 
     def load(self, stage: str) -> dict[str, Any] | None:
-        path = self.folder / f"{stage}.pt"
-        return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
+        """The last whole checkpoint of a stage.
+
+        Raises:
+            ValueError: it is of a run with other settings.
+        """
+        state = next(read_states(self.folder / f"{stage}.pt", self.device, ("config", "modules")), None)
+        if state is not None and state["config"] != self._settings:
+            changed = [name for name, value in self._settings.items() if state["config"].get(name) != value]
+            told = f"of a run with another {', '.join(changed)}; choose another --out"
+            raise ValueError(f"{self.folder / stage}.pt: {told}")
+        return state
 
     def save(self, stage: str, state: dict[str, Any]) -> None:
-        path = self.folder / f"{stage}.pt"
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        save_state(self.folder / f"{stage}.pt", {"config": self._settings, **state})
 
     def log(self, **row: Any) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **row}) + "\n")
+        add_rows(self.folder / "log.jsonl", [{"time": round(time.time(), 1), **row}])
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        settings = dataclasses.asdict(self.config)
+        return {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
@@ -356,7 +369,7 @@ def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
             averaged = parts.build_unet().to(run.device)
             averaged.load_state_dict(ema.shadow)
             scores, sheet = quick_scores(one_step_latents(run, text, averaged.eval()), size)
-            progress_sheet(sheet).save(run.folder / "progress.png")
+            write_file(run.folder / "progress.png", as_png(progress_sheet(sheet)))
             tqdm.write(f"step {step}: {scores}")
             return scores
 
@@ -473,5 +486,6 @@ def train_mini(config: MiniConfig) -> Path:
     unet = train_unet(run, text)
     vae = polish_decoder(run, text, unet, train_vae(run))
     folder = config.out / "model"
-    parts.save_pipeline(folder, text, unet, vae, torch.float16)
+    with whole_folder(folder, replace=True) as whole:
+        parts.save_pipeline(whole, text, unet, vae, torch.float16)
     return folder

@@ -75,8 +75,8 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
     run = SaeRun(config, training, device, ranks=ranks)
     folder = config.work if ranks.world == 1 else config.work / f"rank-{ranks.rank}-of-{ranks.world}"
     checkpoint = folder / "state.pt"
-    if ranks.all(checkpoint.exists()):
-        run.resume(checkpoint)
+    if run.resume(checkpoint) and ranks.rank == 0:
+        print(f"going on from step {run.step} of {config.steps}", file=sys.stderr)
     with terminated() as stop:
         run.train(config.steps, checkpoint=checkpoint, stop=lambda: ranks.any(stop()))
     if run.step < config.steps:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from turbolens_server.files import write_file
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.reservoir import Reservoir
 from turbolens_training.activations.sources import TokenSource
+from turbolens_training.checkpoints import add_rows, cut_log, read_states, save_state
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
@@ -38,6 +39,8 @@ _LOOK_EVERY: Final = 25
 
 LOG: Final = "log.jsonl"
 """Beside the checkpoint."""
+_STATE: Final = ("config", "cursor", "generators", "reservoirs", "trainers")
+"""What a checkpoint has beside its step."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -206,20 +209,15 @@ class SaeRun:
 
     def _log(self, path: Path, progress: Mapping[str, Progress]) -> None:
         """Add a line for each SAE."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rate = self.config.rate(self.step - 1)
-        with path.open("a") as log:
-            for name, state in progress.items():
-                line = {"step": self.step, "block": name, "rate": rate, **dataclasses.asdict(state)}
-                log.write(json.dumps(line) + "\n")
+        at = {"step": self.step, "rate": self.config.rate(self.step - 1)}
+        add_rows(path, [{**at, "block": name, **dataclasses.asdict(state)} for name, state in progress.items()])
 
     def _failure(self, name: str, error: NonFiniteLoss, checkpoint: Path | None) -> ArithmeticError:
         """What to raise for a loss that is not finite, with its batch saved."""
         where = ""
         if checkpoint:
             path = checkpoint.with_name(f"not-finite-{name}-{self.step}.safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"batch": error.batch.contiguous()}, path)
+            write_file(path, save({"batch": error.batch.contiguous()}))
             where = f"; its batch is in {path}"
         return ArithmeticError(f"{name}, step {self.step}: {error}{where}")
 
@@ -281,25 +279,36 @@ class SaeRun:
             trainer.load_state_dict(trainers[name])
 
     def save(self, path: Path) -> None:
-        """Write the state; a write that is cut off leaves the last one whole, on every rank."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), path.with_suffix(".tmp"))
-        self._ranks.barrier()
-        path.with_suffix(".tmp").replace(path)
-
-    def resume(self, path: Path) -> None:
-        """Go on from a file that `save` wrote; the log loses what came after it.
+        """Write the state; a write that is cut off leaves the last one whole, on every rank.
 
         Raises:
+            WriteError: it cannot be written; the last one is as it was.
+        """
+        save_state(path, self.state_dict(), barrier=self._ranks.barrier)
+
+    def resume(self, path: Path) -> bool:
+        """Go on from the last checkpoint that is whole on every rank, if there is one; the log loses what came after.
+
+        Args:
+            path: of the last checkpoint, as `save` got it.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
             ValueError: it is the state of a run with other settings, or other ranks are at another step. They would
                 ask for different chunks, and wait for each other for ever.
         """
-        self.load_state_dict(torch.load(path, map_location=self._device, weights_only=True))
-        steps = self._ranks.gather(self.step)
-        if len({*steps}) > 1:
-            told = ", ".join(f"rank {rank} at {step}" for rank, step in enumerate(steps))
+        states = read_states(path, self._device, _STATE)
+        state = next(states, None)
+        steps = self._ranks.gather(None if state is None else state["step"])
+        known = [step for step in steps if step is not None]
+        if not known:
+            return False
+        if state is not None and len(known) == len(steps) and state["step"] > min(known):
+            state = next(states, state)  # a rank was stopped before it had put its own in place
+        steps = self._ranks.gather(None if state is None else state["step"])
+        if state is None or len({*steps}) > 1:
+            told = ", ".join(f"rank {rank} at {'none' if at is None else at}" for rank, at in enumerate(steps))
             raise ValueError(f"the ranks' checkpoints are of different steps ({told}); choose another --work")
-        log = path.with_name(LOG)
-        if log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            log.write_text("".join(line + "\n" for line in kept))
+        self.load_state_dict(state)
+        cut_log(path.with_name(LOG), self.step)
+        return True

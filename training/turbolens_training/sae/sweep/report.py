@@ -12,6 +12,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # no display
 from matplotlib import pyplot as plt
 
+from turbolens_server.files import write_files
 from turbolens_training.evaluation.plots import save_figure
 from turbolens_training.evaluation.report import markdown_table
 
@@ -23,7 +24,6 @@ _MARKS: Final = {"batch-topk": "s", "jumprelu": "^", "matryoshka": "D", "tempora
 
 def write_sweep(folder: Path, results: Results) -> None:
     """Write sweep.md, sweep.json and sweep.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = [
         "# A sweep of SAEs",
         "On held-out data, as served: explained variance / mean number of active features / dead features.",
@@ -31,8 +31,8 @@ def write_sweep(folder: Path, results: Results) -> None:
         "![Explained variance against the number of active features](sweep.png)",
         markdown_table([variant_row(result) for result in results if "served" in result]),
     ]
-    (folder / "sweep.md").write_text("\n\n".join(parts))
-    (folder / "sweep.json").write_text(json.dumps(list(results), indent=1) + "\n")
+    files = {"sweep.md": "\n\n".join(parts), "sweep.json": json.dumps(list(results), indent=1) + "\n"}
+    write_files({folder / name: content for name, content in files.items()})
     plot_sweep(folder / "sweep.png", results)
 
 

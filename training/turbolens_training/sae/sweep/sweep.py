@@ -15,6 +15,7 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.files import first_line, write_file
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.prompts import open_prompts
@@ -70,7 +71,8 @@ def elect(grid: Sequence[Point]) -> set[Point]:
 
 def recipe_of(engine: Engine, prompts: str, settings: SaeConfig) -> dict[str, Any]:
     """What decides a point's result, as JSON has it; `prompts` is their identity, not the place that they are in."""
-    recipe = {"model_hash": engine.info.model_hash, **dataclasses.asdict(settings)}
+    info = engine.info
+    recipe = {"model_hash": info.model_hash, "components_hash": info.components_hash, **dataclasses.asdict(settings)}
     for name in (*OF_THE_MACHINE, *OF_EXPORT):
         del recipe[name]
     recipe["prompts"] = prompts
@@ -86,9 +88,13 @@ def read_result(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    kept: dict[str, Any] = json.loads(path.read_text())
-    if kept["recipe"] != recipe:
-        changed = [name for name, value in recipe.items() if kept["recipe"].get(name) != value]
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        of = dict(kept["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: unreadable ({first_line(error)}); delete it, and the point is made again") from error
+    if of != recipe:
+        changed = [name for name, value in recipe.items() if of.get(name) != value]
         raise ValueError(f"{path}: of a sweep with another {', '.join(changed)}; choose another --work")
     return kept
 
@@ -98,9 +104,7 @@ def once(path: Path, recipe: Mapping[str, Any], make: Callable[[], dict[str, Any
     if (kept := read_result(path, recipe)) is not None:
         return kept
     made = {"recipe": dict(recipe), **make()}
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(made, indent=1) + "\n")
-    partial.replace(path)
+    write_file(path, json.dumps(made, indent=1) + "\n")
     return made
 
 
