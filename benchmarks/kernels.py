@@ -29,7 +29,6 @@ POSITIONS: Final = 256
 PICTURES: Final = (1, 4, 8, 16)
 K: Final = (10, 20)
 MAX_L0: Final = 64
-PROBED: Final = 8
 EDITED: Final = 4
 """Features edited in each picture."""
 FLUSH_BYTES: Final = 256 * 2**20
@@ -69,11 +68,8 @@ def make_data(pictures: int) -> Data:
 def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
     """What is compared, by kernel; the first of each is the baseline."""
     from turbolens_server.kernels import fused
-    from turbolens_server.kernels.permutation import strided_order
 
     x, W_enc, bias, W_dec = data.x, data.W_enc, data.bias, data.W_dec
-    order = strided_order(D_SAE, fused.TOPK_TILES.block_n).cuda()
-    W_permuted, bias_permuted = W_enc[:, order].contiguous(), bias[order]
     every = dataclasses.replace(fused.TOPK_TILES, candidates=k)
 
     def encode(tiles: Any) -> Run:
@@ -83,7 +79,6 @@ def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
         "plain": lambda: plain.encode_topk(x, W_enc, bias, k),
         "fused": encode(fused.TOPK_TILES),
         "fused, k candidates a tile": encode(every),
-        "fused, strided order": lambda: fused.encode_topk(x, W_permuted, bias_permuted, k, order),
     }
     for tiles in fused.OTHER_TILES:
         topk[f"fused, {tiles.block_m} x {tiles.block_n}, {tiles.num_warps} warps"] = encode(tiles)
@@ -92,7 +87,6 @@ def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
     dense = torch.zeros(len(x), D_SAE, device="cuda", dtype=torch.float16)
     dense.scatter_(1, indices, values.half())
     W_wide = W_dec.float()  # the type in which plain torch gathers
-    probed = torch.arange(0, D_SAE, D_SAE // PROBED, device="cuda")
     entries = pictures * EDITED
     edits = (
         x.view(pictures, POSITIONS, D_MODEL),
@@ -111,10 +105,6 @@ def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
         "encode_jumprelu": {
             "plain": lambda: plain.encode_jumprelu(x, W_enc, bias, threshold, MAX_L0),
             "fused": lambda: fused.encode_jumprelu(x, W_enc, bias, threshold, MAX_L0),
-        },
-        "probe": {
-            "plain": lambda: plain.probe(x, W_enc, bias, probed),
-            "fused": lambda: fused.probe(x, W_enc, bias, probed),
         },
         "gather_decode": {
             "plain": lambda: plain.gather_decode(values, indices, W_wide),

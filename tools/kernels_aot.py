@@ -63,22 +63,19 @@ def _encoder(tiles: Tiles) -> tuple[dict[str, str], dict[str, Any]]:
     return types, {"w_stride_f": 1, "D": D_MODEL, **blocks}
 
 
-def _shortlist(tiles: Tiles, k: int, *, ids: bool = False, again: bool = False) -> Specimen:
+def _shortlist(tiles: Tiles, k: int, *, again: bool = False) -> Specimen:
     types, constants = _encoder(tiles)
     per_tile = k if again else candidates_for(D_SAE, k, tiles.block_n)
     what = f"k {k}, {per_tile} a tile of {tiles.block_m} x {tiles.block_n}"
-    what += ", permuted" * ids + ", flagged rows" * again
+    what += ", flagged rows" * again
     return Specimen(
         f"shortlist ({what})",
         kernels.shortlist,
-        {**types, "flags_ptr": INT, "keys_ptr": KEY, **({"ids_ptr": INT} if ids else {})},
-        {
-            **constants, "F": D_SAE, "PER_TILE": per_tile, "HAS_IDS": ids, "ONLY_FLAGGED": again,
-            **({} if ids else {"ids_ptr": None}),
-        },
+        {**types, "flags_ptr": INT, "keys_ptr": KEY},
+        {**constants, "F": D_SAE, "PER_TILE": per_tile, "ONLY_FLAGGED": again},
         tiles.num_warps,
         tiles.num_stages,
-    )  # fmt: skip
+    )
 
 
 def _merge(given: int, per_tile: int, k: int, *, again: bool = False, counts: bool = False) -> Specimen:
@@ -102,7 +99,7 @@ def specimens() -> list[Specimen]:
     count = triton.cdiv(D_SAE, tiles.block_n)
     types, constants = _encoder(jumping)
     found = [_shortlist(other, 10) for other in (tiles, *OTHER_TILES)]
-    found += [_shortlist(tiles, 20), _shortlist(tiles, 20, ids=True), _shortlist(tiles, 20, again=True)]
+    found += [_shortlist(tiles, 20), _shortlist(tiles, 20, again=True)]
     for k in (10, 20):
         few = candidates_for(D_SAE, k, tiles.block_n)
         found += [_merge(count * few, few, k), _merge(count * k, k, k, again=True)]
@@ -116,12 +113,6 @@ def specimens() -> list[Specimen]:
             jumping.num_stages,
         ),
         _merge(64, 64, 64, counts=True),
-        Specimen(
-            "probe_features",
-            kernels.probe_features,
-            {**types, "features_ptr": LONG, "out_ptr": FLOAT, "F": "i32"},
-            {**constants, "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 128},
-        ),
         Specimen(
             "decode_rows (k 20)",
             kernels.decode_rows,

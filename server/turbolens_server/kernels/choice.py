@@ -7,12 +7,11 @@ from typing import Final, Literal
 
 from turbolens_server.kernels import plain
 
-Kernel = Literal["encode_topk", "encode_jumprelu", "probe", "gather_decode", "apply_edits"]
+Kernel = Literal["encode_topk", "encode_jumprelu", "gather_decode", "apply_edits"]
 
 SERVES_ON_CUDA: Final[dict[Kernel, Literal["plain", "fused"]]] = {
     "encode_topk": "fused",
     "encode_jumprelu": "fused",
-    "probe": "plain",
     "gather_decode": "fused",
     "apply_edits": "fused",
 }

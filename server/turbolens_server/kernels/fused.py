@@ -68,13 +68,7 @@ def candidates_for(d_sae: int, k: int, block_n: int) -> int:
 
 
 def encode_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    bias: Tensor,
-    k: int,
-    feature_ids: Tensor | None = None,
-    *,
-    tiles: Tiles = TOPK_TILES,
+    x: Tensor, W_enc: Tensor, bias: Tensor, k: int, *, tiles: Tiles = TOPK_TILES
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values and indices [N, k] of the k largest pre-activations, and which rows [N] were done again (1) or not (0).
 
@@ -90,9 +84,9 @@ def encode_topk(
     if rows:
         most = min(k, tiles.block_n)
         few = min(most, tiles.candidates or candidates_for(d_sae, k, tiles.block_n))
-        _choose(x, W_enc, bias, feature_ids, values, indices, flagged, tiles, few, only_flagged=False)
+        _choose(x, W_enc, bias, values, indices, flagged, tiles, few, only_flagged=False)
         if few < most:
-            _choose(x, W_enc, bias, feature_ids, values, indices, flagged, tiles, most, only_flagged=True)
+            _choose(x, W_enc, bias, values, indices, flagged, tiles, most, only_flagged=True)
     return values, indices, flagged
 
 
@@ -100,7 +94,6 @@ def _choose(
     x: Tensor,
     W_enc: Tensor,
     bias: Tensor,
-    feature_ids: Tensor | None,
     values: Tensor,
     indices: Tensor,
     flagged: Tensor,
@@ -116,8 +109,8 @@ def _choose(
     keys = torch.empty(rows, count * per_tile, dtype=torch.int64, device=x.device)
     with torch.cuda.device_of(x):
         kernels.shortlist[triton.cdiv(rows, tiles.block_m), count](
-            x, W_enc, bias, feature_ids, flagged, keys, rows, *W_enc.stride(),
-            D=d_model, F=d_sae, PER_TILE=per_tile, HAS_IDS=feature_ids is not None, ONLY_FLAGGED=only_flagged,
+            x, W_enc, bias, flagged, keys, rows, *W_enc.stride(),
+            D=d_model, F=d_sae, PER_TILE=per_tile, ONLY_FLAGGED=only_flagged,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSE,
         )  # fmt: skip
@@ -174,21 +167,6 @@ def encode_jumprelu(
         )  # fmt: skip
         _merge(keys, counts, None, values, indices, max_l0, False, tiles.merge_rows)
     return values, indices, counts
-
-
-def probe(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    """Pre-activations [N, F] of a few features [F]."""
-    x = x.to(W_enc.dtype).contiguous()
-    rows, d_model = x.shape
-    block_m, block_n, block_k = 32, 16, 128
-    out = torch.empty(rows, len(features), dtype=torch.float32, device=x.device)
-    if out.numel():
-        with torch.cuda.device_of(x):
-            kernels.probe_features[triton.cdiv(rows, block_m), triton.cdiv(len(features), block_n)](
-                x, W_enc, bias, features, out, rows, len(features), *W_enc.stride(),
-                D=d_model, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=3, **FUSE,
-            )  # fmt: skip
-    return out
 
 
 def gather_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:

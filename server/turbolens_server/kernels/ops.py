@@ -34,7 +34,7 @@ class JumpRelu(NamedTuple):
     counts: Tensor  # [N] int32: active features; where it is above max_l0 some are missing: encode again with more
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, feature_ids: Tensor | None = None) -> TopK:
+def encode_topk(x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> TopK:
     """Encode updates, keep the k largest pre-activations and then their positive part. Differentiable.
 
     Args:
@@ -42,16 +42,13 @@ def encode_topk(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, feature_ids: Ten
         W_enc: [d_model, d_sae].
         bias: [d_sae], with b_dec folded in.
         k: activations to keep, 1 to d_sae.
-        feature_ids: [d_sae] int32, the feature of each column, where the columns are permuted.
 
     Raises:
         ValueError: shapes that do not fit, or k out of range.
     """
     _check_encoder(x, W_enc, bias)
     _check_range("k", k, W_enc.shape[1])
-    if feature_ids is not None and feature_ids.shape != bias.shape:
-        raise ValueError(f"feature_ids: one for each of {len(bias)} columns, not {tuple(feature_ids.shape)}")
-    return TopK(*_encode_topk(x, W_enc, bias, k, feature_ids))
+    return TopK(*_encode_topk(x, W_enc, bias, k))
 
 
 def encode_jumprelu(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, max_l0: int) -> JumpRelu:
@@ -72,17 +69,6 @@ def encode_jumprelu(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, m
     if threshold.shape != bias.shape:
         raise ValueError(f"threshold: [{len(bias)}] like bias, not {tuple(threshold.shape)}")
     return JumpRelu(*_encode_jumprelu(x, W_enc, bias, threshold, max_l0))
-
-
-def probe(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    """Pre-activations [N, F] float32 of a few features [F] int64, without encoding the rest.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    _check_encoder(x, W_enc, bias)
-    pre: Tensor = _probe(x, W_enc, bias, features)
-    return pre
 
 
 def gather_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -174,14 +160,12 @@ _encode_topk = torch.library.custom_op("turbolens::encode_topk", plain.encode_to
 _encode_jumprelu = torch.library.custom_op(
     "turbolens::encode_jumprelu", plain.encode_jumprelu, mutates_args=(), device_types="cpu"
 )
-_probe = torch.library.custom_op("turbolens::probe", plain.probe, mutates_args=(), device_types="cpu")
 _gather_decode = torch.library.custom_op(
     "turbolens::gather_decode", plain.gather_decode, mutates_args=(), device_types="cpu"
 )
 _apply_edits = torch.library.custom_op("turbolens::apply_edits", plain.apply_edits, mutates_args=(), device_types="cpu")
 _encode_topk.register_kernel("cuda")(_served("encode_topk"))
 _encode_jumprelu.register_kernel("cuda")(_served("encode_jumprelu"))
-_probe.register_kernel("cuda")(_served("probe"))
 _gather_decode.register_kernel("cuda")(_served("gather_decode"))
 _apply_edits.register_kernel("cuda")(_served("apply_edits"))
 
@@ -198,20 +182,13 @@ def _sparse(x: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_encode_topk.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, bias: Tensor, k: int, feature_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return _sparse(x, k)
 
 
 @_encode_jumprelu.register_fake
 def _(x: Tensor, W_enc: Tensor, bias: Tensor, threshold: Tensor, max_l0: int) -> tuple[Tensor, Tensor, Tensor]:
     return _sparse(x, max_l0)
-
-
-@_probe.register_fake
-def _(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], features.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @_gather_decode.register_fake
@@ -225,27 +202,26 @@ def _(x: Tensor, *edits: Tensor) -> Tensor:
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, W_enc, bias, _, feature_ids = inputs
+    x, W_enc, bias, _ = inputs
     values, indices, flagged = output
     ctx.mark_non_differentiable(indices, flagged)
-    columns = indices if feature_ids is None else feature_ids.argsort()[indices]
-    ctx.save_for_backward(x, W_enc, bias, values, columns)
+    ctx.save_for_backward(x, W_enc, bias, values, indices)
 
 
 def _backward_topk(
     ctx: Any, grad: Tensor, _indices: None, _flagged: None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """Only what was selected and positive has a gradient (Gao et al. 2024): no [N, d_sae] is ever made."""
-    x, W_enc, bias, values, columns = ctx.saved_tensors
+    x, W_enc, bias, values, indices = ctx.saved_tensors
     grad = torch.where(values > 0, grad, 0)  # [N, k]
     grad_x = grad_W = grad_b = None
     if ctx.needs_input_grad[0]:
-        grad_x = gather_decode(grad, columns, W_enc.T.contiguous()).to(x.dtype)
+        grad_x = gather_decode(grad, indices, W_enc.T.contiguous()).to(x.dtype)
     if ctx.needs_input_grad[1]:
-        grad_W = _sum_of_rows(grad, columns, x, W_enc.shape[1]).T.to(W_enc.dtype)
+        grad_W = _sum_of_rows(grad, indices, x, W_enc.shape[1]).T.to(W_enc.dtype)
     if ctx.needs_input_grad[2]:
-        grad_b = grad.new_zeros(len(bias)).index_add_(0, columns.flatten(), grad.flatten()).to(bias.dtype)
-    return grad_x, grad_W, grad_b, None, None
+        grad_b = grad.new_zeros(len(bias)).index_add_(0, indices.flatten(), grad.flatten()).to(bias.dtype)
+    return grad_x, grad_W, grad_b, None
 
 
 def _save_decode(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

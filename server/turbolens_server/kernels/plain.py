@@ -1,4 +1,7 @@
-"""The kernels in plain torch: what serves on a CPU, and on a GPU the baseline (cuBLAS, `torch.topk`, a gather).
+"""The kernels in plain torch: the operators on a CPU, and on a GPU the baseline (cuBLAS, `torch.topk`, a gather).
+
+What serves on a CPU is decode and edits; `turbolens_server.sae.sae` encodes there by itself, which is faster than a
+call through an operator. The fused kernels serve on a GPU, see :mod:`turbolens_server.kernels.choice`.
 
 Every function has the arguments and results of its namesake in :mod:`turbolens_server.kernels.fused`.
 """
@@ -21,9 +24,7 @@ def pre_activations(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias.to(dtype), x.to(dtype), W_enc.to(dtype))
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, bias: Tensor, k: int, feature_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode_topk(x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Values and indices [N, k] of the k largest pre-activations, and which rows were flagged: none, [N] zeros.
 
     Among equal values, the smaller index first: on a CPU. On a GPU `torch.topk` chooses, since to look for ties there
@@ -31,14 +32,12 @@ def encode_topk(
     """
     pre = pre_activations(x, W_enc, bias)
     # One more than is wanted shows whether the last one is tied with the first that is left out.
-    values, columns = pre.topk(min(k + 1, pre.shape[1]), dim=1)
-    indices = columns if feature_ids is None else feature_ids[columns].long()
+    values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
     if not pre.is_cuda:
         equal = values[:, :-1] == values[:, 1:]
         if equal.any():
             tied = (equal & (values[:, 1:] > 0)).any(1)
-            by_id = pre[tied] if feature_ids is None else pre[tied][:, feature_ids.argsort()]
-            best, order = by_id.sort(dim=1, descending=True, stable=True)
+            best, order = pre[tied].sort(dim=1, descending=True, stable=True)
             values[tied], indices[tied] = best[:, : values.shape[1]], order[:, : values.shape[1]]
     flagged = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     return values[:, :k].relu(), indices[:, :k].contiguous(), flagged
@@ -52,11 +51,6 @@ def encode_jumprelu(
     active = ((pre > threshold) & (pre > 0)) | pre.isnan()
     values, indices = torch.where(active, pre, 0).topk(max_l0, dim=1)
     return values, indices, active.sum(1, dtype=torch.int32)
-
-
-def probe(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    """Pre-activations [N, F] of a few features [F]."""
-    return pre_activations(x, W_enc[:, features], bias[features])
 
 
 def gather_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:

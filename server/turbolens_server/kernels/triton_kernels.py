@@ -57,7 +57,6 @@ def shortlist(
     x_ptr,
     w_ptr,
     bias_ptr,
-    ids_ptr,
     flags_ptr,
     keys_ptr,
     N,
@@ -66,7 +65,6 @@ def shortlist(
     D: tl.constexpr,
     F: tl.constexpr,
     PER_TILE: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,12 +89,9 @@ def shortlist(
     bits = tl.where((columns < F)[None, :], _value_bits(pre), -1)
     tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for slot in range(PER_TILE):
-        # The ids of one tile rise with the lane, so that the leftmost of equals is the smallest feature.
+        # The leftmost of equals is the smallest feature.
         best, at = tl.max(bits, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        feature = tile * BLOCK_N + at
-        if HAS_IDS:
-            feature = tl.load(ids_ptr + feature, mask=best >= 0, other=0)
-        key = tl.where(best >= 0, _key(best, feature), -1)
+        key = tl.where(best >= 0, _key(best, tile * BLOCK_N + at), -1)
         tl.store(keys_ptr + (rows * tiles + tile) * PER_TILE + slot, key, mask=rows_ok)
         bits = tl.where(lane[None, :] == at[:, None], -1, bits)
 
@@ -188,32 +183,6 @@ def merge(
             # A tile whose last candidate is 0 keeps back zeros only, and those are all alike.
             hides = ((keys > kth[:, None]) & ((keys >> 32) > 0)).to(tl.int32)
             tl.store(flags_ptr + rows, tl.max(hides, axis=1), mask=rows_ok)
-
-
-@triton.jit
-def probe_features(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    features_ptr,
-    out_ptr,
-    N,
-    F,
-    w_stride_d,
-    w_stride_f,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Pre-activations of F named features: a product with F gathered columns."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_ok = rows < N
-    at = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_ok = at < F
-    columns = tl.load(features_ptr + at, mask=at_ok, other=0)
-    pre = _pre_activations(x_ptr, w_ptr, bias_ptr, rows, rows_ok, columns, at_ok, w_stride_d, w_stride_f, D, BLOCK_K)
-    tl.store(out_ptr + rows[:, None] * F + at[None, :], pre, mask=rows_ok[:, None] & at_ok[None, :])
 
 
 @triton.jit

@@ -40,18 +40,6 @@ def test_topk_is_the_rule_of_its_twin_and_ties_go_to_the_smaller_feature(encoder
     assert flagged.tolist() == [0] * len(x)
 
 
-@given(encoders(), st.data())
-def test_permuted_columns_give_the_same_features(encoder, data):
-    x, W_enc, bias = encoder
-    k = data.draw(st.integers(1, len(bias)))
-    order = torch.randperm(len(bias), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).int()
-    plainly = ops.encode_topk(x, W_enc, bias, k)
-    permuted = ops.encode_topk(x, W_enc[:, order], bias[order], k, feature_ids=order)
-    positive = plainly.values > 0
-    assert torch.equal(permuted.values, plainly.values)
-    assert torch.equal(permuted.indices[positive], plainly.indices[positive])
-
-
 def test_a_nan_is_seen_and_stays_in_its_row():
     torch.manual_seed(0)
     x, W_enc, bias = torch.randn(4, 3), torch.randn(3, 12), torch.randn(12)
@@ -87,14 +75,6 @@ def test_jumprelu_is_its_twin_and_tells_what_did_not_fit(encoder, data):
             assert sorted(zip(got[:kept], at[:kept], strict=True)) == sorted(row)
 
 
-@given(encoders(), st.data())
-def test_probe_is_columns_of_the_full_product(encoder, data):
-    x, W_enc, bias = encoder
-    features = data.draw(st.lists(st.integers(0, len(bias) - 1), max_size=4))
-    probed = ops.probe(x, W_enc, bias, torch.tensor(features, dtype=torch.int64))
-    assert torch.equal(probed, reference.pre_activations(x, W_enc, bias)[:, features].float())
-
-
 @given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 99))
 def test_gather_decode_is_its_twin_whatever_repeats(rows, width, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -118,14 +98,12 @@ def double(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_gradients_of_encode_are_those_of_finite_differences(permuted):
+def test_gradients_of_encode_are_those_of_finite_differences():
     torch.manual_seed(0)
-    order = torch.randperm(11).int() if permuted else None
     inputs = (double(6, 4), double(4, 11), (double(11) - 3).detach().requires_grad_())
 
     def values(*weights):
-        return ops.encode_topk(*weights, 3, order).values
+        return ops.encode_topk(*weights, 3).values
 
     assert (values(*inputs) == 0).any(), "a row with fewer than k positive ones is wanted too"
     assert torch.autograd.gradcheck(values, inputs)
@@ -154,7 +132,7 @@ def test_an_sae_through_the_operators_has_the_gradients_of_one_in_plain_torch():
 
 def test_the_operators_are_good_citizens_of_pytorch():
     x, W_enc, bias = torch.randn(5, 4), torch.randn(4, 9), torch.randn(9)
-    W_dec, order = torch.randn(9, 4), torch.randperm(9).int()
+    W_dec = torch.randn(9, 4)
     values, indices, _ = ops.encode_topk(x, W_enc, bias, 3)
     turbolens = torch.ops.turbolens
 
@@ -162,9 +140,8 @@ def test_the_operators_are_good_citizens_of_pytorch():
         return tensor.clone().requires_grad_()
 
     opcheck(turbolens.encode_topk, (x, W_enc, bias, 3))
-    opcheck(turbolens.encode_topk, (leaf(x), leaf(W_enc), leaf(bias), 3, order))
+    opcheck(turbolens.encode_topk, (leaf(x), leaf(W_enc), leaf(bias), 3))
     opcheck(turbolens.encode_jumprelu, (x.half(), W_enc, bias, torch.rand(9), 4))
-    opcheck(turbolens.probe, (x, W_enc, bias, torch.tensor([2, 2, 8])))
     opcheck(turbolens.gather_decode, (leaf(values), indices, leaf(W_dec)))
     edits = (
         torch.ones(1, 5), torch.tensor([0, 2], dtype=torch.int32), torch.tensor([1, 4]), torch.randn(2, 5),
@@ -180,10 +157,8 @@ def test_the_operators_are_good_citizens_of_pytorch():
         (lambda x, W, b: ops.encode_topk(x, W, b, 10), "k: 1 to 9, not 10"),
         (lambda x, W, b: ops.encode_topk(x[:, :3], W, b, 2), r"x: \[N, 4\], not \[5, 3\]"),
         (lambda x, W, b: ops.encode_topk(x, W, b[:8], 2), r"bias: \[9\], not \[8\]"),
-        (lambda x, W, b: ops.encode_topk(x, W, b, 2, torch.arange(8)), "feature_ids: "),
         (lambda x, W, b: ops.encode_jumprelu(x, W, b, b, 10), "max_l0: 1 to 9, not 10"),
         (lambda x, W, b: ops.encode_jumprelu(x, W, b, b[:1], 2), "threshold: "),
-        (lambda x, W, b: ops.probe(x[None], W, b, torch.tensor([0])), "x: "),
         (lambda x, W, b: ops.gather_decode(x, torch.zeros(5, 3, dtype=torch.int64), W), "values and indices: "),
     ],
 )

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from turbolens_server.kernels import fused, plain, reference
 from turbolens_server.kernels.fused import Tiles, candidates_for
-from turbolens_server.kernels.permutation import strided_order
 
 SMALL = Tiles(block_m=16, block_n=16, block_k=16, merge_rows=16)
 few_examples = settings(max_examples=10)  # an interpreted launch takes tens of milliseconds
@@ -71,15 +70,6 @@ def test_crowded_rows_are_flagged_done_again_and_right():
     assert sure[2].tolist() == [0, 0, 0]
 
 
-def test_permuted_columns_give_the_same_features_and_part_the_crowd():
-    x, W_enc, bias = crowded()
-    order = strided_order(48, 16)
-    tiles = Tiles(16, 16, 16, candidates=2)
-    result = fused.encode_topk(x, W_enc[:, order], bias[order], 3, order, tiles=tiles)
-    check_topk(result, x, W_enc, bias, 3)
-    assert result[2].tolist() == [0, 0, 0]
-
-
 def test_weights_may_stand_by_feature():
     x, W_enc, bias = crowded()
     check_topk(fused.encode_topk(x, W_enc.T.contiguous().T, bias, 3, tiles=SMALL), x, W_enc, bias, 3)
@@ -128,15 +118,6 @@ def test_jumprelu_is_its_twin_and_counts_what_did_not_fit(encoder, slots, seed):
         assert len(set(at[:kept])) == kept
         if len(row) <= slots:
             assert pairs == row + [(0.0, 0)] * (slots - kept)
-
-
-@few_examples
-@given(encoders(), st.data())
-def test_probe_is_columns_of_the_full_product(encoder, data):
-    x, W_enc, bias = encoder
-    features = data.draw(st.lists(st.integers(0, len(bias) - 1), max_size=20))
-    probed = fused.probe(x, W_enc, bias, torch.tensor(features, dtype=torch.int64))
-    assert torch.equal(probed, reference.pre_activations(x, W_enc, bias)[:, features].float())
 
 
 @few_examples
