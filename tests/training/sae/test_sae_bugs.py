@@ -8,6 +8,7 @@ Where another file's test is the one that fails, the table says so.
 | b_dec counted twice in AuxK, or not at all | the same |
 | AuxK's target not detached: live features feel it | test_auxk_moves_dead_features_only |
 | another number of dead features in AuxK than asked | test_sae_maths: test_auxk_is_the_share_... |
+| a share of AuxK so small that it means the published mode | test_a_share_of_auxk_that_rounds_to_no_place_... |
 | the normaliser's fold forgets b_dec, b_enc or a threshold | test_folding_is_exact_for_every_architecture |
 | reconstruction compared with something else than x | test_a_perfect_sae_has_no_loss |
 | the loss scaled by the batch's own variance | test_the_loss_does_not_depend_on_the_batchs_own_variance |
@@ -113,6 +114,25 @@ def test_auxk_moves_dead_features_only() -> None:
         with_aux, without = (of_live(g[name]) for g in gradients)
         assert torch.allclose(direction(with_aux), direction(without), atol=1e-5)
     assert not torch.allclose(moved.weights.W_dec[dead], still.weights.W_dec[dead])
+
+
+@pytest.mark.parametrize(("k", "share", "as_of"), [(1, 0.5, 1.0), (4, 0.01, 0.25), (4, 1e-9, 0.25)])
+def test_a_share_of_auxk_that_rounds_to_no_place_is_one_place_and_not_the_published_mode(
+    k: int, share: float, as_of: float
+) -> None:
+    x = random_tokens(1, 200).float()
+
+    def learnt(share: float) -> torch.Tensor:
+        trainer = SaeTrainer(dataclasses.replace(CONFIG, k=k, auxk_share=share), x, 0, Normalizer.fit(x))
+        dead = torch.arange(5)
+        state = trainer.state_dict()
+        state["idle"][dead] = CONFIG.dead_tokens
+        trainer.load_state_dict(state | {"dead": dead})
+        trainer.step(x[:32], 30)
+        return trainer.weights.W_dec.detach()
+
+    assert torch.equal(learnt(share), learnt(as_of))
+    assert not torch.equal(learnt(share), learnt(0.0))
 
 
 @given(st.integers(0, 2**31), st.sampled_from(VARIANTS), st.floats(0.01, 100), st.floats(-50, 50))

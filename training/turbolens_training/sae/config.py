@@ -81,8 +81,8 @@ class SaeConfig(DataConfig):
     auxk_coefficient: float = 1 / 8
     """Weight of the loss by which dead features learn; published: 1 / 32, which leaves some of `mini`'s dead."""
     auxk_share: float = 0.5
-    """Share of the k places of a position, the weakest, that dead features learn to fill. 0: they learn what all k
-    leave over, d_model / 2 of them at a position, as published."""
+    """Share of the k places of a position, the weakest, that dead features learn to fill: rounded, but at least one
+    place. 0: they learn what all k leave over, d_model / 2 of them at a position, as published."""
     dead_tokens: int = 200_000
     """A feature is dead once it was not active on so many tokens in a row."""
     steps_per_chunk: int = 8
@@ -130,6 +130,11 @@ class SaeConfig(DataConfig):
                     f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
                     f"d_sae={self.d_sae}"
                 )
+
+    @property
+    def auxk_places(self) -> int:
+        """Places of a position that dead features learn to fill; 0 only where the published AuxK is asked for."""
+        return 0 if self.auxk_share == 0 else max(1, round(self.auxk_share * self.k))
 
     @property
     def step_mix(self) -> tuple[float, tuple[int, ...]]:

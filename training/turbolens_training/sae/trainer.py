@@ -92,7 +92,7 @@ class SaeTrainer:
         if len(self._dead):
             # Some may have come back to life since the last look.
             alive = self._idle[self._dead] < config.dead_tokens
-            places = round(config.auxk_share * config.k)
+            places = config.auxk_places
             target = auxk_target(weights, normal, strongest(done.pre, done.active, config.k - places))
             pre = pre_activations(weights, normal, done.pre)
             learning = top_k_among(pre, places or x.shape[1] // 2, self._dead, alive)
