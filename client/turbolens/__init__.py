@@ -22,10 +22,12 @@ from turbolens._edits import (
     edits_to_json,
     feature,
     mask,
+    patch,
     polygon,
     replace,
     scale,
     set_to,
+    transfer,
 )
 from turbolens._errors import (
     Cancelled,
@@ -42,7 +44,9 @@ from turbolens._errors import (
     Unimplemented,
 )
 from turbolens._features import BlockFeatures, Example, Feature, Label, Match, RunFeatures, Table, TopFeature
+from turbolens._provenance import Provenance
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
+from turbolens._run import Reference, Run, reference
 from turbolens._sync import Lens, connect
 
 __all__ = [
@@ -71,7 +75,10 @@ __all__ = [
     "Picture",
     "PictureReady",
     "Pictures",
+    "Provenance",
     "Queued",
+    "Reference",
+    "Run",
     "RunFeatures",
     "Step",
     "Table",
@@ -91,8 +98,11 @@ __all__ = [
     "edits_to_json",
     "feature",
     "mask",
+    "patch",
     "polygon",
+    "reference",
     "replace",
     "scale",
     "set_to",
+    "transfer",
 ]

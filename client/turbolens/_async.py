@@ -5,59 +5,58 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import Any, NamedTuple, Unpack, overload
 
 import grpc
 
 from turbolens._channel import TLS, async_channel
-from turbolens._edits import Edit, FeatureLike, to_ref
-from turbolens._embedded import EmbeddedServer, start_embedded
-from turbolens._errors import TurboLensError, from_rpc_error
+from turbolens._edits import FeatureLike, to_ref
+from turbolens._embedded import Embedded
+from turbolens._errors import from_rpc_error
 from turbolens._features import Feature, Match, Table
+from turbolens._labels import Labels
 from turbolens._numbers import whole
-from turbolens._requests import (
-    ExtractOptions,
-    GenerateOptions,
-    ImageFormat,
-    Only,
-    PerSae,
-    Selection,
-    extract_request,
-    generate_request,
-    one_or_many,
-)
+from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
-from turbolens_proto.v1 import (
-    feature_service_pb2,
-    feature_service_pb2_grpc,
-    generation_service_pb2,
-    generation_service_pb2_grpc,
-    model_service_pb2,
-    model_service_pb2_grpc,
-    run_pb2,
-)
+from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
+from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
+from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
+from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
+from turbolens_proto.v1.model_service_pb2_grpc import ModelServiceStub
+
+
+class Services(NamedTuple):
+    """A channel and the server's services behind it; grpcio's stubs have no types."""
+
+    channel: Any
+    models: Any
+    features: Any
+    generation: Any
+
+
+def _services(channel: Any) -> Services:
+    return Services(channel, ModelServiceStub(channel), FeatureServiceStub(channel), GenerationServiceStub(channel))
 
 
 class AsyncLens:
     """A connection to a TurboLens server; made by :func:`turbolens.aio.connect`."""
 
     def __init__(
-        self, target: str, *, tls: TLS | None = None, timeout: float = 60.0, embedded: EmbeddedServer | None = None
+        self, target: str, *, tls: TLS | None = None, timeout: float = 60.0, embedded: Embedded | None = None
     ) -> None:
         self._target = target
         self._timeout = timeout
+        self._tls = tls
         self._embedded = embedded
-        self._channel = async_channel(target, tls)
-        self._models: Any = model_service_pb2_grpc.ModelServiceStub(self._channel)
-        self._features: Any = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
-        self._generation: Any = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
+        self._services: Services | None = None
         self._model: model_service_pb2.Model | None = None
-        self._labels: dict[str, dict[int, str]] = {}
+        self._labels = Labels()
 
     async def model(self) -> model_service_pb2.Model:
         """The model, its hook points and SAEs, and every limit; asked once."""
         if self._model is None:
-            answer = await self._call(self._models.GetModel, model_service_pb2.GetModelRequest(), None)
+            services = await self._open()
+            answer = await self._call(services.models.GetModel, model_service_pb2.GetModelRequest(), None)
             self._model = answer.model
         return self._model
 
@@ -69,26 +68,14 @@ class AsyncLens:
     @overload
     async def generate(self, prompt: str, *, seeds: Sequence[int], **options: Unpack[GenerateOptions]) -> Pictures: ...
 
+    @takes(GenerateOptions)
     async def generate(
         self,
         prompt: str,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steer: Sequence[Edit] = (),
-        features: Selection = None,
-        only: Only = None,
-        float32: bool = False,
-        k: PerSae = None,
-        prefix: PerSae = None,
-        format: ImageFormat = "png",
-        quality: int | None = None,
-        latents: bool = False,
-        timeout: float | None = None,
-        request_id: str = "",
+        **options: Unpack[GenerateOptions],
     ) -> Any:
         """Make a picture, or one for each of several seeds.
 
@@ -96,20 +83,23 @@ class AsyncLens:
             prompt: any text; the empty prompt is one.
             seed: of one picture; None: the server draws one and the result says which.
             seeds: of several pictures.
-            steps: denoising steps; None: the server's default.
-            width: pixels; None: the server's default.
-            height: pixels; None: the server's default.
-            steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
-            features: features to return: True for all, or SAEs by name.
-            only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong to.
-            float32: return activations in float32; float16 holds none above 65,504, where the call fails.
-            k: features active at a position, by SAE, where it allows other than its own: `{"up.0.1": 4}`.
-            prefix: so many first features alone exist, by SAE, where it allows that: `{"up.0.1": 64}`.
-            format: "png", "jpeg", "webp" or "raw".
-            quality: of JPEG and WebP, 1 to 100.
-            latents: return the final latent too.
-            timeout: seconds; None: the connection's.
-            request_id: for the server's log; empty: the server makes one.
+            options: any of these:
+
+                steps: denoising steps; None: the server's default.
+                width, height: pixels; None: the server's default.
+                steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
+                references: other runs that edits read, by names of your own: `{"other": reference("a blue ring")}`.
+                features: features to return: True for all, or SAEs by name.
+                only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong
+                    to.
+                float32: return activations in float32; float16 holds none above 65,504, where the call fails.
+                k: features active at a position, by SAE, where it allows other than its own: `{"up.0.1": 4}`.
+                prefix: so many first features alone exist, by SAE, where it allows that: `{"up.0.1": 64}`.
+                format: "png", "jpeg", "webp" or "raw".
+                quality: of JPEG and WebP, 1 to 100.
+                latents: return the final latent too.
+                timeout: seconds; None: the connection's.
+                request_id: for the server's log; empty: the server makes one.
 
         Returns:
             A :class:`Picture`; :class:`Pictures`, in order, where `seeds` was given.
@@ -118,16 +108,14 @@ class AsyncLens:
             InvalidRequest: with a violation for every field that cannot be served.
             TurboLensError: anything else that went wrong.
         """
-        request = generate_request(
-            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, only=only, float32=float32, k=k, prefix=prefix, format=format, quality=quality,
-            latents=latents, request_id=request_id,
-        )  # fmt: skip
-        answer = await self._call(self._generation.Generate, request, timeout)
-        labels = await self._labels_of(chunk.sae for made in answer.generations for chunk in made.features)
-        warnings = warnings_of(answer.warnings)
-        made = [Picture(g, prompt, answer.provenance, warnings, labels) for g in answer.generations]
-        return Pictures(made) if seeds is not None else made[0]
+        call = generate_call(prompt, seed, seeds, options)
+        request = call.generate(labels=self._labels.wanted(call.run))
+        services = await self._open()
+        answer = await self._call(services.generation.Generate, request, call.timeout)
+        self._learn(call, [chunk for made in answer.generations for chunk in made.features])
+        account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        made = [Picture(g, prompt, account, warnings, self._labels.of) for g in answer.generations]
+        return Pictures(made) if call.several else made[0]
 
     @overload
     async def extract(
@@ -139,29 +127,25 @@ class AsyncLens:
         self, prompt: str, *, seeds: Sequence[int], **options: Unpack[ExtractOptions]
     ) -> list[Extraction]: ...
 
+    @takes(ExtractOptions)
     async def extract(
         self,
         prompt: str,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steer: Sequence[Edit] = (),
-        saes: Sequence[str] | None = None,
-        only: Only = None,
-        float32: bool = False,
-        k: PerSae = None,
-        prefix: PerSae = None,
-        timeout: float | None = None,
-        request_id: str = "",
+        **options: Unpack[ExtractOptions],
     ) -> Any:
-        """The features of a run, without its picture; arguments as for :meth:`generate`.
+        """The features of a run, without its picture.
 
-        Without `saes`, the names of the SAEs, and without `only`, all features come.
+        The first features of an SAE bring its labels with them, which are kept for the connection.
 
-        The first time that features of an SAE come back, its labels are fetched too, and kept for the connection.
+        Args:
+            prompt: any text; the empty prompt is one.
+            seed: of one run; None: the server draws one and the result says which.
+            seeds: of several runs.
+            options: those of :meth:`generate` but for the picture's, and `saes`, the names of the SAEs; without `saes`
+                and `only`, all features come.
 
         Returns:
             An :class:`Extraction`; a list of them, in order, where `seeds` was given.
@@ -170,80 +154,50 @@ class AsyncLens:
             InvalidRequest: with a violation for every field that cannot be served.
             TurboLensError: anything else that went wrong.
         """
-        request = extract_request(
-            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            saes=saes, only=only, float32=float32, k=k, prefix=prefix, request_id=request_id,
-        )  # fmt: skip
-        answer = await self._call(self._features.ExtractFeatures, request, timeout)
-        labels = await self._labels_of(chunk.sae for made in answer.extractions for chunk in made.features)
-        warnings = warnings_of(answer.warnings)
-        made = [Extraction(e, prompt, answer.provenance, warnings, labels) for e in answer.extractions]
-        return made if seeds is not None else made[0]
+        call = extract_call(prompt, seed, seeds, options)
+        request = call.extract(labels=self._labels.wanted(call.run))
+        services = await self._open()
+        answer = await self._call(services.features.ExtractFeatures, request, call.timeout)
+        self._learn(call, [chunk for made in answer.extractions for chunk in made.features])
+        account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        made = [Extraction(e, prompt, account, warnings, self._labels.of) for e in answer.extractions]
+        return made if call.several else made[0]
 
+    @takes(StreamOptions)
     async def stream_generate(
         self,
         prompt: str,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steer: Sequence[Edit] = (),
-        features: Selection = None,
-        only: Only = None,
-        float32: bool = False,
-        k: PerSae = None,
-        prefix: PerSae = None,
-        format: ImageFormat = "png",
-        quality: int | None = None,
-        latents: bool = False,
-        previews: bool = False,
-        timeout: float | None = None,
-        request_id: str = "",
+        **options: Unpack[StreamOptions],
     ) -> AsyncIterator[Event]:
         """Make pictures and hear of every step: Queued, Step, Features, PictureReady, Done.
 
-        Arguments as for :meth:`generate`; `previews` decodes a preview at every step but the last. Leaving the loop
-        early cancels the run.
+        Arguments as for :meth:`generate`; `previews=True` decodes a preview at every step but the last. Leaving the
+        loop early cancels the run.
         """
-        request = generate_request(
-            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            features=features, only=only, float32=float32, k=k, prefix=prefix, format=format, quality=quality,
-            latents=latents, request_id=request_id,
-        )  # fmt: skip
-        labels = await self._labels_of(await self._selected(request.features if request.HasField("features") else None))
-        stream = generation_service_pb2.StreamGenerateRequest(request=request, previews=previews)
-        async for message in self._stream(self._generation.StreamGenerate, stream, timeout):
-            yield event_of(message, prompt, labels)
+        call = generate_call(prompt, seed, seeds, options)
+        request = call.stream_generate(labels=self._labels.wanted(call.run))
+        services = await self._open()
+        async for event in self._events(services.generation.StreamGenerate, request, call):
+            yield event
 
+    @takes(ExtractOptions)
     async def stream_features(
         self,
         prompt: str,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steer: Sequence[Edit] = (),
-        saes: Sequence[str] | None = None,
-        only: Only = None,
-        float32: bool = False,
-        k: PerSae = None,
-        prefix: PerSae = None,
-        timeout: float | None = None,
-        request_id: str = "",
+        **options: Unpack[ExtractOptions],
     ) -> AsyncIterator[Event]:
         """The features of a run as they are computed: Queued, Features, Done. Arguments as for :meth:`extract`."""
-        request = extract_request(
-            prompt, seeds=one_or_many(seed, seeds), steps=steps, width=width, height=height, steer=steer,
-            saes=saes, only=only, float32=float32, k=k, prefix=prefix, request_id=request_id,
-        )  # fmt: skip
-        labels = await self._labels_of(await self._selected(request.features))
-        stream = feature_service_pb2.StreamFeaturesRequest(request=request)
-        async for message in self._stream(self._features.StreamFeatures, stream, timeout):
-            yield event_of(message, prompt, labels)
+        call = extract_call(prompt, seed, seeds, options)
+        request = call.stream_features(labels=self._labels.wanted(call.run))
+        services = await self._open()
+        async for event in self._events(services.features.StreamFeatures, request, call):
+            yield event
 
     async def search_features(self, query: str, *, block: str | None = None, limit: int = 10) -> Table:
         """Features for words, best first; each goes straight into an edit.
@@ -259,7 +213,8 @@ class AsyncLens:
         request = feature_service_pb2.SearchFeaturesRequest(
             query=query, saes=[block] if block else [], page_size=whole(limit, "limit")
         )
-        answer = await self._call(self._features.SearchFeatures, request, None)
+        services = await self._open()
+        answer = await self._call(services.features.SearchFeatures, request, None)
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"))
 
@@ -271,7 +226,8 @@ class AsyncLens:
         """
         ref = to_ref(feature if index is None else (str(feature), index))
         request = feature_service_pb2.GetFeatureRequest(name=f"saes/{ref.sae}/features/{ref.index}")
-        answer = await self._call(self._features.GetFeature, request, None)
+        services = await self._open()
+        answer = await self._call(services.features.GetFeature, request, None)
         return Feature.from_proto(answer.feature)
 
     async def list_features(self, sae: str, *, filter: str = "", order_by: str = "") -> AsyncIterator[Feature]:
@@ -287,7 +243,8 @@ class AsyncLens:
             request = feature_service_pb2.ListFeaturesRequest(
                 parent=f"saes/{sae}", page_size=1000, page_token=token, filter=filter, order_by=order_by
             )
-            answer = await self._call(self._features.ListFeatures, request, None)
+            services = await self._open()
+            answer = await self._call(services.features.ListFeatures, request, None)
             for message in answer.features:
                 yield Feature.from_proto(message)
             token = answer.next_page_token
@@ -296,12 +253,17 @@ class AsyncLens:
 
     async def close(self) -> None:
         """Close the connection, and the server that was started for it."""
-        await self._channel.close()
+        if self._services is not None:
+            await self._services.channel.close()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.close)
-            self._embedded = None
 
     async def __aenter__(self) -> AsyncLens:
+        try:
+            await self._open()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -312,44 +274,36 @@ class AsyncLens:
     def __repr__(self) -> str:
         return f"AsyncLens({self._target!r})"
 
+    async def _open(self) -> Services:
+        """The services; the first time, of a server that is started for it."""
+        if self._services is None:
+            target = await asyncio.to_thread(self._embedded.start) if self._embedded else self._target
+            self._services = self._services or _services(async_channel(target, self._tls))
+        return self._services
+
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         try:
             return await method(request, timeout=self._timeout if timeout is None else timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
-    async def _stream(self, method: Any, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        call = method(request, timeout=self._timeout if timeout is None else timeout)
+    async def _events(self, method: Any, request: Any, call: Call) -> AsyncIterator[Event]:
+        messages = method(request, timeout=self._timeout if call.timeout is None else call.timeout)
         try:
-            async for message in call:
-                yield message
+            async for message in messages:
+                if message.WhichOneof("event") == "features":
+                    self._labels.learn([message.features.features])
+                if message.WhichOneof("event") == "done":
+                    self._labels.have(call.run)
+                yield event_of(message, call.run.prompt, self._labels.of)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
         finally:
-            call.cancel()
+            messages.cancel()
 
-    async def _selected(self, selection: run_pb2.FeatureSelection | None) -> Sequence[str]:
-        """The names of the SAEs whose features come back."""
-        if selection is None:
-            return ()
-        return selection.saes or [sae.name for sae in (await self.model()).saes]
-
-    async def _labels_of(self, saes: Any) -> dict[str, dict[int, str]]:
-        """Labels of SAEs, fetched once for each and kept.
-
-        Features without their labels are worth more than none: where labels cannot be had, those are empty, and the
-        next call asks again.
-        """
-        for sae in dict.fromkeys(saes):
-            if sae not in self._labels:
-                found = {}
-                try:
-                    async for known in self.list_features(sae, filter='label != ""'):
-                        found[known.ref.index] = known.label
-                except TurboLensError:
-                    continue
-                self._labels[sae] = found
-        return self._labels
+    def _learn(self, call: Call, chunks: Sequence[Any]) -> None:
+        self._labels.learn(chunks)
+        self._labels.have(call.run)
 
 
 def connect(
@@ -358,14 +312,16 @@ def connect(
     """Connect to a server, or start one in this process.
 
     Args:
-        target: "host:port", or "embedded" for a server of its own in this process.
+        target: "host:port", or "embedded" for a server of its own in this process, which starts when the connection is
+            entered by `with`, or at the first call.
         tls: for a server behind TLS.
         timeout: seconds that a call may take, unless it says otherwise.
         settings: of the embedded server, such as `model` or `sae`.
     """
     if target == "embedded":
-        embedded = start_embedded(settings)
-        return AsyncLens(embedded.target, timeout=timeout, embedded=embedded)
+        if tls is not None:
+            raise TypeError("tls: the embedded server is reached inside this process, where there is none")
+        return AsyncLens(target, timeout=timeout, embedded=Embedded(settings))
     if settings:
         raise TypeError(f"{', '.join(settings)}: only an embedded server takes settings")
     return AsyncLens(target, tls=tls, timeout=timeout)

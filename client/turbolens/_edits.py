@@ -13,16 +13,28 @@ import numpy as np
 from turbolens._numbers import whole
 from turbolens_proto.v1 import steering_pb2
 
-Unit = Literal["mean", "raw", "norm"]
-_UNITS: Final = {"mean": steering_pb2.UNIT_MEAN, "raw": steering_pb2.UNIT_RAW, "norm": steering_pb2.UNIT_NORM}
+Unit = Literal["mean", "raw", "norm", "reference"]
+_UNITS: Final = {
+    "mean": steering_pb2.UNIT_MEAN,
+    "raw": steering_pb2.UNIT_RAW,
+    "norm": steering_pb2.UNIT_NORM,
+    "reference": steering_pb2.UNIT_REFERENCE,
+}
 # An unspecified unit is the mean, says the contract.
 _UNIT_NAMES: Final[dict[int, Unit]] = {
     steering_pb2.UNIT_UNSPECIFIED: "mean",
     steering_pb2.UNIT_MEAN: "mean",
     steering_pb2.UNIT_RAW: "raw",
     steering_pb2.UNIT_NORM: "norm",
+    steering_pb2.UNIT_REFERENCE: "reference",
 }
-_AMOUNTS: Final = {"add": "strength", "scale": "factor", "set": "value", "replace": "strength"}
+Kind = Literal["add", "scale", "set", "replace", "patch", "transfer"]
+_AMOUNTS: Final[dict[Kind, str]] = {
+    "add": "strength", "scale": "factor", "set": "value", "replace": "strength", "transfer": "multiplier",
+}  # fmt: skip
+"""The field of each kind that is a number."""
+_WITH_UNIT: Final = ("add", "set", "replace")
+_WITH_REFERENCE: Final = ("patch", "transfer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,20 +200,34 @@ def _grey(image: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Edit:
-    """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to` and :func:`replace`."""
+    """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to`, :func:`replace`, :func:`patch` and
+    :func:`transfer`."""
 
-    kind: Literal["add", "scale", "set", "replace"]
+    kind: Kind
     features: tuple[tuple[FeatureRef, float | None], ...]
+    """Empty for `patch`."""
     amount: float
+    """1 for `patch`."""
     unit: Unit = "mean"
+    """Of `add`, `set` and `replace`."""
     mask: Mask | None = None
     steps: tuple[int, int] | None = None
+    reference: str = ""
+    """Which of the call's references it reads; empty: none."""
+    remove: tuple[FeatureRef, ...] = ()
+    """Features that `transfer` takes away."""
+    blocks: tuple[str, ...] = ()
+    """Blocks of `patch`."""
 
     def __post_init__(self) -> None:
         if self.unit not in _UNITS:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
+        if not isinstance(self.reference, str):
+            raise TypeError('reference is a name: references={"other": reference(...)}, and "other" here')
+        if bool(self.reference) != (self.kind in _WITH_REFERENCE or self.unit == "reference"):
+            raise ValueError('unit="reference" and reference="NAME" go together')
         if self.steps is not None:
             start, end = self.steps
             steps = whole(start, "the start of steps"), whole(end, "the end of steps")
@@ -210,18 +236,22 @@ class Edit:
     def __repr__(self) -> str:
         terms = [(str(ref), weight) for ref, weight in self.features]
         if any(weight is not None for _, weight in terms):
-            features = repr({name: 1.0 if weight is None else weight for name, weight in terms})
+            what = repr({name: 1.0 if weight is None else weight for name, weight in terms})
         else:
-            features = repr(terms[0][0] if len(terms) == 1 else [name for name, _ in terms])
-        said = [features, f"{self.amount:g}"]
+            what = _one_or_list(self.blocks or [name for name, _ in terms])
+        said = [what]
+        said += [repr(self.reference)] if self.kind in _WITH_REFERENCE else [f"{self.amount:g}"]
+        said += [f"multiplier={self.amount:g}"] if self.kind == "transfer" and self.amount != 1 else []
+        said += [f"remove={_one_or_list([str(ref) for ref in self.remove])}"] if self.remove else []
         said += [f"unit={self.unit!r}"] if self.unit != "mean" else []
+        said += [f"reference={self.reference!r}"] if self.unit == "reference" else []
         said += [f"mask={self.mask!r}"] if self.mask is not None else []
         said += [f"steps={self.steps}"] if self.steps is not None else []
         return f"{'set_to' if self.kind == 'set' else self.kind}({', '.join(said)})"
 
     @classmethod
     def from_proto(cls, message: steering_pb2.Edit) -> Edit:
-        """From a message: `[Edit.from_proto(e) for e in picture.provenance.edits]` steers another run the same way.
+        """From a message of the contract.
 
         Raises:
             ValueError: the message says no kind or unit that this client knows.
@@ -230,59 +260,80 @@ class Edit:
         if kind is None:
             raise ValueError("an edit without a kind; update the client if the server is newer")
         inner: Any = getattr(message, kind)
-        number = inner.unit if kind != "scale" else steering_pb2.UNIT_UNSPECIFIED
+        number = inner.unit if kind in _WITH_UNIT else steering_pb2.UNIT_UNSPECIFIED
         if number not in _UNIT_NAMES:
             raise ValueError(f"unit {number} is none that this client knows")
+        unsaid = kind == "patch" or (kind == "transfer" and not inner.HasField("multiplier"))
         return cls(
             kind,
             tuple(
                 (FeatureRef(t.feature.sae, t.feature.index), t.weight if t.HasField("weight") else None)
                 for t in message.features
             ),
-            getattr(inner, _AMOUNTS[kind]),
+            1.0 if unsaid else getattr(inner, _AMOUNTS[kind]),
             _UNIT_NAMES[number],
             Mask(message.mask) if message.HasField("mask") else None,
             (message.steps.start, message.steps.end) if message.HasField("steps") else None,
+            message.reference,
+            tuple(FeatureRef(ref.sae, ref.index) for ref in message.transfer.remove),
+            tuple(message.patch.hook_points),
         )
 
     def to_proto(self) -> steering_pb2.Edit:
         """The edit as a message."""
-        features = [
-            steering_pb2.WeightedFeature(feature=steering_pb2.FeatureRef(sae=ref.sae, index=ref.index), weight=weight)
-            for ref, weight in self.features
-        ]
-        edit = steering_pb2.Edit(features=features, mask=self.mask.message if self.mask else None)
-        unit = _UNITS[self.unit]
-        match self.kind:
-            case "add":
-                edit.add.CopyFrom(steering_pb2.AddEdit(strength=self.amount, unit=unit))
-            case "scale":
-                edit.scale.CopyFrom(steering_pb2.ScaleEdit(factor=self.amount))
-            case "set":
-                edit.set.CopyFrom(steering_pb2.SetEdit(value=self.amount, unit=unit))
-            case "replace":
-                edit.replace.CopyFrom(steering_pb2.ReplaceEdit(strength=self.amount, unit=unit))
-        if self.steps is not None:
-            edit.steps.CopyFrom(steering_pb2.StepRange(start=self.steps[0], end=self.steps[1]))
+        edit = steering_pb2.Edit(
+            features=[
+                steering_pb2.WeightedFeature(feature=_ref_message(ref), weight=weight) for ref, weight in self.features
+            ],
+            mask=self.mask.message if self.mask else None,
+            steps=steering_pb2.StepRange(start=self.steps[0], end=self.steps[1]) if self.steps else None,
+            reference=self.reference,
+        )
+        inner: Any = getattr(edit, self.kind)
+        inner.SetInParent()
+        if self.kind in _AMOUNTS:
+            setattr(inner, _AMOUNTS[self.kind], self.amount)
+        if self.kind in _WITH_UNIT:
+            inner.unit = _UNITS[self.unit]
+        if self.kind == "transfer":
+            inner.remove.extend(map(_ref_message, self.remove))
+        if self.kind == "patch":
+            inner.hook_points.extend(self.blocks)
         return edit
+
+
+def _one_or_list(names: Sequence[str]) -> str:
+    return repr(names[0] if len(names) == 1 else list(names))
+
+
+def _ref_message(ref: FeatureRef) -> steering_pb2.FeatureRef:
+    return steering_pb2.FeatureRef(sae=ref.sae, index=ref.index)
 
 
 Steps: TypeAlias = tuple[int, int] | None
 
 
 def add(
-    features: Features, strength: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+    features: Features,
+    strength: float,
+    *,
+    unit: Unit = "mean",
+    reference: str = "",
+    mask: Mask | None = None,
+    steps: Steps = None,
 ) -> Edit:
     """Raise activations by `strength` units (negative: lower them).
 
     Args:
         features: one feature, several, or a dict of feature to weight.
         strength: -40 to 40 is usual in means; at most 1000.
-        unit: "mean" (the feature's mean activation where active), "raw", or "norm" (the block's update norm).
+        unit: "mean" (the feature's mean activation where active), "raw", "norm" (the block's update norm), or
+            "reference" (the feature's activation in a reference, at the same position and step).
+        reference: for unit "reference": a name among the call's `references`.
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
     """
-    return Edit("add", _terms(features), strength, unit, mask, steps)
+    return Edit("add", _terms(features), strength, unit, mask, steps, reference)
 
 
 def scale(features: Features, factor: float, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
@@ -296,10 +347,16 @@ def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None)
 
 
 def set_to(
-    features: Features, value: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+    features: Features,
+    value: float,
+    *,
+    unit: Unit = "mean",
+    reference: str = "",
+    mask: Mask | None = None,
+    steps: Steps = None,
 ) -> Edit:
     """Fix activations at `value` units, wherever they stood."""
-    return Edit("set", _terms(features), value, unit, mask, steps)
+    return Edit("set", _terms(features), value, unit, mask, steps, reference)
 
 
 def replace(
@@ -307,6 +364,42 @@ def replace(
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
     return Edit("replace", _terms(features), strength, unit, mask, steps)
+
+
+def patch(blocks: str | Sequence[str], reference: str, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+    """Put what blocks write in a reference in place of what they would have written, position by position.
+
+    Args:
+        blocks: one block or several, such as "up.0.1"; needs no SAE.
+        reference: a name among the call's `references`.
+        mask: where; None: everywhere.
+        steps: half-open range of 0-based steps; None: every step.
+    """
+    names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    return Edit("patch", (), 1.0, "mean", mask, steps, reference, (), names)
+
+
+def transfer(
+    features: Features,
+    reference: str,
+    *,
+    multiplier: float = 1.0,
+    remove: FeatureLike | Sequence[FeatureLike] = (),
+    mask: Mask | None = None,
+    steps: Steps = None,
+) -> Edit:
+    """Give features the activations that they have in a reference, position by position and step by step.
+
+    Args:
+        features: one feature, several, or a dict of feature to weight.
+        reference: a name among the call's `references`.
+        multiplier: of the reference's activations.
+        remove: features to take away at the same places; none of `features`.
+        mask: where; None: everywhere.
+        steps: half-open range of 0-based steps; None: every step.
+    """
+    taken = tuple(to_refs(remove))
+    return Edit("transfer", _terms(features), multiplier, "mean", mask, steps, reference, taken)
 
 
 def edits_to_json(edits: Sequence[Edit]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
@@ -18,14 +19,41 @@ class EmbeddedServer(Protocol):
         ...
 
 
-def start_embedded(settings: dict[str, Any]) -> EmbeddedServer:
-    """Start a server in this process.
+class Embedded:
+    """A server in this process: started once, when it is first needed, by any thread."""
 
-    Raises:
-        RuntimeError: the server is not installed.
-    """
-    found = list(entry_points(group=GROUP, name="server"))
-    if not found:
-        raise RuntimeError("there is no server to embed; install it with: pip install 'turbolens[server]'")
-    server: EmbeddedServer = found[0].load()(**settings)
-    return server
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """Find the server; `settings` are what it will start with.
+
+        Raises:
+            RuntimeError: the server is not installed.
+        """
+        found = list(entry_points(group=GROUP, name="server"))
+        if not found:
+            raise RuntimeError("there is no server to embed; install it with: pip install 'turbolens[server]'")
+        self._entry_point = found[0]
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._server: EmbeddedServer | None = None
+        self._closed = False
+
+    def start(self) -> str:
+        """The server's target; loads the model the first time.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this connection is closed")
+            if self._server is None:
+                self._server = self._entry_point.load()(**self._settings)
+            return self._server.target
+
+    def close(self) -> None:
+        """Stop the server, after its start where that is under way; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+            if self._server is not None:
+                self._server.close()
+                self._server = None

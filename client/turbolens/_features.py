@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from turbolens._results import Coded
+
+LabelsOf = Callable[[str], Mapping[int, str]]
+"""The labels of an SAE, by feature."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +89,8 @@ class Match:
 
     feature: Feature
     score: float
-    """0 to 1: how near the words are, times how sure the label is."""
+    """0 to 1: how near the words are, times how sure the label is, times how common the feature is among its SAE's (one
+    half at the median), where that was measured."""
     reason: str
     """By which label, and how."""
 
@@ -235,14 +239,12 @@ class BlockFeatures:
 class RunFeatures(Mapping[str, BlockFeatures]):
     """The features of one run, by SAE: `features["down.2.1"].top(10)`."""
 
-    def __init__(
-        self, seed: int, chunks: Sequence[run_pb2.SparseFeatures], labels: Mapping[str, Mapping[int, str]]
-    ) -> None:
+    def __init__(self, seed: int, chunks: Sequence[run_pb2.SparseFeatures], labels_of: LabelsOf) -> None:
         self.seed = seed
         by_sae: dict[str, list[run_pb2.SparseFeatures]] = {}
         for chunk in chunks:
             by_sae.setdefault(chunk.sae, []).append(chunk)
-        self._blocks = {sae: BlockFeatures(own, labels.get(sae, {})) for sae, own in by_sae.items()}
+        self._blocks = {sae: BlockFeatures(own, labels_of(sae)) for sae, own in by_sae.items()}
 
     def __getitem__(self, sae: str) -> BlockFeatures:
         if sae not in self._blocks:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import io
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from turbolens._features import BlockFeatures, RunFeatures
+from turbolens._features import BlockFeatures, LabelsOf, RunFeatures
+from turbolens._provenance import Provenance
+from turbolens._run import FORMATS
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FileFormat = Literal["png", "jpeg", "webp"]
-Labels = Mapping[str, Mapping[int, str]]
-FORMATS: Final = {
-    "png": run_pb2.IMAGE_FORMAT_PNG,
-    "jpeg": run_pb2.IMAGE_FORMAT_JPEG,
-    "webp": run_pb2.IMAGE_FORMAT_WEBP,
-    "raw": run_pb2.IMAGE_FORMAT_RAW,
-}
 
 
 def format_of(path: Path) -> FileFormat | None:
@@ -92,9 +86,9 @@ class Picture(Coded):
         self,
         message: generation_service_pb2.Generation,
         prompt: str,
-        provenance: run_pb2.Provenance | None,
+        provenance: Provenance | None,
         warnings: tuple[Warning, ...],
-        labels: Labels,
+        labels_of: LabelsOf,
     ) -> None:
         super().__init__(message.image)
         self.prompt = prompt
@@ -102,7 +96,7 @@ class Picture(Coded):
         self.provenance = provenance
         """Everything needed to make it again; None in a stream, whose `Done` event has it."""
         self.warnings = warnings
-        self.features = RunFeatures(message.seed, message.features, labels)
+        self.features = RunFeatures(message.seed, message.features, labels_of)
         """By SAE; empty where none were asked for."""
         self.batch_size = message.batch_size
         """Pictures that the server ran together with it, itself included."""
@@ -140,11 +134,11 @@ class Extraction(RunFeatures):
         self,
         message: feature_service_pb2.Extraction,
         prompt: str,
-        provenance: run_pb2.Provenance,
+        provenance: Provenance,
         warnings: tuple[Warning, ...],
-        labels: Labels,
+        labels_of: LabelsOf,
     ) -> None:
-        super().__init__(message.seed, message.features, labels)
+        super().__init__(message.seed, message.features, labels_of)
         self.prompt = prompt
         self.provenance = provenance
         self.warnings = warnings
@@ -192,7 +186,7 @@ class PictureReady:
 class Done:
     """The run ended well."""
 
-    provenance: run_pb2.Provenance
+    provenance: Provenance
     warnings: tuple[Warning, ...]
 
 
@@ -207,7 +201,7 @@ def warnings_of(messages: Any) -> tuple[Warning, ...]:
 def event_of(
     message: generation_service_pb2.StreamGenerateResponse | feature_service_pb2.StreamFeaturesResponse,
     prompt: str,
-    labels: Labels,
+    labels_of: LabelsOf,
 ) -> Event:
     """A stream's message as an event."""
     kind = message.WhichOneof("event")
@@ -221,7 +215,7 @@ def event_of(
         return Step(inner.seed_index, inner.step, inner.steps, preview)
     if kind == "features":
         sae = inner.features.sae
-        return Features(inner.seed_index, inner.seed, BlockFeatures([inner.features], labels.get(sae, {})))
+        return Features(inner.seed_index, inner.seed, BlockFeatures([inner.features], labels_of(sae)))
     if kind == "picture":
-        return PictureReady(inner.seed_index, Picture(inner.generation, prompt, None, (), labels))
-    return Done(inner.provenance, warnings_of(inner.warnings))
+        return PictureReady(inner.seed_index, Picture(inner.generation, prompt, None, (), labels_of))
+    return Done(Provenance.from_proto(inner.provenance), warnings_of(inner.warnings))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -26,12 +26,13 @@ _EXTRAS: Final = {
     "catalog": "training",
     "train": "training",
 }
+_MAKE: Final[Mapping[str, Callable[..., tl.Edit]]] = {"add": tl.add, "set": tl.set_to, "replace": tl.replace}
 # One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Run:
+class _Call:
     prompt: Positional[str]
     """What to draw."""
     server: str = "localhost:50051"
@@ -48,6 +49,16 @@ class _Run:
     """Edit BLOCK/INDEX=VALUE, in the unit; may be repeated."""
     replace: Repeated = ()
     """Edit BLOCK/INDEX=STRENGTH, in the unit, in place of all that the block would have written; may be repeated."""
+    patch: Repeated = ()
+    """Edit BLOCK=REFERENCE: what the block writes in a reference, in place of its own; may be repeated."""
+    transfer: Repeated = ()
+    """Edit BLOCK/INDEX=REFERENCE: the feature fires as it does in a reference; may be repeated."""
+    reference: Repeated = ()
+    """NAME=PROMPT: another run for patch and transfer to read, of the picture's seed; may be repeated."""
+    reference_seed: Repeated = ()
+    """NAME=SEED: of a reference that has a seed of its own; may be repeated."""
+    multiplier: float = 1.0
+    """Of the activations that transfer takes."""
     unit: Literal["mean", "raw", "norm"] = "mean"
     """What 1 is in add, set and replace: the feature's mean, an activation of 1, or the block's update norm."""
     mask: str | None = None
@@ -62,7 +73,7 @@ class _Run:
     """SAE=PREFIX: only so many first features exist, where the SAE allows it; may be repeated."""
 
     def edits(self) -> list[tl.Edit]:
-        """The edits, in the order of the file, then add, scale, set, replace."""
+        """The edits, in the order of the file, then add, scale, set, replace, patch, transfer."""
         made = [] if self.edits_file is None else _edits_of(self.edits_file)
         where = None if self.mask is None else _box(self.mask)
         when = None if self.edit_steps is None else _range(self.edit_steps)
@@ -74,9 +85,27 @@ class _Run:
                 if kind == "scale":
                     made.append(tl.scale(name, float(amount), mask=where, steps=when))
                 else:
-                    make = {"add": tl.add, "set": tl.set_to, "replace": tl.replace}[kind]
-                    made.append(make(name, float(amount), unit=self.unit, mask=where, steps=when))
+                    made.append(_MAKE[kind](name, float(amount), unit=self.unit, mask=where, steps=when))
+        for block, reference in _pairs("patch", self.patch, "BLOCK=REFERENCE"):
+            made.append(tl.patch(block, reference, mask=where, steps=when))
+        for name, reference in _pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):
+            made.append(tl.transfer(name, reference, multiplier=self.multiplier, mask=where, steps=when))
         return made
+
+    def options(self) -> dict[str, Any]:
+        """What both calls take beside the prompt."""
+        seeds = _numbers("reference-seed", self.reference_seed, "NAME")
+        prompts = dict(_pairs("reference", self.reference, "NAME=PROMPT"))
+        if unknown := seeds.keys() - prompts.keys():
+            raise ValueError(f"--reference-seed {unknown.pop()}: no --reference has this name")
+        return {
+            "seed": self.seed,
+            "steps": self.steps,
+            "steer": self.edits(),
+            "references": {name: tl.reference(text, seed=seeds.get(name)) for name, text in prompts.items()},
+            "k": _numbers("k", self.k, "SAE"),
+            "prefix": _numbers("prefix", self.prefix, "SAE"),
+        }
 
 
 def _edits_of(file: Path) -> list[tl.Edit]:
@@ -100,19 +129,26 @@ def _range(text: str) -> tuple[int, int]:
     return int(start), int(end)
 
 
-def _per_sae(option: str, texts: Sequence[str]) -> dict[str, int]:
-    """The numbers of a flag that is said of each SAE."""
-    numbers = {}
-    for text in texts:
-        sae, _, number = text.partition("=")
+def _pairs(option: str, texts: Sequence[str], form: str) -> list[tuple[str, str]]:
+    """The two sides of a flag that is said as NAME=VALUE."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, equals, _) in zip(texts, pairs, strict=True):
+        if not equals or not name:
+            raise ValueError(f"--{option} {text}: write {form}")
+    return [(name, value) for name, _, value in pairs]
+
+
+def _numbers(option: str, texts: Sequence[str], of: str) -> dict[str, int]:
+    """The numbers of a flag that is said of each SAE or reference."""
+    pairs = _pairs(option, texts, f"{of}=NUMBER")
+    for name, number in pairs:
         if not number.isdecimal():
-            raise ValueError(f"--{option} {text}: write SAE=NUMBER, such as up.0.1=8")
-        numbers[sae] = int(number)
-    return numbers
+            raise ValueError(f"--{option} {name}={number}: write {of}=NUMBER")
+    return {name: int(number) for name, number in pairs}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(_Run):
+class Generate(_Call):
     """Make a picture.
 
     Example: turbolens generate "a big red star on the left, night background" --seed 7 --add up.0.1/202=8
@@ -123,10 +159,7 @@ class Generate(_Run):
 
     def run(self) -> None:
         with tl.connect(self.server) as lens:
-            picture = lens.generate(
-                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), k=_per_sae("k", self.k),
-                prefix=_per_sae("prefix", self.prefix), format=format_of(self.out) or "png",
-            )  # fmt: skip
+            picture = lens.generate(self.prompt, **self.options(), format=format_of(self.out) or "png")
         picture.save(self.out)
         for warning in picture.warnings:
             print(f"note: {warning.message}", file=sys.stderr)
@@ -134,7 +167,7 @@ class Generate(_Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Extract(_Run):
+class Extract(_Call):
     """Show the strongest features behind a picture.
 
     Example: turbolens extract "a big red star on the left, night background" --seed 7 --top 5
@@ -149,10 +182,7 @@ class Extract(_Run):
 
     def run(self) -> None:
         with tl.connect(self.server) as lens:
-            found = lens.extract(
-                self.prompt, seed=self.seed, steps=self.steps, steer=self.edits(), saes=self.sae or None,
-                k=_per_sae("k", self.k), prefix=_per_sae("prefix", self.prefix),
-            )  # fmt: skip
+            found = lens.extract(self.prompt, **self.options(), saes=self.sae or None)
         if self.json:
             rows = {
                 sae: [{"feature": r.feature, "mean": r.mean, "label": r.label} for r in block.top(self.top)]

@@ -32,7 +32,7 @@ from turbolens_server.rpc.calls import CallInterceptor
 from turbolens_server.rpc.errors import device_is_lost
 from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
-from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, RequestLimits
+from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, MAX_REFERENCES, RequestLimits
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -74,7 +74,9 @@ class Serving:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._room = Room(RequestLimits(max_seeds=config.max_seeds))
+        self._room = Room(
+            RequestLimits(max_seeds=config.max_seeds, max_references=min(MAX_REFERENCES, config.max_batch - 1))
+        )
         self._health = health.HealthServicer()
         self.device_lost = asyncio.Event()
         """The GPU answers this process no more: nothing but a new process can serve."""

@@ -126,19 +126,24 @@ class Fake(
 
     @staticmethod
     def _seeds(request: Any) -> list[int]:
-        return list(request.seeds) or [4242]
+        return list(request.run.seeds) or [4242]
 
     @staticmethod
     def _account(request: Any) -> run.Provenance:
-        return run.Provenance(model="fake", prompt=request.prompt.text, sampling=request.sampling, edits=request.edits)
+        return run.Provenance(model="fake", run=request.run)
 
     def _features(self, request: Any, seed: int) -> list[run.SparseFeatures]:
-        if isinstance(request, gs.GenerateRequest) and not request.HasField("features"):
+        asked = request.run
+        if isinstance(request, gs.GenerateRequest | gs.StreamGenerateRequest) and not asked.HasField("features"):
             return []
-        saes = list(request.features.saes) or SAES
-        wide = request.features.value_type == run.VALUE_TYPE_FLOAT32
-        steps = range(request.sampling.steps or 1)
-        return [pack(activations(seed, step), sae, step, wide) for step in steps for sae in saes]
+        saes = list(asked.features.saes) or SAES
+        wide = asked.features.value_type == run.VALUE_TYPE_FLOAT32
+        steps = range(asked.sampling.steps or 1)
+        chunks = [pack(activations(seed, step), sae, step, wide) for step in steps for sae in saes]
+        if asked.features.labels and seed == self._seeds(request)[0]:
+            for chunk in chunks[: len(saes)]:
+                chunk.labels.update(LABELS)
+        return chunks
 
     def GetModel(self, request, context):  # noqa: N802
         self._came("GetModel", request, context)
@@ -148,7 +153,7 @@ class Fake(
     def Generate(self, request, context):  # noqa: N802
         self._came("Generate", request, context)
         made = [self._generation(request, seed) for seed in self._seeds(request)]
-        warnings = [run.Warning(code="PROMPT_CUT", message="cut")] if len(request.prompt.text) > 50 else []
+        warnings = [run.Warning(code="PROMPT_CUT", message="cut")] if len(request.run.source.prompt.text) > 50 else []
         return gs.GenerateResponse(
             request_id=request.request_id or "made", generations=made, provenance=self._account(request),
             warnings=warnings,
@@ -163,17 +168,16 @@ class Fake(
             made.latents.CopyFrom(run.Tensor(shape=[4, 2, 2], type=run.VALUE_TYPE_FLOAT32, data=latents.tobytes()))
         return made
 
-    def StreamGenerate(self, message, context):  # noqa: N802
-        request = message.request
+    def StreamGenerate(self, request, context):  # noqa: N802
         context.add_callback(self.cancelled.set)
-        self._came("StreamGenerate", message, context)
+        self._came("StreamGenerate", request, context)
         answer = gs.StreamGenerateResponse
         yield answer(queued=fs.QueuedEvent(request_id=request.request_id, position=2))
-        steps = request.sampling.steps or 1
+        steps = request.run.sampling.steps or 1
         for at, seed in enumerate(self._seeds(request)):
             chunks = self._features(request, seed)
             for step in range(steps):
-                preview = an_image(seed, 0) if message.previews and step < steps - 1 else None
+                preview = an_image(seed, 0) if request.previews and step < steps - 1 else None
                 yield answer(step=gs.StepEvent(seed_index=at, step=step, steps=steps, preview=preview))
                 for chunk in chunks:
                     if chunk.step == step:
@@ -188,14 +192,14 @@ class Fake(
         made = [fs.Extraction(seed=seed, features=self._features(request, seed)) for seed in self._seeds(request)]
         return fs.ExtractFeaturesResponse(extractions=made, provenance=self._account(request))
 
-    def StreamFeatures(self, message, context):  # noqa: N802
-        self._came("StreamFeatures", message, context)
+    def StreamFeatures(self, request, context):  # noqa: N802
+        self._came("StreamFeatures", request, context)
         yield fs.StreamFeaturesResponse(queued=fs.QueuedEvent(position=0))
-        for at, seed in enumerate(self._seeds(message.request)):
-            for chunk in self._features(message.request, seed):
+        for at, seed in enumerate(self._seeds(request)):
+            for chunk in self._features(request, seed):
                 event = fs.FeaturesEvent(seed_index=at, seed=seed, features=chunk)
                 yield fs.StreamFeaturesResponse(features=event)
-        yield fs.StreamFeaturesResponse(done=fs.DoneEvent(provenance=self._account(message.request)))
+        yield fs.StreamFeaturesResponse(done=fs.DoneEvent(provenance=self._account(request)))
 
     def ListFeatures(self, request, context):  # noqa: N802
         self._came("ListFeatures", request, context)

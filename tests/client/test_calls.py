@@ -22,7 +22,7 @@ def test_what_is_left_out_is_left_to_the_server(client, fake):
     picture = client.generate("a star")
     sent = fake.last(gs.GenerateRequest)
     assert sent == gs.GenerateRequest(
-        prompt=run.PromptSource(text="a star"), sampling=run.Sampling(),
+        run=run.Run(source=run.Source(prompt=run.PromptSource(text="a star")), sampling=run.Sampling()),
         image=run.ImageOptions(format=run.IMAGE_FORMAT_PNG),
     )  # fmt: skip
     assert picture.seed == 4242
@@ -37,10 +37,11 @@ def test_what_is_said_is_sent(client, fake):
         latents=True, request_id="mine",
     )  # fmt: skip
     sent = fake.last(gs.GenerateRequest)
-    assert sent.WhichOneof("source") == "prompt"  # the empty prompt is a prompt
-    assert (list(sent.seeds), sent.sampling.steps, sent.sampling.width, sent.sampling.height) == ([0], 2, 64, 32)
-    assert list(sent.edits) == [edit.to_proto()]
-    assert list(sent.features.saes) == ["up.0.1"]
+    asked = sent.run
+    assert asked.source.WhichOneof("kind") == "prompt"  # the empty prompt is a prompt
+    assert (list(asked.seeds), asked.sampling.steps, asked.sampling.width, asked.sampling.height) == ([0], 2, 64, 32)
+    assert list(asked.edits) == [edit.to_proto()]
+    assert list(asked.features.saes) == ["up.0.1"]
     assert (sent.image.format, sent.image.quality) == (run.IMAGE_FORMAT_WEBP, 80)
     assert sent.return_latents
     assert sent.request_id == "mine"
@@ -60,9 +61,10 @@ def test_one_seed_one_picture_many_seeds_many(client):
 def test_numbers_of_any_whole_type_are_sent(number, client, fake):
     client.generate("x", seed=number, steps=number, width=number, height=number, quality=number, k={"up.0.1": number})
     sent = fake.last(gs.GenerateRequest)
-    assert list(sent.seeds) == [3]
-    assert (sent.sampling.steps, sent.sampling.width, sent.sampling.height) == (3, 3, 3)
-    assert (sent.image.quality, sent.sae_options[0].k) == (3, 3)
+    asked = sent.run
+    assert list(asked.seeds) == [3]
+    assert (asked.sampling.steps, asked.sampling.width, asked.sampling.height) == (3, 3, 3)
+    assert (sent.image.quality, asked.sae_options[0].k) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +117,8 @@ def test_a_picture_in_every_form(client, format, tmp_path):
 def test_a_result_tells_how_it_was_made(client):
     edit = tl.add("up.0.1/3", 8, mask=tl.box(0, 0, 0.5, 1))
     picture = client.generate("x" * 60, seed=3, steer=[edit])
-    assert picture.prompt == picture.provenance.prompt == "x" * 60
-    assert [tl.Edit.from_proto(e) for e in picture.provenance.edits] == [edit]
+    assert picture.prompt == picture.provenance.run.prompt == "x" * 60
+    assert picture.provenance.run.steer == (edit,)
     assert picture.warnings == (tl.Warning("PROMPT_CUT", "cut"),)
     assert client.generate("x", seed=3).warnings == ()
 
@@ -128,7 +130,7 @@ def test_extraction_holds_what_fired(client):
     block = found["up.0.1"]
     assert block.shape == (2, HEIGHT, WIDTH, D_SAE)
     assert np.array_equal(block.to_dense(), dense)
-    assert found.provenance.prompt == found.prompt == "x"
+    assert found.provenance.run.prompt == found.prompt == "x"
     with pytest.raises(KeyError, match=r"down\.2\.1, up\.0\.1"):
         found["mid.0"]
 
@@ -140,28 +142,41 @@ def test_features_beside_a_picture(client, features, saes):
     assert list(client.generate("x", seed=3, features=features).features) == list(saes)
 
 
-def test_labels_are_fetched_once_and_paged(client, fake):
-    fake.page = 2
+def test_labels_come_with_the_first_features_and_are_asked_for_once(client, fake):
     rows = client.extract("x", seed=3)["up.0.1"].top(D_SAE)
     assert {row.feature: row.label for row in rows if row.label} == {
         row.feature: LABELS[row.feature] for row in rows if row.feature in LABELS
     }
     assert any(row.label for row in rows)
-    asked = [r.parent for r in fake.requests if isinstance(r, fs.ListFeaturesRequest)]
-    assert asked == [f"saes/{sae}" for sae in SAES for _ in range(2)]
-    client.extract("x", seed=4)
-    client.generate("x", seed=4, features=True)
-    assert len([r for r in fake.requests if isinstance(r, fs.ListFeaturesRequest)]) == len(asked)
+    again = client.extract("x", seeds=[4, 5])
+    assert any(row.label for row in again[1]["up.0.1"].top(D_SAE))
+    client.generate("x", seed=4)
+    client.generate("x", seed=4, features=["up.0.1"])
+    asked = [request.run.features.labels for request in fake.requests]
+    assert asked == [True, False, False, True]  # of another choice of SAEs, nobody knows yet what it holds
+    assert len(fake.requests) == 4
 
 
-def test_a_result_is_not_lost_for_want_of_labels(client, fake):
-    import grpc
+def test_a_stream_starts_without_waiting_for_labels_and_has_them(client, fake):
+    events = client.stream_features("x", seed=3, steps=2)
+    assert isinstance(next(events), tl.Queued)
+    assert len(fake.requests) == 1
+    blocks = [event.block for event in events if isinstance(event, tl.Features)]
+    assert all(any(row.label for row in block.top(D_SAE)) for block in blocks)
+    list(client.stream_features("x", seed=3, steps=2))
+    assert not fake.last(fs.StreamFeaturesRequest).run.features.labels
 
-    fake.on["ListFeatures"] = lambda context: context.abort(grpc.StatusCode.UNIMPLEMENTED, "no catalogue")
-    rows = client.extract("x", seed=3)["up.0.1"].top(3)
-    assert [row.label for row in rows] == ["", "", ""]
-    del fake.on["ListFeatures"]
-    assert any(row.label for row in client.extract("x", seed=3)["up.0.1"].top(D_SAE))
+
+def test_a_stream_left_early_asks_for_labels_again(client, fake):
+    next(client.stream_features("x", seed=3))
+    next(client.stream_features("x", seed=3))
+    assert fake.last(fs.StreamFeaturesRequest).run.features.labels
+
+
+def test_labels_of_a_few_features_are_not_taken_for_all(client, fake):
+    for _ in range(2):
+        client.extract("x", only="up.0.1/1")
+        assert fake.last(fs.ExtractFeaturesRequest).run.features.labels
 
 
 def test_a_stream_of_pictures(client, fake):
@@ -236,7 +251,7 @@ def test_search_results_go_straight_into_edits(client, fake):
     assert [str(match.ref) for match in found] == ["up.0.1/1"]
     assert (found[0].feature.label, found[0].reason) == ("blue", "color=blue: word")
     client.generate("x", seed=1, steer=[tl.add(found[0], 4), tl.ablate(found)])
-    assert [e.features[0].feature.index for e in fake.last(gs.GenerateRequest).edits] == [1, 1]
+    assert [e.features[0].feature.index for e in fake.last(gs.GenerateRequest).run.edits] == [1, 1]
     assert len(client.search_features("blue")) == len(SAES)
     assert not client.search_features("nothing of the kind")
 
@@ -306,3 +321,25 @@ def test_the_async_client_gives_the_same(running, client):
     assert streams[0] == [type(e) for e in client.stream_generate("x", seed=1, features=True)]
     assert streams[1] == [type(e) for e in client.stream_features("x", seed=1)]
     assert listed == list(client.list_features("up.0.1"))
+
+
+def test_references_are_sent_with_every_call_and_told_again(client, fake):
+    references = {"other": tl.reference("a ring"), "seeded": tl.reference("", seed=np.int64(3))}
+    arguments = {"seed": 1, "steer": [tl.patch("up.0.1", "other")], "references": references}
+    told = client.generate("x", **arguments).provenance.run
+    list(client.stream_generate("x", **arguments))
+    client.extract("x", **arguments)
+    list(client.stream_features("x", **arguments))
+    expected = {
+        "other": run.Reference(source={"prompt": {"text": "a ring"}}),
+        "seeded": run.Reference(source={"prompt": {"text": ""}}, seed=3),
+    }
+    assert [dict(request.run.references) for request in fake.requests] == [expected] * 4
+    assert told == tl.Run(prompt="x", seeds=(1,), steer=(tl.patch("up.0.1", "other"),), references=references)
+
+
+@pytest.mark.parametrize("references", [[tl.reference("x")], {"other": "a ring"}])
+def test_references_have_names(references, client, fake):
+    with pytest.raises(TypeError, match="references are named"):
+        client.generate("x", references=references)
+    assert not fake.requests

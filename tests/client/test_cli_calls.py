@@ -30,14 +30,14 @@ def test_every_edit_given_is_sent(turbolens, fake, tmp_path, capsys):
     )  # fmt: skip
     sent = fake.last(gs.GenerateRequest)
     where = tl.box(0, 0, 0.5, 1)
-    assert sent.prompt.text == "a star"
-    assert [tl.Edit.from_proto(edit) for edit in sent.edits] == [
+    assert sent.run.source.prompt.text == "a star"
+    assert [tl.Edit.from_proto(edit) for edit in sent.run.edits] == [
         tl.add("up.0.1/1", 8, mask=where),
         tl.add("up.0.1/2", -3.5, mask=where),
         tl.scale("down.2.1/4", 0, mask=where),
         tl.set_to("up.0.1/5", 2, mask=where),
     ]
-    assert (list(sent.seeds), sent.sampling.steps) == ([7], 2)
+    assert (list(sent.run.seeds), sent.run.sampling.steps) == ([7], 2)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"{out}  seed 7\n"
 
@@ -48,7 +48,7 @@ def test_edits_take_a_unit_and_a_range_of_steps_where_they_have_one(turbolens, f
         "generate", "a star", "--replace", "up.0.1/3=4", "--add", "up.0.1/1=8", "--scale", "up.0.1/2=0", "--set",
         "up.0.1/5=2", "--unit", "norm", "--edit-steps", "0,2",
     )  # fmt: skip
-    assert [tl.Edit.from_proto(edit) for edit in fake.last(gs.GenerateRequest).edits] == [
+    assert [tl.Edit.from_proto(edit) for edit in fake.last(gs.GenerateRequest).run.edits] == [
         tl.add("up.0.1/1", 8, unit="norm", steps=(0, 2)),
         tl.scale("up.0.1/2", 0, steps=(0, 2)),
         tl.set_to("up.0.1/5", 2, unit="norm", steps=(0, 2)),
@@ -61,7 +61,7 @@ def test_edits_come_from_a_file_too(turbolens, fake, tmp_path):
     file = tmp_path / "edits.json"
     file.write_text(tl.edits_to_json(kept))
     turbolens("extract", "a star", "--edits", str(file), "--scale", "up.0.1/4=0", "--mask", "0,0,1,.5")
-    sent = [tl.Edit.from_proto(edit) for edit in fake.last(fs.ExtractFeaturesRequest).edits]
+    sent = [tl.Edit.from_proto(edit) for edit in fake.last(fs.ExtractFeaturesRequest).run.edits]
     assert sent == [*kept, tl.ablate("up.0.1/4", mask=tl.box(0, 0, 1, 0.5))]
 
 
@@ -89,7 +89,7 @@ def test_a_note_goes_to_stderr(turbolens, tmp_path, capsys):
 def test_extract_for_people_and_programs(turbolens, fake, capsys):
     turbolens("extract", "x", "--seed", "3", "--top", "2", "--sae", "up.0.1", "--sae", "down.2.1", "--json")
     told = json.loads(capsys.readouterr().out)
-    assert list(fake.last(fs.ExtractFeaturesRequest).features.saes) == ["up.0.1", "down.2.1"]
+    assert list(fake.last(fs.ExtractFeaturesRequest).run.features.saes) == ["up.0.1", "down.2.1"]
     assert {sae: len(rows) for sae, rows in told["features"].items()} == {"up.0.1": 2, "down.2.1": 2}
     assert told["features"]["up.0.1"][0].keys() == {"feature", "mean", "label"}
     turbolens("extract", "x", "--seed", "3")
@@ -104,7 +104,7 @@ def test_extract_for_people_and_programs(turbolens, fake, capsys):
 def test_how_saes_are_read_is_sent(command, kind, turbolens, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turbolens(command, "x", "--k", "up.0.1=4", "--k", "down.2.1=2", "--prefix", "up.0.1=64")
-    assert list(fake.last(kind).sae_options) == [
+    assert list(fake.last(kind).run.sae_options) == [
         run.SaeOptions(sae="up.0.1", k=4, prefix=64),
         run.SaeOptions(sae="down.2.1", k=2),
     ]
@@ -226,3 +226,21 @@ def test_help_teaches_by_example(command, capsys):
         cli.main([*command, "--help"])
     assert caught.value.code == 0
     assert "Example: turbolens" in capsys.readouterr().out
+
+
+def test_references_and_what_reads_them_are_sent(turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turbolens(
+        "generate", "a star", "--reference", "other=a blue ring = round", "--reference", "seeded=x",
+        "--reference-seed", "seeded=3", "--patch", "up.0.1=other", "--transfer", "down.2.1/4=seeded",
+        "--multiplier", "2", "--mask", "0,0,.5,1",
+    )  # fmt: skip
+    sent = tl.Run.from_proto(fake.last(gs.GenerateRequest).run)
+    where = tl.box(0, 0, 0.5, 1)
+    assert sent.references == {"other": tl.reference("a blue ring = round"), "seeded": tl.reference("x", seed=3)}
+    assert sent.steer == (
+        tl.patch("up.0.1", "other", mask=where),
+        tl.transfer("down.2.1/4", "seeded", multiplier=2, mask=where),
+    )
+    with pytest.raises(SystemExit, match="no --reference has this name"):
+        turbolens("generate", "a star", "--reference-seed", "other=3")

@@ -185,3 +185,43 @@ def test_an_unspecified_unit_is_the_mean():
     message = tl.add("mid.0/1", 2).to_proto()
     message.add.unit = steering_pb2.UNIT_UNSPECIFIED
     assert tl.Edit.from_proto(message) == tl.add("mid.0/1", 2)
+
+
+@pytest.mark.parametrize(
+    ("edit", "shown"),
+    [
+        (tl.patch("up.0.1", "other"), "patch('up.0.1', 'other')"),
+        (tl.patch(["mid.0", "up.0.1"], "other", steps=(0, 1)), "patch(['mid.0', 'up.0.1'], 'other', steps=(0, 1))"),
+        (tl.transfer("up.0.1/2", "other"), "transfer('up.0.1/2', 'other')"),
+        (
+            tl.add("up.0.1/2", 2, unit="reference", reference="other"),
+            "add('up.0.1/2', 2, unit='reference', reference='other')",
+        ),
+        (
+            tl.transfer({"up.0.1/2": 0.5}, "other", multiplier=2, remove=["mid.0/1"], mask=tl.box(0, 0, 0.5, 1)),
+            "transfer({'up.0.1/2': 0.5}, 'other', multiplier=2, remove='mid.0/1', mask=box(0, 0, 0.5, 1))",
+        ),
+    ],
+)
+def test_edits_that_read_another_run_travel_and_show_what_they_are(edit, shown):
+    assert repr(edit) == shown
+    assert tl.Edit.from_proto(edit.to_proto()) == edit
+    assert tl.edits_from_json(tl.edits_to_json([edit])) == [edit]
+
+
+def test_a_multiplier_that_is_not_said_is_one():
+    message = tl.transfer("up.0.1/2", "other").to_proto()
+    message.transfer.ClearField("multiplier")
+    assert tl.Edit.from_proto(message).amount == 1
+
+
+def test_a_reference_is_read_by_its_name():
+    with pytest.raises(TypeError, match="reference is a name"):
+        tl.patch("up.0.1", tl.reference("x"))
+
+
+@pytest.mark.parametrize("arguments", [{"unit": "reference"}, {"reference": "other"}])
+def test_the_unit_of_a_reference_and_its_name_go_together(arguments):
+    for make in (tl.add, tl.set_to):
+        with pytest.raises(ValueError, match="go together"):
+            make("up.0.1/2", 1, **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from fake_server import Running
@@ -61,3 +62,71 @@ def test_without_the_server_it_says_what_to_install(monkeypatch):
 def test_settings_are_for_embedded_servers_only():
     with pytest.raises(TypeError, match="model"):
         tl.connect("localhost:1", model="mini")
+
+
+def test_a_server_in_this_process_has_no_tls(started):
+    for connect in (tl.connect, tl.aio.connect):
+        with pytest.raises(TypeError, match="tls"):
+            connect("embedded", tls=tl.TLS())
+    assert not started
+
+
+def test_the_event_loop_goes_on_while_the_server_starts(monkeypatch):
+    ticked = threading.Event()
+
+    class EntryPoint:
+        def load(self):
+            return self.start
+
+        @staticmethod
+        def start():
+            assert ticked.wait(5), "nothing else ran on the event loop"
+            return Running()
+
+    monkeypatch.setattr(_embedded, "entry_points", lambda **_: [EntryPoint()])
+
+    async def call() -> int:
+        asyncio.get_running_loop().call_later(0.01, ticked.set)
+        async with tl.aio.connect("embedded") as lens:
+            return (await lens.generate("x", seed=3)).seed
+
+    assert asyncio.run(call()) == 3
+
+
+def test_who_gives_up_while_the_server_starts_leaves_none_behind(started, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    start = _embedded.Embedded.start
+
+    def slow(self):
+        begun.set()
+        assert go.wait(5)
+        return start(self)
+
+    monkeypatch.setattr(_embedded.Embedded, "start", slow)
+
+    async def give_up() -> None:
+        async def enter() -> None:
+            async with tl.aio.connect("embedded"):
+                raise AssertionError
+
+        task = asyncio.create_task(enter())
+        await asyncio.to_thread(begun.wait, 5)
+        task.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(give_up())
+    assert all(server.closed for _, server in started)
+
+
+def test_one_server_is_started_for_calls_at_the_same_time(started):
+    async def call() -> None:
+        lens = tl.aio.connect("embedded")
+        await asyncio.gather(*(lens.generate("x", seed=seed) for seed in range(3)))
+        await lens.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await tl.aio.AsyncLens("embedded", embedded=lens._embedded).model()
+
+    asyncio.run(call())
+    assert [server.closed for _, server in started] == [1]

@@ -153,7 +153,7 @@ def test_an_overloaded_server_is_not_asked_again_behind_the_callers_back(client,
 
 def test_messages_over_grpcs_own_four_megabytes_pass(client):
     text = "x" * (5 * 2**20)
-    assert client.generate(text, seed=1).provenance.prompt == text
+    assert client.generate(text, seed=1).provenance.run.prompt == text
 
 
 def test_a_message_that_is_too_large_is_no_overload(client):

@@ -11,9 +11,9 @@ import turbolens as tl
 NAMES = """
 TLS BlockFeatures Cancelled Coded DeadlineExceeded Done Edit Example Extraction Feature FeatureRef Features
 FieldViolation InternalError InvalidRequest Label Lens Mask Match NotFound Overloaded PermissionDenied Picture
-PictureReady Pictures Queued RunFeatures Step Table TopFeature TurboLensError Unauthenticated Unavailable
-Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_json feature mask polygon
-replace scale set_to
+PictureReady Pictures Provenance Queued Reference Run RunFeatures Step Table TopFeature TurboLensError Unauthenticated
+Unavailable Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_json feature mask patch
+polygon reference replace scale set_to transfer
 """
 METHODS = "close extract generate get_feature list_features model search_features stream_features stream_generate"
 

@@ -39,9 +39,10 @@ ONE, OTHER = steering.FeatureRef(sae="up.0.1", index=3), steering.FeatureRef(sae
 def test_of_a_picture(arguments, sent, client, fake):
     client.generate("x", seed=1, **arguments)
     list(client.stream_generate("x", seed=1, **arguments))
-    single, streamed = fake.last(gs.GenerateRequest), fake.last(gs.StreamGenerateRequest).request
+    single, streamed = fake.last(gs.GenerateRequest).run, fake.last(gs.StreamGenerateRequest).run
     for request in (single, streamed):
         assert request.HasField("features") == (sent is not None)
+        request.features.ClearField("labels")
         assert request.features == (sent or run.FeatureSelection())
 
 
@@ -57,8 +58,10 @@ def test_of_a_picture(arguments, sent, client, fake):
 def test_of_an_extraction(arguments, sent, client, fake):
     client.extract("x", seed=1, **arguments)
     list(client.stream_features("x", seed=1, **arguments))
-    assert fake.last(fs.ExtractFeaturesRequest).features == sent
-    assert fake.last(fs.StreamFeaturesRequest).request.features == sent
+    for kind in (fs.ExtractFeaturesRequest, fs.StreamFeaturesRequest):
+        asked = fake.last(kind).run.features
+        asked.ClearField("labels")
+        assert asked == sent
 
 
 @pytest.mark.parametrize("arguments", [{"features": False, "only": "up.0.1/3"}, {"float32": True}])
@@ -105,10 +108,10 @@ def test_how_saes_are_read(arguments, sent, client, fake):
     client.extract("x", seed=1, **arguments)
     list(client.stream_features("x", seed=1, **arguments))
     for request in (
-        fake.last(gs.GenerateRequest), fake.last(gs.StreamGenerateRequest).request,
-        fake.last(fs.ExtractFeaturesRequest), fake.last(fs.StreamFeaturesRequest).request,
+        fake.last(gs.GenerateRequest), fake.last(gs.StreamGenerateRequest),
+        fake.last(fs.ExtractFeaturesRequest), fake.last(fs.StreamFeaturesRequest),
     ):  # fmt: skip
-        assert list(request.sae_options) == sent
+        assert list(request.run.sae_options) == sent
 
 
 def test_a_k_of_no_sae_is_a_mistake(client, fake):
@@ -119,7 +122,15 @@ def test_a_k_of_no_sae_is_a_mistake(client, fake):
 
 def test_every_call_that_returns_features_takes_all():
     for name in ("generate", "stream_generate", "extract", "stream_features"):
-        assert {"only", "float32", "k", "prefix"} <= set(inspect.signature(getattr(tl.Lens, name)).parameters)
+        shown = set(inspect.signature(getattr(tl.Lens, name)).parameters)
+        assert {"only", "float32", "k", "prefix", "references", "timeout"} <= shown
+
+
+@pytest.mark.parametrize("call", ["generate", "stream_generate", "extract", "stream_features"])
+def test_an_argument_that_a_call_does_not_have_is_a_mistake(call, client, fake):
+    with pytest.raises(TypeError, match=r"no argument step$"):
+        list(getattr(client, call)("x", step=2))
+    assert not fake.requests
 
 
 def test_float32_values_are_read_as_such(client, fake):

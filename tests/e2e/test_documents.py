@@ -45,7 +45,7 @@ def test_the_guide_to_the_sdk(play, tmp_path, capsys):
     assert names["again"] == names["edits"]
     assert {"base.png", "heat.png", "7.png", "8.png"} <= {path.name for path in tmp_path.iterdir()}
     said = capsys.readouterr().out
-    for field in ("sampling.steps", "edits[0].features[0].feature", "edits[0].add.strength"):
+    for field in ("run.sampling.steps", "run.edits[0].features[0].feature", "run.edits[0].add.strength"):
         assert field in said, "the refused request did not tell of every field"
 
 

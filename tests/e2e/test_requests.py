@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import turbolens as tl
-from turbolens_proto.v1 import feature_service_pb2 as fs
+from tests import messages
 from turbolens_proto.v1 import feature_service_pb2_grpc, generation_service_pb2_grpc
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
@@ -68,8 +68,7 @@ def test_a_result_says_all_that_makes_it_again(lens, live):
     ref = live["up.0.1"]
     picture = lens.generate(PROMPT, seed=7, steps=2, steer=[tl.add(ref, 4)])
     told = picture.provenance
-    assert (told.prompt, told.sampling.steps, told.sampling.width) == (PROMPT, 2, 128)
-    assert told.edits[0].add.strength == 4
+    assert told.run == tl.Run(prompt=PROMPT, seeds=(7,), steps=2, width=128, height=128, steer=(tl.add(ref, 4),))
     assert list(told.sae_hashes) == ["up.0.1"]
     assert told.model_hash == lens.model().hash
     assert {"torch", "diffusers", "transformers", "turbolens"} <= set(told.versions)
@@ -121,9 +120,7 @@ def test_only_named_features_and_both_value_types(server):
         stub = feature_service_pb2_grpc.FeatureServiceStub(channel)
 
         def extract(**selection):
-            request = fs.ExtractFeaturesRequest(
-                prompt=run.PromptSource(text=PROMPT), seeds=[7], features=run.FeatureSelection(**selection)
-            )
+            request = messages.extract(prompt=PROMPT, seeds=[7], features=run.FeatureSelection(**selection))
             return stub.ExtractFeatures(request).extractions[0].features
 
         whole = extract(saes=["mid.0"], value_type=run.VALUE_TYPE_FLOAT32)[0]
@@ -210,7 +207,7 @@ def test_an_extra_long_prompt_is_cut_with_a_warning(lens):
 
 
 def request(**fields) -> gs.GenerateRequest:
-    return gs.GenerateRequest(**{"prompt": {"text": PROMPT}, "seeds": [7], **fields})
+    return messages.generate(**{"prompt": PROMPT, "seeds": [7], **fields})
 
 
 def an_edit(**fields) -> dict:
@@ -225,76 +222,76 @@ def a_png(array: np.ndarray) -> bytes:
 
 
 BAD = {
-    "no source": (gs.GenerateRequest(seeds=[1]), "source"),
-    "long prompt": (request(prompt={"text": "x" * 4001}), "prompt.text"),
-    "negative seed": (request(seeds=[0, -1]), "seeds[1]"),
-    "too many seeds": (request(seeds=range(17)), "seeds"),
-    "no steps": (request(sampling={"steps": 0}), "sampling.steps"),
-    "too many steps": (request(sampling={"steps": 5}), "sampling.steps"),
-    "odd width": (request(sampling={"width": 100}), "sampling.width"),
-    "huge height": (request(sampling={"height": 1 << 20}), "sampling.height"),
-    "guidance": (request(sampling={"guidance_scale": 5}), "sampling.guidance_scale"),
-    "nan guidance": (request(sampling={"guidance_scale": float("nan")}), "sampling.guidance_scale"),
+    "no source": (messages.generate(seeds=[1]), "run.source"),
+    "long prompt": (request(prompt="x" * 4001), "run.source.prompt.text"),
+    "negative seed": (request(seeds=[0, -1]), "run.seeds[1]"),
+    "too many seeds": (request(seeds=range(17)), "run.seeds"),
+    "no steps": (request(sampling={"steps": 0}), "run.sampling.steps"),
+    "too many steps": (request(sampling={"steps": 5}), "run.sampling.steps"),
+    "odd width": (request(sampling={"width": 100}), "run.sampling.width"),
+    "huge height": (request(sampling={"height": 1 << 20}), "run.sampling.height"),
+    "guidance": (request(sampling={"guidance_scale": 5}), "run.sampling.guidance_scale"),
+    "nan guidance": (request(sampling={"guidance_scale": float("nan")}), "run.sampling.guidance_scale"),
     "long id": (request(request_id="x" * 129), "request_id"),
-    "no kind": (request(edits=[{"features": [{"feature": {"sae": "mid.0"}}]}]), "edits[0].kind"),
-    "no features": (request(edits=[{"add": {"strength": 1}}]), "edits[0].features"),
+    "no kind": (request(edits=[{"features": [{"feature": {"sae": "mid.0"}}]}]), "run.edits[0].kind"),
+    "no features": (request(edits=[{"add": {"strength": 1}}]), "run.edits[0].features"),
     "unknown block": (
         request(edits=[an_edit(features=[{"feature": {"sae": "up.9.9"}}])]),
-        "edits[0].features[0].feature.sae",
+        "run.edits[0].features[0].feature.sae",
     ),
     "feature past the end": (
         request(edits=[an_edit(), an_edit(features=[{"feature": {"sae": "mid.0", "index": 1024}}])]),
-        "edits[1].features[0].feature.index",
+        "run.edits[1].features[0].feature.index",
     ),
     "negative feature": (
         request(edits=[an_edit(features=[{"feature": {"sae": "mid.0", "index": -1}}])]),
-        "edits[0].features[0].feature.index",
+        "run.edits[0].features[0].feature.index",
     ),
     "twice": (
         request(edits=[an_edit(features=[{"feature": {"sae": "mid.0", "index": 3}}] * 2)]),
-        "edits[0].features[1].feature",
+        "run.edits[0].features[1].feature",
     ),
-    "nan strength": (request(edits=[an_edit(add={"strength": float("nan")})]), "edits[0].add.strength"),
-    "infinite factor": (request(edits=[an_edit(scale={"factor": float("inf")})]), "edits[0].scale.factor"),
-    "absurd value": (request(edits=[an_edit(set={"value": 1e9})]), "edits[0].set.value"),
-    "unknown unit": (request(edits=[an_edit(add={"strength": 1, "unit": 77})]), "edits[0].add.unit"),
+    "nan strength": (request(edits=[an_edit(add={"strength": float("nan")})]), "run.edits[0].add.strength"),
+    "infinite factor": (request(edits=[an_edit(scale={"factor": float("inf")})]), "run.edits[0].scale.factor"),
+    "absurd value": (request(edits=[an_edit(set={"value": 1e9})]), "run.edits[0].set.value"),
+    "unknown unit": (request(edits=[an_edit(add={"strength": 1, "unit": 77})]), "run.edits[0].add.unit"),
     "weight on scale": (
         request(edits=[{"features": [{"feature": {"sae": "mid.0", "index": 3}, "weight": 2}], "scale": {}}]),
-        "edits[0].features[0].weight",
+        "run.edits[0].features[0].weight",
     ),
-    "too many edits": (request(edits=[an_edit()] * 65), "edits"),
-    "reversed steps": (request(edits=[an_edit(steps={"start": 1, "end": 1})]), "edits[0].steps"),
-    "steps outside": (request(edits=[an_edit(steps={"start": 0, "end": 2})]), "edits[0].steps"),
-    "mask without shape": (request(edits=[an_edit(mask={})]), "edits[0].mask.shape"),
-    "no boxes": (request(edits=[an_edit(mask={"boxes": {}})]), "edits[0].mask.boxes.boxes"),
+    "too many edits": (request(edits=[an_edit()] * 65), "run.edits"),
+    "reversed steps": (request(edits=[an_edit(steps={"start": 1, "end": 1})]), "run.edits[0].steps"),
+    "steps outside": (request(edits=[an_edit(steps={"start": 0, "end": 2})]), "run.edits[0].steps"),
+    "mask without shape": (request(edits=[an_edit(mask={})]), "run.edits[0].mask.shape"),
+    "no boxes": (request(edits=[an_edit(mask={"boxes": {}})]), "run.edits[0].mask.boxes.boxes"),
     "reversed box": (
         request(edits=[an_edit(mask={"boxes": {"boxes": [{"left": 0.5, "right": 0.2, "bottom": 1}]}})]),
-        "edits[0].mask.boxes.boxes[0]",
+        "run.edits[0].mask.boxes.boxes[0]",
     ),
     "box outside": (
         request(edits=[an_edit(mask={"boxes": {"boxes": [{"right": 1.5, "bottom": 1}]}})]),
-        "edits[0].mask.boxes.boxes[0]",
+        "run.edits[0].mask.boxes.boxes[0]",
     ),
     "two points": (
         request(edits=[an_edit(mask={"polygons": {"polygons": [{"points": [{"x": 0.1}, {"y": 0.1}]}]}})]),
-        "edits[0].mask.polygons.polygons[0].points",
+        "run.edits[0].mask.polygons.polygons[0].points",
     ),
-    "broken png": (request(edits=[an_edit(mask={"png": b"\x89PNG nothing"})]), "edits[0].mask.png"),
-    "black png": (request(edits=[an_edit(mask={"png": a_png(np.zeros((8, 8), np.uint8))})]), "edits[0].mask.png"),
-    "large png": (request(edits=[an_edit(mask={"png": b"x" * (4 * 2**20 + 1)})]), "edits[0].mask.png"),
+    "broken png": (request(edits=[an_edit(mask={"png": b"\x89PNG nothing"})]), "run.edits[0].mask.png"),
+    "black png": (request(edits=[an_edit(mask={"png": a_png(np.zeros((8, 8), np.uint8))})]), "run.edits[0].mask.png"),
+    "large png": (request(edits=[an_edit(mask={"png": b"x" * (4 * 2**20 + 1)})]), "run.edits[0].mask.png"),
     "overlapping replace": (
         request(edits=[an_edit(replace={"strength": 1, "unit": 1}), an_edit(replace={"strength": 2, "unit": 1})]),
-        "edits[1].mask",
+        "run.edits[1].mask",
     ),
     "unknown format": (request(image={"format": 99}), "image.format"),
     "quality of png": (request(image={"quality": 50}), "image.quality"),
     "quality too high": (request(image={"format": run.IMAGE_FORMAT_JPEG, "quality": 101}), "image.quality"),
-    "unknown sae": (request(features={"saes": ["x"]}), "features.saes[0]"),
+    "unknown sae": (request(features={"saes": ["x"]}), "run.features.saes[0]"),
     "only of another": (
         request(features={"saes": ["mid.0"], "only": [{"sae": "up.0.0", "index": 1}]}),
-        "features.only[0].sae",
+        "run.features.only[0].sae",
     ),
-    "unknown value type": (request(features={"value_type": 9}), "features.value_type"),
+    "unknown value type": (request(features={"value_type": 9}), "run.features.value_type"),
 }
 
 
@@ -321,8 +318,8 @@ def test_every_violation_is_told_at_once(lens):
     with pytest.raises(tl.InvalidRequest) as caught:
         lens.generate("x" * 5000, seeds=[-1], steps=9, steer=[tl.add(("mid.0", 9999), float("nan"))])
     fields = {v.field for v in caught.value.violations}
-    assert {"prompt.text", "seeds[0]", "sampling.steps", "edits[0].add.strength"} <= fields
-    assert "edits[0].features[0].feature.index" in fields
+    assert {"run.source.prompt.text", "run.seeds[0]", "run.sampling.steps", "run.edits[0].add.strength"} <= fields
+    assert "run.edits[0].features[0].feature.index" in fields
     assert caught.value.request_id
 
 
@@ -336,10 +333,10 @@ def test_a_feature_that_never_fires_has_no_mean(lens):
     lens.generate(PROMPT, seed=7, steer=[tl.add(dead, 1, unit="raw")])
 
 
-def test_a_stream_names_fields_inside_its_request(lens):
+def test_a_stream_names_fields_as_a_call_does(lens):
     with pytest.raises(tl.InvalidRequest) as caught:
         list(lens.stream_generate(PROMPT, seed=-1))
-    assert caught.value.violations[0].field == "request.seeds[0]"
+    assert caught.value.violations[0].field == "run.seeds[0]"
 
 
 any_float = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, 0.5]))
@@ -377,11 +374,11 @@ hostile_edits = st.builds(
     ),
 )
 hostile = st.builds(
-    lambda fields: gs.GenerateRequest(**fields),
+    lambda fields: messages.generate(**fields),
     st.fixed_dictionaries(
         {"edits": st.lists(hostile_edits, max_size=3)},
         optional={
-            "prompt": st.builds(lambda t: {"text": t}, st.text(max_size=50)),
+            "prompt": st.text(max_size=50),
             "seeds": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3),
             "sampling": st.fixed_dictionaries(
                 {}, optional={"steps": any_int32, "width": any_int32, "height": any_int32, "guidance_scale": any_float}

@@ -119,21 +119,24 @@ def test_edits_see_the_activations_that_the_caller_asked_for(nested):
     assert not np.array_equal(lens.generate(PROMPT, steer=edit, **picture).latents, plain)
     chosen = lens.generate(PROMPT, steer=edit, k={AT: 1}, **picture)
     assert np.array_equal(chosen.latents, plain)
-    (told,) = chosen.provenance.sae_options
-    assert (told.sae, told.k, told.HasField("prefix")) == (AT, 1, False)
+    assert (chosen.provenance.run.k, chosen.provenance.run.prefix) == ({AT: 1}, {})
 
 
 @pytest.mark.parametrize(
     ("arguments", "field", "says"),
     [
-        ({"k": {"up.0.1": 5}}, "sae_options[0].k", "got 5; up.0.1 allows only 6"),
-        ({"k": {AT: 9}}, "sae_options[0].k", "allows 1 to 8"),
-        ({"prefix": {AT: 20}}, "sae_options[0].prefix", "allows 16, 48, 96"),
-        ({"prefix": {"down.9": 20}}, "sae_options[0].sae", "this server has mid.0, up.0.1"),
-        ({"prefix": {AT: 16}, "only": (AT, 16)}, "features.only[0].index", "must be 0 to 15 for mid.0 at prefix 16"),
+        ({"k": {"up.0.1": 5}}, "run.sae_options[0].k", "got 5; up.0.1 allows only 6"),
+        ({"k": {AT: 9}}, "run.sae_options[0].k", "allows 1 to 8"),
+        ({"prefix": {AT: 20}}, "run.sae_options[0].prefix", "allows 16, 48, 96"),
+        ({"prefix": {"down.9": 20}}, "run.sae_options[0].sae", "this server has mid.0, up.0.1"),
+        (
+            {"prefix": {AT: 16}, "only": (AT, 16)},
+            "run.features.only[0].index",
+            "must be 0 to 15 for mid.0 at prefix 16",
+        ),
         (
             {"prefix": {AT: 16}, "steer": [tl.add((AT, 40), 1, unit="raw")]},
-            "edits[0].features[0].feature.index",
+            "run.edits[0].features[0].feature.index",
             "at prefix 16",
         ),
     ],

@@ -173,56 +173,24 @@ class ExtractFeaturesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    SAMPLING_FIELD_NUMBER: _builtins.int
-    SEEDS_FIELD_NUMBER: _builtins.int
-    EDITS_FIELD_NUMBER: _builtins.int
-    FEATURES_FIELD_NUMBER: _builtins.int
-    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and errors, and echoed; unset: the server makes one. At most 128 printable characters."""
     @_builtins.property
-    def prompt(self) -> _run_pb2.PromptSource:
-        """From a text prompt."""
-
-    @_builtins.property
-    def sampling(self) -> _run_pb2.Sampling:
-        """How it is sampled."""
-
-    @_builtins.property
-    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One run each, 0 <= seed < 2^63; empty: one, drawn by the server."""
-
-    @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Edit]:
-        """Steering; features are those of the steered run."""
-
-    @_builtins.property
-    def features(self) -> _run_pb2.FeatureSelection:
-        """Which features; unset: all of them."""
-
-    @_builtins.property
-    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SaeOptions]:
-        """How SAEs are read; each at most once."""
+    def run(self) -> _run_pb2.Run:
+        """Required."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        prompt: _run_pb2.PromptSource | None = ...,
-        sampling: _run_pb2.Sampling | None = ...,
-        seeds: _abc.Iterable[_builtins.int] | None = ...,
-        edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
-        features: _run_pb2.FeatureSelection | None = ...,
-        sae_options: _abc.Iterable[_run_pb2.SaeOptions] | None = ...,
+        run: _run_pb2.Run | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "prompt", b"prompt", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "prompt", b"prompt", "request_id", b"request_id", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
-    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExtractFeaturesRequest: _TypeAlias = ExtractFeaturesRequest  # noqa: Y015
 
@@ -304,19 +272,23 @@ class StreamFeaturesRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As for ExtractFeatures."""
     @_builtins.property
-    def request(self) -> Global___ExtractFeaturesRequest:
-        """The same as for ExtractFeatures."""
+    def run(self) -> _run_pb2.Run:
+        """Required."""
 
     def __init__(
         self,
         *,
-        request: Global___ExtractFeaturesRequest | None = ...,
+        request_id: _builtins.str = ...,
+        run: _run_pb2.Run | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,6 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from turbolens_proto.v1 import feature_service_pb2 as _feature_service_pb2
 from turbolens_proto.v1 import run_pb2 as _run_pb2
-from turbolens_proto.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -28,66 +27,34 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    SAMPLING_FIELD_NUMBER: _builtins.int
-    SEEDS_FIELD_NUMBER: _builtins.int
-    EDITS_FIELD_NUMBER: _builtins.int
-    FEATURES_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     RETURN_LATENTS_FIELD_NUMBER: _builtins.int
-    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and errors, and echoed; unset: the server makes one. At most 128 printable characters."""
     return_latents: _builtins.bool
     """Return each picture's final latent too."""
     @_builtins.property
-    def prompt(self) -> _run_pb2.PromptSource:
-        """From a text prompt."""
-
-    @_builtins.property
-    def sampling(self) -> _run_pb2.Sampling:
-        """How it is sampled."""
-
-    @_builtins.property
-    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One picture each, 0 <= seed < 2^63; empty: one, drawn by the server."""
-
-    @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Edit]:
-        """Steering."""
-
-    @_builtins.property
-    def features(self) -> _run_pb2.FeatureSelection:
-        """Features to return beside the pictures; unset: none, and nothing is encoded for them."""
+    def run(self) -> _run_pb2.Run:
+        """Required."""
 
     @_builtins.property
     def image(self) -> _run_pb2.ImageOptions:
         """How pictures are coded."""
 
-    @_builtins.property
-    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SaeOptions]:
-        """How SAEs are read; each at most once."""
-
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        prompt: _run_pb2.PromptSource | None = ...,
-        sampling: _run_pb2.Sampling | None = ...,
-        seeds: _abc.Iterable[_builtins.int] | None = ...,
-        edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
-        features: _run_pb2.FeatureSelection | None = ...,
+        run: _run_pb2.Run | None = ...,
         image: _run_pb2.ImageOptions | None = ...,
         return_latents: _builtins.bool = ...,
-        sae_options: _abc.Iterable[_run_pb2.SaeOptions] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "image", b"image", "prompt", b"prompt", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "image", b"image", "prompt", b"prompt", "request_id", b"request_id", "return_latents", b"return_latents", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "request_id", b"request_id", "return_latents", b"return_latents", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
-    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -181,23 +148,37 @@ class StreamGenerateRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    RETURN_LATENTS_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As for Generate."""
+    return_latents: _builtins.bool
+    """Return each picture's final latent too."""
     previews: _builtins.bool
     """Decode a preview at every step but the last, from the model's estimate of the clean latent."""
     @_builtins.property
-    def request(self) -> Global___GenerateRequest:
-        """The same as for Generate."""
+    def run(self) -> _run_pb2.Run:
+        """Required."""
+
+    @_builtins.property
+    def image(self) -> _run_pb2.ImageOptions:
+        """How pictures and previews are coded."""
 
     def __init__(
         self,
         *,
-        request: Global___GenerateRequest | None = ...,
+        request_id: _builtins.str = ...,
+        run: _run_pb2.Run | None = ...,
+        image: _run_pb2.ImageOptions | None = ...,
+        return_latents: _builtins.bool = ...,
         previews: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["previews", b"previews", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "previews", b"previews", "request_id", b"request_id", "return_latents", b"return_latents", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -98,7 +98,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def edit_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Edit kinds served: "add", "scale", "set", "replace"."""
+        """Edit kinds served, of "add", "scale", "set", "replace", "patch" and "transfer"."""
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -262,7 +262,7 @@ class Sae(_message.Message):
     """
     @_builtins.property
     def units(self) -> _containers.RepeatedScalarFieldContainer[_steering_pb2.Unit.ValueType]:
-        """Units its statistics allow."""
+        """Units that its edits may have."""
 
     @_builtins.property
     def prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -321,6 +321,8 @@ class Limits(_message.Message):
     MAX_FILTER_CHARS_FIELD_NUMBER: _builtins.int
     MAX_LISTED_FIELD_NUMBER: _builtins.int
     MAX_FOUND_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
+    MAX_REFERENCES_FIELD_NUMBER: _builtins.int
     max_prompt_chars: _builtins.int
     """Characters of a prompt."""
     max_prompt_tokens: _builtins.int
@@ -363,6 +365,10 @@ class Limits(_message.Message):
     """Features on a page of ListFeatures; larger page sizes are taken as this."""
     max_found: _builtins.int
     """Features of one search; larger page sizes are taken as this."""
+    max_request_features: _builtins.int
+    """Features of all edits of one request, those taken away included; one that two edits name counts twice."""
+    max_references: _builtins.int
+    """References of one request; each takes a place of its own in a batch, beside the picture's."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes served."""
@@ -392,10 +398,12 @@ class Limits(_message.Message):
         max_filter_chars: _builtins.int = ...,
         max_listed: _builtins.int = ...,
         max_found: _builtins.int = ...,
+        max_request_features: _builtins.int = ...,
+        max_references: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_request_id_chars", b"max_request_id_chars", "max_seeds", b"max_seeds", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_seeds", b"max_seeds", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,11 +77,153 @@ VALUE_TYPE_FLOAT32: ValueType.ValueType  # 2
 Global___ValueType: _TypeAlias = ValueType  # noqa: Y015
 
 @_typing.final
-class PromptSource(_message.Message):
-    """What every run of the model shares: its source, its settings, and the account of how it was made.
+class Run(_message.Message):
+    """A run of the model: what it starts from, how it is sampled and steered, what is read of it, and the account of how it
+    was made.
 
-    A run from a text prompt.
+    What to run; one picture's worth for each seed.
     """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReferencesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Reference: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Reference | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def source(self) -> Global___Source:
+        """Required."""
+
+    @_builtins.property
+    def sampling(self) -> Global___Sampling:
+        """How it is sampled."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One picture each, 0 <= seed < 2^63; empty: one, drawn by the server."""
+
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Edit]:
+        """Steering; features that come back are those of the steered run."""
+
+    @_builtins.property
+    def features(self) -> Global___FeatureSelection:
+        """Features to return. Unset: none where pictures are asked for, and nothing is encoded for them; all of them where
+        features are.
+        """
+
+    @_builtins.property
+    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[Global___SaeOptions]:
+        """How SAEs are read; each at most once."""
+
+    @_builtins.property
+    def references(self) -> _containers.MessageMap[_builtins.str, Global___Reference]:
+        """Other runs that edits read, by names of the caller's own: 1 to 64 letters, digits, "_", "-" and ".". Each must be read
+        by an edit.
+        """
+
+    def __init__(
+        self,
+        *,
+        source: Global___Source | None = ...,
+        sampling: Global___Sampling | None = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
+        edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
+        features: Global___FeatureSelection | None = ...,
+        sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
+        references: _abc.Mapping[_builtins.str, Global___Reference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "references", b"references", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class Source(_message.Message):
+    """What a run starts from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompt(self) -> Global___PromptSource:
+        """A text prompt."""
+
+    def __init__(
+        self,
+        *,
+        prompt: Global___PromptSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Source: _TypeAlias = Source  # noqa: Y015
+
+@_typing.final
+class Reference(_message.Message):
+    """Another run, made beside each picture at its sampling and never steered: what edits may read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """0 <= seed < 2^63; unset: the picture's own, so that the two differ by their source alone."""
+    @_builtins.property
+    def source(self) -> Global___Source:
+        """Required."""
+
+    def __init__(
+        self,
+        *,
+        source: Global___Source | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___Reference: _TypeAlias = Reference  # noqa: Y015
+
+@_typing.final
+class PromptSource(_message.Message):
+    """A run from a text prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -246,15 +388,20 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class FeatureSelection(_message.Message):
-    """Which features of a run to return. Unset in a request for pictures: none, and nothing is encoded."""
+    """Which features of a run to return."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SAES_FIELD_NUMBER: _builtins.int
     ONLY_FIELD_NUMBER: _builtins.int
     VALUE_TYPE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     value_type: Global___ValueType.ValueType
     """Type of the values; unspecified: float16."""
+    labels: _builtins.bool
+    """Send the labels of features too, with the first message or picture that holds the SAE: for callers that have not seen
+    them yet.
+    """
     @_builtins.property
     def saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """SAEs by name; empty: every SAE served that this number of steps allows."""
@@ -269,10 +416,11 @@ class FeatureSelection(_message.Message):
         saes: _abc.Iterable[_builtins.str] | None = ...,
         only: _abc.Iterable[_steering_pb2.FeatureRef] | None = ...,
         value_type: Global___ValueType.ValueType = ...,
+        labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["only", b"only", "saes", b"saes", "value_type", b"value_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "only", b"only", "saes", b"saes", "value_type", b"value_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,7 +429,7 @@ Global___FeatureSelection: _TypeAlias = FeatureSelection  # noqa: Y015
 @_typing.final
 class SaeOptions(_message.Message):
     """How one SAE is read in a run, where it leaves a choice; GetModel tells which. It holds for the features that are
-    returned and for the edits that depend on activations (`scale`, `set`) alike.
+    returned and for the edits that depend on activations (`scale`, `set`, `transfer`) alike, in references too.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -326,6 +474,26 @@ class SparseFeatures(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SAE_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
@@ -335,6 +503,7 @@ class SparseFeatures(_message.Message):
     INDICES_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     VALUE_TYPE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     sae: _builtins.str
     """The SAE's name."""
     step: _builtins.int
@@ -353,6 +522,12 @@ class SparseFeatures(_message.Message):
     """Activations, all positive."""
     value_type: Global___ValueType.ValueType
     """Type of `values`."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """Where asked for: what features stand for, by index; of the features selected, those that have a label, active here or
+        not.
+        """
+
     def __init__(
         self,
         *,
@@ -365,10 +540,11 @@ class SparseFeatures(_message.Message):
         indices: _builtins.bytes = ...,
         values: _builtins.bytes = ...,
         value_type: Global___ValueType.ValueType = ...,
+        labels: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "d_sae", b"d_sae", "height", b"height", "indices", b"indices", "sae", b"sae", "step", b"step", "value_type", b"value_type", "values", b"values", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "d_sae", b"d_sae", "height", b"height", "indices", b"indices", "labels", b"labels", "sae", b"sae", "step", b"step", "value_type", b"value_type", "values", b"values", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -420,77 +596,61 @@ class Provenance(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    RUN_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_HASH_FIELD_NUMBER: _builtins.int
+    COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
     SAE_HASHES_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    SAMPLING_FIELD_NUMBER: _builtins.int
-    EDITS_FIELD_NUMBER: _builtins.int
+    FORCED_SAE_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
-    FORCED_SAE_FIELD_NUMBER: _builtins.int
-    SAE_OPTIONS_FIELD_NUMBER: _builtins.int
-    COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
     """SHA-256 of the U-Net's weights."""
-    prompt: _builtins.str
-    """The prompt as received."""
+    components_hash: _builtins.str
+    """SHA-256 over all that draws beside the U-Net's weights: its configuration, and the text encoders, tokenizers, VAE and
+    scheduler in use, files and settings.
+    """
+    forced_sae: _builtins.bool
+    """True where an SAE was trained on another model than the one served and the operator forced it."""
     backend: _builtins.str
     """What ran the U-Net."""
     device: _builtins.str
     """Where."""
     dtype: _builtins.str
     """In which precision."""
-    forced_sae: _builtins.bool
-    """True where an SAE was trained on another model than the one served and the operator forced it."""
-    components_hash: _builtins.str
-    """SHA-256 over all that draws beside the U-Net's weights: its configuration, and the text encoders, tokenizers, VAE and
-    scheduler in use, files and settings.
-    """
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The run as received, with its seeds and every default filled in: sent again, it makes the same again."""
+
     @_builtins.property
     def sae_hashes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Bundle hash of every SAE that took part."""
 
     @_builtins.property
-    def sampling(self) -> Global___Sampling:
-        """Settings with every default filled in."""
-
-    @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Edit]:
-        """The edits as applied."""
-
-    @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the server and of the libraries that decide numerics."""
-
-    @_builtins.property
-    def sae_options(self) -> _containers.RepeatedCompositeFieldContainer[Global___SaeOptions]:
-        """How SAEs were read, where the request said."""
 
     def __init__(
         self,
         *,
+        run: Global___Run | None = ...,
         model: _builtins.str = ...,
         model_hash: _builtins.str = ...,
+        components_hash: _builtins.str = ...,
         sae_hashes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        prompt: _builtins.str = ...,
-        sampling: Global___Sampling | None = ...,
-        edits: _abc.Iterable[_steering_pb2.Edit] | None = ...,
+        forced_sae: _builtins.bool = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         backend: _builtins.str = ...,
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
-        forced_sae: _builtins.bool = ...,
-        sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
-        components_hash: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "edits", b"edits", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "prompt", b"prompt", "sae_hashes", b"sae_hashes", "sae_options", b"sae_options", "sampling", b"sampling", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

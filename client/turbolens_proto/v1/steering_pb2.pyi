@@ -33,6 +33,8 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     """The feature's mean activation over the positions where it is active, from its bundle's statistics."""
     UNIT_NORM: _Unit.ValueType  # 3
     """The root mean square norm of the block's update at that step, from its bundle's statistics."""
+    UNIT_REFERENCE: _Unit.ValueType  # 4
+    """The feature's activation in the edit's reference, at the same position and step."""
 
 class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
     """What strength 1 means for a feature."""
@@ -45,6 +47,8 @@ UNIT_MEAN: Unit.ValueType  # 2
 """The feature's mean activation over the positions where it is active, from its bundle's statistics."""
 UNIT_NORM: Unit.ValueType  # 3
 """The root mean square norm of the block's update at that step, from its bundle's statistics."""
+UNIT_REFERENCE: Unit.ValueType  # 4
+"""The feature's activation in the edit's reference, at the same position and step."""
 Global___Unit: _TypeAlias = Unit  # noqa: Y015
 
 @_typing.final
@@ -55,8 +59,8 @@ class Edit(_message.Message):
     feature j. The server always adds sum_j (z'_j - z_j) d_j to the block's output, so what an edit does not name
     cancels exactly, and a request without edits is the plain model, bit for bit.
 
-    One edit of a run. At one block and step all `replace` edits come first (they may not overlap), then the others in
-    list order, each seeing the activations as the one before left them.
+    One edit of a run. At one block and step all `replace` and `patch` edits come first (they may not overlap), then the
+    others in list order, each seeing the activations as the one before left them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -66,11 +70,16 @@ class Edit(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     SET_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """A name among the run's references, for `patch`, `transfer` and UNIT_REFERENCE to read; empty for all others."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedFeature]:
-        """The features it moves: at least one; a feature may be named once."""
+        """The features it moves: at least one, none for `patch`; a feature may be named once."""
 
     @_builtins.property
     def add(self) -> Global___AddEdit:
@@ -89,6 +98,14 @@ class Edit(_message.Message):
         """Where the mask is, the whole update becomes sum_j strength * weight_j * unit_j * d_j."""
 
     @_builtins.property
+    def patch(self) -> Global___PatchEdit:
+        """Where the mask is, the whole update becomes the reference's."""
+
+    @_builtins.property
+    def transfer(self) -> Global___TransferEdit:
+        """z' = (1 - mask) * z + mask * multiplier * weight * z_reference."""
+
+    @_builtins.property
     def mask(self) -> Global___Mask:
         """Where it acts; unset: everywhere."""
 
@@ -104,14 +121,17 @@ class Edit(_message.Message):
         scale: Global___ScaleEdit | None = ...,
         set: Global___SetEdit | None = ...,
         replace: Global___ReplaceEdit | None = ...,
+        patch: Global___PatchEdit | None = ...,
+        transfer: Global___TransferEdit | None = ...,
         mask: Global___Mask | None = ...,
         steps: Global___StepRange | None = ...,
+        reference: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "kind", b"kind", "mask", b"mask", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "kind", b"kind", "mask", b"mask", "patch", b"patch", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "features", b"features", "kind", b"kind", "mask", b"mask", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "scale", "set", "replace"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "scale", "set", "replace", "patch", "transfer"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -126,7 +146,7 @@ class WeightedFeature(_message.Message):
     FEATURE_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
-    """Multiplies the edit's strength for this feature; unset: 1. Finite, |weight| <= 1000."""
+    """Multiplies the edit's amount for this feature; unset: 1. Finite, |weight| <= 1000."""
     @_builtins.property
     def feature(self) -> Global___FeatureRef:
         """The feature."""
@@ -272,6 +292,62 @@ class ReplaceEdit(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplaceEdit: _TypeAlias = ReplaceEdit  # noqa: Y015
+
+@_typing.final
+class PatchEdit(_message.Message):
+    """Put what the reference's blocks write in place of what the run's own would have written, position by position and step
+    by step. Needs no SAE.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOOK_POINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hook_points(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The blocks, at least one, each once: "up.0.1"."""
+
+    def __init__(
+        self,
+        *,
+        hook_points: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hook_points", b"hook_points"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchEdit: _TypeAlias = PatchEdit  # noqa: Y015
+
+@_typing.final
+class TransferEdit(_message.Message):
+    """Give features the activations that they have in the reference, position by position and step by step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MULTIPLIER_FIELD_NUMBER: _builtins.int
+    REMOVE_FIELD_NUMBER: _builtins.int
+    multiplier: _builtins.float
+    """Finite, |multiplier| <= 1000; unset: 1."""
+    @_builtins.property
+    def remove(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
+        """Features to take away where the mask is (z' = (1 - mask) * z); none of the edit's own."""
+
+    def __init__(
+        self,
+        *,
+        multiplier: _builtins.float | None = ...,
+        remove: _abc.Iterable[Global___FeatureRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "multiplier", b"multiplier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "multiplier", b"multiplier", "remove", b"remove"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__multiplier: _TypeAlias = _typing.Literal["multiplier"]  # noqa: Y015
+    _WhichOneofArgType__multiplier: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__multiplier) -> _WhichOneofReturnType__multiplier | None: ...
+
+Global___TransferEdit: _TypeAlias = TransferEdit  # noqa: Y015
 
 @_typing.final
 class Mask(_message.Message):

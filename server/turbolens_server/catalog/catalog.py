@@ -61,6 +61,10 @@ class Catalog:
         """Features with a label, by SAE."""
         return {name: sum(bool(row.label) for row in rows) for name, rows in self._rows.items()}
 
+    def labels_of(self, sae: str) -> Mapping[int, str]:
+        """What the features of an SAE stand for, those that have a label."""
+        return {row.index: row.label for row in self._rows[sae] if row.label}
+
     def get_feature(self, name: str) -> pb.Feature:
         """One feature by resource name, with its top examples.
 

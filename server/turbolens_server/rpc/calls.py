@@ -30,8 +30,7 @@ def current_deadline() -> float | None:
 
 
 def _find_request_id(request: Any, context: Any) -> str:
-    inner = getattr(request, "request", request)
-    asked = getattr(inner, "request_id", "") or dict(context.invocation_metadata() or ()).get("x-request-id", "")
+    asked = getattr(request, "request_id", "") or dict(context.invocation_metadata() or ()).get("x-request-id", "")
     usable = isinstance(asked, str) and 0 < len(asked) <= 128 and asked.isascii() and asked.isprintable()
     return asked if usable else uuid.uuid4().hex
 

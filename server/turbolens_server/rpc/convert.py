@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import grpc
@@ -25,9 +25,42 @@ from turbolens_server.rpc.validation import (
     Selection,
     ValidRequest,
 )
+from turbolens_server.steering.kinds import KINDS
 from turbolens_server.steering.masks import MAX_EDGE
 
+LabelsOf = Callable[[str], Mapping[int, str]]
+"""The labels of an SAE, by feature."""
 _LEAST_HALF: Final = np.float32(np.finfo(np.float16).smallest_subnormal)
+
+
+class Packer:
+    """Packs the features of one answer: labels, where asked for, go with the first of each SAE."""
+
+    def __init__(self, request: ValidRequest, labels: LabelsOf) -> None:
+        self._request = request
+        self._labels = labels
+        self._told: set[str] = set()
+
+    def __call__(self, codes: SparseCodes) -> run_pb2.SparseFeatures:
+        """Codes as a message.
+
+        Raises:
+            RpcError: FAILED_PRECONDITION where a value is past float16's range and float16 was asked for.
+        """
+        selection = self._request.selection
+        if selection is None:
+            raise AssertionError("features came that nobody asked for")
+        packed = sparse_features(codes, selection)
+        if selection.labels and codes.sae not in self._told:
+            self._told.add(codes.sae)
+            only = None if selection.only is None else selection.only[codes.sae]
+            labels = self._labels(codes.sae)
+            packed.labels.update({i: label for i, label in labels.items() if only is None or i in only})
+        return packed
+
+    def all_of(self, result: Result) -> list[run_pb2.SparseFeatures]:
+        """Every SAE and step of a result, where features were asked for."""
+        return [] if self._request.selection is None else [self(codes) for codes in result.features]
 
 
 def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseFeatures:
@@ -63,30 +96,23 @@ def sparse_features(codes: SparseCodes, selection: Selection) -> run_pb2.SparseF
     )
 
 
-def all_features(result: Result, request: ValidRequest) -> list[run_pb2.SparseFeatures]:
-    """Every SAE and step of a result, where features were asked for."""
-    if request.selection is None:
-        return []
-    return [sparse_features(codes, request.selection) for codes in result.features]
-
-
-def generation(result: Result, request: ValidRequest, *, features: bool) -> generation_service_pb2.Generation:
-    """A picture and what was asked for beside it."""
+def generation(result: Result, request: ValidRequest, pack: Packer | None = None) -> generation_service_pb2.Generation:
+    """A picture and what was asked for beside it; features where there is a packer."""
     if result.picture is None:
         raise AssertionError("a request for pictures has pictures")
     return generation_service_pb2.Generation(
         seed=request.jobs[result.job].seed,
         image=image(result.picture, request),
-        features=all_features(result, request) if features else [],
+        features=pack.all_of(result) if pack else [],
         latents=tensor(result.latents) if request.return_latents else None,
         batch_size=result.batch_size,
     )
 
 
-def extraction(result: Result, request: ValidRequest) -> feature_service_pb2.Extraction:
+def extraction(result: Result, request: ValidRequest, pack: Packer) -> feature_service_pb2.Extraction:
     """The features of one seed."""
     return feature_service_pb2.Extraction(
-        seed=request.jobs[result.job].seed, features=all_features(result, request), batch_size=result.batch_size
+        seed=request.jobs[result.job].seed, features=pack.all_of(result), batch_size=result.batch_size
     )
 
 
@@ -102,22 +128,17 @@ def tensor(values: npt.NDArray[np.float32]) -> run_pb2.Tensor:
 
 def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
     """Everything needed to make a result again."""
-    used = {feature.feature.sae for edit in request.edits for feature in edit.features}
-    used |= set(request.selection.saes) if request.selection else set()
     return run_pb2.Provenance(
+        run=request.run,
         model=info.model,
         model_hash=info.model_hash,
         components_hash=info.components_hash,
-        sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in used},
-        prompt=request.prompt,
-        sampling=request.sampling,
-        edits=request.edits,
-        sae_options=request.sae_options,
+        sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in request.saes},
+        forced_sae=any(info.saes[name].forced for name in request.saes),
         versions=info.versions,
         backend=info.backend,
         device=info.device,
         dtype=info.dtype,
-        forced_sae=any(info.saes[name].forced for name in used),
     )
 
 
@@ -140,6 +161,7 @@ def model(
         units = [steering_pb2.UNIT_RAW]
         units += [steering_pb2.UNIT_MEAN] if stats is not None else []
         units += [steering_pb2.UNIT_NORM] if sae.bundle.measured is not None else []
+        units += [steering_pb2.UNIT_REFERENCE] if sae.bundle.steps is None else []
         saes.append(
             model_service_pb2.Sae(
                 name=sae.name,
@@ -195,9 +217,11 @@ def model(
             max_filter_chars=MAX_CHARS,
             max_listed=MAX_LISTED,
             max_found=MAX_FOUND,
+            max_request_features=limits.max_request_features,
+            max_references=limits.max_references,
         ),
         defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
-        edit_kinds=["add", "scale", "set", "replace"],
+        edit_kinds=list(KINDS),
         sources=["prompt"],
         backend=info.backend,
         backend_reason=info.backend_reason,

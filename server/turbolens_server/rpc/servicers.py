@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias, TypeVar
 
 import structlog
@@ -29,11 +29,10 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
 from turbolens_server.rpc import convert
 from turbolens_server.rpc.calls import current_deadline, current_request_id
-from turbolens_server.rpc.errors import RpcError, Violation, invalid, loading, not_finite
+from turbolens_server.rpc.errors import loading, not_finite
 from turbolens_server.rpc.queue import Queue, Queued
 from turbolens_server.rpc.validation import (
     RequestLimits,
-    Selection,
     ValidRequest,
     validate_extract,
     validate_generate,
@@ -83,12 +82,6 @@ async def _valid(check: Callable[..., ValidRequest], *arguments: Any, **options:
     return valid
 
 
-def _selection(request: ValidRequest) -> Selection:
-    if request.selection is None:
-        raise AssertionError("features came that nobody asked for")
-    return request.selection
-
-
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """`turbolens.v1.ModelService`."""
 
@@ -111,7 +104,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         ready = self._room.get()
         valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
         results = await ready.queue.run(valid.jobs, current_deadline())
-        made = [await _off_loop(convert.generation, result, valid, features=True) for result in results]
+        pack = convert.Packer(valid, ready.catalog.labels_of)
+        made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
         return generation.GenerateResponse(
             request_id=current_request_id(),
             generations=made,
@@ -123,10 +117,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation.StreamGenerateResponse]:
         ready = self._room.get()
-        with _inside("request."):
-            valid = await _valid(
-                validate_generate, request.request, ready.engine.info, self._room.limits, previews=request.previews
-            )
+        valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
+        pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
@@ -139,10 +131,10 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                         coded = None if preview is None else await _off_loop(convert.image, preview, valid)
                         yield answer(step=generation.StepEvent(seed_index=job, step=step, steps=steps, preview=coded))
                     case FeaturesReady():
-                        yield answer(features=await _off_loop(_features_event, event, valid))
+                        yield answer(features=await _off_loop(_features_event, event, valid, pack))
                     case Result():
                         results.append(event)
-                        made = await _off_loop(convert.generation, event, valid, features=False)
+                        made = await _off_loop(convert.generation, event, valid)
                         yield answer(picture=generation.PictureEvent(seed_index=event.job, generation=made))
                     case NotFinite():
                         failed.append(event)
@@ -162,9 +154,10 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         ready = self._room.get()
         valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
         results = await ready.queue.run(valid.jobs, current_deadline())
+        pack = convert.Packer(valid, ready.catalog.labels_of)
         return features.ExtractFeaturesResponse(
             request_id=current_request_id(),
-            extractions=[await _off_loop(convert.extraction, result, valid) for result in results],
+            extractions=[await _off_loop(convert.extraction, result, valid, pack) for result in results],
             provenance=convert.provenance(valid, ready.engine.info),
             warnings=convert.warnings(results, ready.engine.info),
         )
@@ -173,8 +166,8 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.StreamFeaturesRequest, context: Context
     ) -> AsyncIterator[features.StreamFeaturesResponse]:
         ready = self._room.get()
-        with _inside("request."):
-            valid = await _valid(validate_extract, request.request, ready.engine.info, self._room.limits)
+        valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
+        pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
@@ -184,7 +177,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                     case Queued(position):
                         yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
                     case FeaturesReady():
-                        yield answer(features=await _off_loop(_features_event, event, valid))
+                        yield answer(features=await _off_loop(_features_event, event, valid, pack))
                     case Result():
                         results.append(event)
                     case NotFinite():
@@ -214,11 +207,11 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         return await _off_loop(ready.catalog.search, request, embedded)
 
 
-def _features_event(event: FeaturesReady, valid: ValidRequest) -> features.FeaturesEvent:
+def _features_event(event: FeaturesReady, valid: ValidRequest, pack: convert.Packer) -> features.FeaturesEvent:
     return features.FeaturesEvent(
         seed_index=event.job,
         seed=valid.jobs[event.job].seed,
-        features=convert.sparse_features(event.codes, _selection(valid)),
+        features=pack(event.codes),
     )
 
 
@@ -231,14 +224,3 @@ def _check_finite(failed: list[NotFinite], valid: ValidRequest) -> None:
 def _done(valid: ValidRequest, results: list[Result], ready: Ready) -> features.DoneEvent:
     info = ready.engine.info
     return features.DoneEvent(provenance=convert.provenance(valid, info), warnings=convert.warnings(results, info))
-
-
-@contextlib.contextmanager
-def _inside(prefix: str) -> Iterator[None]:
-    """Field paths of a request inside another."""
-    try:
-        yield
-    except RpcError as error:
-        if not error.violations:
-            raise
-        raise invalid([Violation(prefix + v.field, v.description) for v in error.violations]) from None

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_engine import FakeEngine, a_bundle, an_info
 
+from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.catalog.labels import FILE_NAME, SCHEMA, Example, FeatureLabels, Label, read_labels, write_labels
@@ -174,3 +175,19 @@ def test_malformed_synonyms_are_refused_at_load(synonyms):
     bundle = a_bundle("mid.0", stats=True, provenance={"synonyms": synonyms})
     with pytest.raises(BundleError, match="synonyms"):
         Catalog({"mid.0": SaeInfo("mid.0", "mid.0", bundle, forced=False)}, FakeEngine().embed_text)
+
+
+async def test_labels_come_with_the_first_features_of_an_sae_where_they_are_asked_for(labelled):
+    async def told(**selection) -> list[dict[int, str]]:
+        request = messages.stream_features(
+            prompt="", seeds=[1, 2], sampling={"steps": 2}, features={"labels": True, **selection}
+        )
+        stream = [event async for event in labelled.StreamFeatures(request)]
+        return [dict(event.features.features.labels) for event in stream if event.HasField("features")]
+
+    every = {3: "blue star", 4: "blue", 6: "night", 9: "unsure blue"}
+    assert await told() == [every, {}, {}, {}]
+    assert await told(only=[{"sae": "mid.0", "index": 4}, {"sae": "mid.0", "index": 5}]) == [{4: "blue"}, {}, {}, {}]
+    assert await told(labels=False) == [{}] * 4
+    answer = await labelled.ExtractFeatures(messages.extract(prompt="", seeds=[1, 2], features={"labels": True}))
+    assert [dict(made.features[0].labels) for made in answer.extractions] == [every, {}]

@@ -15,7 +15,7 @@ import pytest
 import structlog
 from fake_engine import FakeEngine
 
-from turbolens_proto.v1 import generation_service_pb2 as gs
+from tests import messages
 from turbolens_proto.v1 import generation_service_pb2_grpc
 from turbolens_server import embedded
 from turbolens_server.loading.errors import LoadError
@@ -41,7 +41,7 @@ def test_it_serves_on_a_private_socket_until_it_is_closed(loads):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         with grpc.insecure_channel(running.target) as channel:
             stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-            assert stub.Generate(gs.GenerateRequest(prompt={"text": "x"}, seeds=[1])).generations[0].seed == 1
+            assert stub.Generate(messages.generate(prompt="x", seeds=[1])).generations[0].seed == 1
     assert (loads[0].model, loads[0].max_seeds) == ("fake", 2)
     assert not folder.exists()
     running.close()

@@ -11,6 +11,7 @@ from fake_engine import FakeEngine, an_info
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
@@ -20,9 +21,7 @@ from turbolens_server.rpc.queue import Queue, QueueLimits
 
 
 def ask(running, seed: int, **options) -> asyncio.Future:
-    return asyncio.ensure_future(
-        running.generation.Generate(gs.GenerateRequest(prompt={"text": ""}, seeds=[seed]), **options)
-    )
+    return asyncio.ensure_future(running.generation.Generate(messages.generate(prompt="", seeds=[seed]), **options))
 
 
 async def started(running) -> None:
@@ -99,7 +98,7 @@ async def test_a_broken_connection_stops_the_engine(running):
         with grpc.insecure_channel(running.address) as channel:
             method = "/turbolens.v1.GenerationService/StreamGenerate"
             stream = channel.unary_stream(method, gs.StreamGenerateRequest.SerializeToString)
-            call = stream(gs.StreamGenerateRequest(request={"prompt": {"text": ""}}))
+            call = stream(messages.stream_generate(prompt=""))
             next(call)
             assert running.engine.started.wait(5)
 
@@ -113,7 +112,7 @@ async def test_positions_are_told_as_the_queue_moves(running):
     await started(running)
     second = ask(running, 1)
     await until(lambda: waiting(running) == 1)
-    call = running.generation.StreamGenerate(gs.StreamGenerateRequest(request={"prompt": {"text": ""}, "seeds": [2]}))
+    call = running.generation.StreamGenerate(messages.stream_generate(prompt="", seeds=[2]))
     events = aiter(call)
     assert (await anext(events)).queued.position == 2
     second.cancel()
@@ -127,13 +126,13 @@ async def test_positions_are_told_as_the_queue_moves(running):
 async def test_a_caller_who_does_not_read_holds_nobody_up(loading):
     engine = FakeEngine(dataclasses.replace(an_info(), default_size=(512, 512), sizes=((512, 512),)))
     await loading.serving.make_ready(engine)
-    request = gs.GenerateRequest(prompt={"text": ""}, seeds=range(16), image={"format": run.IMAGE_FORMAT_RAW})
-    call = loading.generation.StreamGenerate(gs.StreamGenerateRequest(request=request))
+    request = messages.stream_generate(prompt="", seeds=range(16), image={"format": run.IMAGE_FORMAT_RAW})
+    call = loading.generation.StreamGenerate(request)
     await call.read()
     async with grpc.aio.insecure_channel(loading.address) as channel:
         method = "/turbolens.v1.GenerationService/Generate"
         generate = channel.unary_unary(method, gs.GenerateRequest.SerializeToString, gs.GenerateResponse.FromString)
-        await generate(gs.GenerateRequest(prompt={"text": ""}, seeds=[1]), timeout=10)
+        await generate(messages.generate(prompt="", seeds=[1]), timeout=10)
     call.cancel()
 
 
@@ -299,11 +298,11 @@ async def test_a_row_that_is_not_finite_fails_alone(running):
 
 async def test_a_stream_gives_the_pictures_that_came_out_and_then_the_error(running):
     running.engine.not_finite = {1}
-    request = gs.GenerateRequest(prompt={"text": ""}, seeds=[1, 2])
+    request = messages.stream_generate(prompt="", seeds=[1, 2])
     pictures = []
 
     async def read() -> None:
-        async for event in running.generation.StreamGenerate(gs.StreamGenerateRequest(request=request)):
+        async for event in running.generation.StreamGenerate(request):
             if event.WhichOneof("event") == "picture":
                 pictures.append(event.picture.generation.seed)
 

@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import generation_service_pb2_grpc
@@ -28,7 +29,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 def a_request(**fields) -> gs.GenerateRequest:
-    return gs.GenerateRequest(**{"prompt": {"text": "my secret prompt"}, "seeds": [7], **fields})
+    return messages.generate(**{"prompt": "my secret prompt", "seeds": [7], **fields})
 
 
 def details_of(error: grpc.aio.AioRpcError, kind):
@@ -43,7 +44,7 @@ def details_of(error: grpc.aio.AioRpcError, kind):
 async def test_a_line_of_log_for_each_call_without_its_prompt(running, log_lines):
     await running.generation.Generate(a_request(seeds=[1, 2]), metadata=[("x-request-id", "from-metadata")])
     await running.generation.Generate(a_request(request_id="mine"), metadata=[("x-request-id", "from-metadata")])
-    stream = running.generation.StreamGenerate(gs.StreamGenerateRequest(request=a_request()))
+    stream = running.generation.StreamGenerate(messages.stream_generate(prompt="x"))
     assert [event async for event in stream]
     running.engine.fails = RuntimeError("boom")
     with pytest.raises(grpc.aio.AioRpcError):
@@ -77,15 +78,15 @@ async def test_a_deadline_is_not_a_cancellation_in_the_log(running, log_lines):
 
 async def test_thousands_of_violations_still_arrive(running):
     features = [{"feature": {"sae": "ä" * 50, "index": i}} for i in range(1024)]
-    request = a_request(edits=[{"features": features, "add": {"strength": 1}}] * 64, request_id="many")
+    request = a_request(edits=[{"features": features, "add": {"strength": 1}}] * 4, request_id="many")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.generation.Generate(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "and 65535 more" in caught.value.details()
+    assert "and 4095 more" in caught.value.details()
     told = details_of(caught.value, error_details_pb2.BadRequest).field_violations
     info = details_of(caught.value, error_details_pb2.ErrorInfo)
-    assert told[0].field == "edits[0].features[0].feature.sae"
-    assert len(told) + int(info.metadata["violations_left_out"]) == 64 * 1024
+    assert told[0].field == "run.edits[0].features[0].feature.sae"
+    assert len(told) + int(info.metadata["violations_left_out"]) == 4 * 1024
     assert (info.reason, info.metadata["request_id"]) == ("INVALID_REQUEST", "many")
 
 

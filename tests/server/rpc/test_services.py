@@ -12,6 +12,7 @@ import pytest
 from fake_engine import D_SAE, FakeEngine, a_nested_bundle, an_info
 from PIL import Image
 
+from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import model_service_pb2 as ms
@@ -22,7 +23,7 @@ from turbolens_server.rpc import convert
 
 
 def a_request(**fields) -> gs.GenerateRequest:
-    return gs.GenerateRequest(**{"prompt": {"text": "a star"}, "seeds": [7], **fields})
+    return messages.generate(**{"prompt": "a star", "seeds": [7], **fields})
 
 
 async def test_the_model_is_told_with_every_limit(running):
@@ -32,8 +33,8 @@ async def test_the_model_is_told_with_every_limit(running):
     assert model.backend_reason == "no other fits"
     assert [(p.name, p.height, p.width) for p in model.hook_points] == [("mid.0", 4, 4), ("up.0.1", 4, 4)]
     assert [list(sae.units) for sae in model.saes] == [
-        [steering.UNIT_RAW, steering.UNIT_MEAN, steering.UNIT_NORM],
-        [steering.UNIT_RAW],
+        [steering.UNIT_RAW, steering.UNIT_MEAN, steering.UNIT_NORM, steering.UNIT_REFERENCE],
+        [steering.UNIT_RAW, steering.UNIT_REFERENCE],
     ]
     limits = model.limits
     assert (limits.max_prompt_chars, limits.max_seeds, limits.max_steps) == (4000, 16, 4)
@@ -62,30 +63,29 @@ async def test_an_sae_tells_what_a_request_may_choose(nested):
 
 async def test_how_saes_are_read_is_in_the_provenance_of_every_call(nested):
     asked = [run.SaeOptions(sae="mid.0", k=3, prefix=8)]
-    picture = a_request(features={}, sae_options=asked)
-    features = fs.ExtractFeaturesRequest(prompt={"text": "x"}, sae_options=asked)
+    fields = {"prompt": "x", "features": {}, "sae_options": asked}
     told = [
-        (await nested.generation.Generate(picture)).provenance,
-        (await nested.features.ExtractFeatures(features)).provenance,
+        (await nested.generation.Generate(messages.generate(**fields))).provenance,
+        (await nested.features.ExtractFeatures(messages.extract(**fields))).provenance,
     ]
     for stream in (
-        nested.generation.StreamGenerate(gs.StreamGenerateRequest(request=picture)),
-        nested.features.StreamFeatures(fs.StreamFeaturesRequest(request=features)),
+        nested.generation.StreamGenerate(messages.stream_generate(**fields)),
+        nested.features.StreamFeatures(messages.stream_features(**fields)),
     ):
         told.append([event async for event in stream][-1].done.provenance)
-    assert [list(provenance.sae_options) for provenance in told] == [asked] * 4
+    assert [list(provenance.run.sae_options) for provenance in told] == [asked] * 4
 
 
 async def test_a_k_that_an_sae_does_not_allow_is_refused_by_every_call_before_any_work(nested):
-    wrong = {"prompt": {"text": "x"}, "features": {}, "sae_options": [{"sae": "mid.0", "k": 5}]}
-    picture, features = gs.GenerateRequest(**wrong), fs.ExtractFeaturesRequest(**wrong)
-    for call, field in (
-        (nested.generation.Generate(picture), "sae_options"),
-        (nested.features.ExtractFeatures(features), "sae_options"),
-        (nested.generation.StreamGenerate(gs.StreamGenerateRequest(request=picture)).read(), "request.sae_options"),
-        (nested.features.StreamFeatures(fs.StreamFeaturesRequest(request=features)).read(), "request.sae_options"),
+    wrong = {"prompt": "x", "features": {}, "sae_options": [{"sae": "mid.0", "k": 5}]}
+    for call in (
+        nested.generation.Generate(messages.generate(**wrong)),
+        nested.features.ExtractFeatures(messages.extract(**wrong)),
+        nested.generation.StreamGenerate(messages.stream_generate(**wrong)).read(),
+        nested.features.StreamFeatures(messages.stream_features(**wrong)).read(),
     ):
-        with pytest.raises(grpc.aio.AioRpcError, match=rf"{field}\[0\].k: got 5; mid.0 allows 1 to 4") as caught:
+        says = r"run.sae_options\[0\].k: got 5; mid.0 allows 1 to 4"
+        with pytest.raises(grpc.aio.AioRpcError, match=says) as caught:
             await call
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not nested.engine.batches
@@ -117,15 +117,17 @@ async def test_pictures_are_coded_as_asked(kind, name, running):
 
 async def test_provenance_says_all_and_warnings_what_was_cut(running):
     edit = {"features": [{"feature": {"sae": "mid.0", "index": 1}}], "add": {"strength": 2}}
-    answer = await running.generation.Generate(a_request(prompt={"text": "word " * 23}, edits=[edit]))
+    answer = await running.generation.Generate(a_request(prompt="word " * 23, edits=[edit]))
     told = answer.provenance
     assert (told.model, told.model_hash, told.backend, told.device, told.dtype) == (
         "fake", "hash of fake", "fake", "cpu", "float32",
     )  # fmt: skip
     assert told.components_hash == "hash of the rest"
     assert dict(told.sae_hashes) == {"mid.0": "hash of mid.0"}
-    assert told.sampling == run.Sampling(steps=1, width=64, height=64, guidance_scale=0)
-    assert told.edits[0].add.strength == 2
+    assert told.run.source.prompt.text == "word " * 23
+    assert told.run.sampling == run.Sampling(steps=1, width=64, height=64, guidance_scale=0)
+    assert told.run.edits[0].add.strength == 2
+    assert list(told.run.seeds) == [7]
     assert dict(told.versions) == {"turbolens": "0"}
     (warning,) = answer.warnings
     assert warning.code == "PROMPT_CUT"
@@ -133,17 +135,14 @@ async def test_provenance_says_all_and_warnings_what_was_cut(running):
 
 
 async def test_a_seed_is_drawn_and_told(running):
-    seeds = {
-        (await running.generation.Generate(gs.GenerateRequest(prompt={"text": ""}))).generations[0].seed
-        for _ in range(3)
-    }
+    seeds = {(await running.generation.Generate(messages.generate(prompt=""))).generations[0].seed for _ in range(3)}
     assert len(seeds) == 3
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 async def extract(running, **selection) -> list[run.SparseFeatures]:
     answer = await running.features.ExtractFeatures(
-        fs.ExtractFeaturesRequest(prompt={"text": "x"}, seeds=[1], sampling={"steps": 2}, features=selection)
+        messages.extract(prompt="x", seeds=[1], sampling={"steps": 2}, features=selection)
     )
     return list(answer.extractions[0].features)
 
@@ -177,7 +176,7 @@ async def test_wide_dictionaries_have_wide_indices(loading):
     bundle = a_bundle("mid.0", stats=False, d_sae=2**16 + 1)
     info = dataclasses.replace(an_info(), saes={"mid.0": SaeInfo("mid.0", "mid.0", bundle, forced=True)})
     await loading.serving.make_ready(FakeEngine(info))
-    answer = await loading.features.ExtractFeatures(fs.ExtractFeaturesRequest(prompt={"text": "x"}))
+    answer = await loading.features.ExtractFeatures(messages.extract(prompt="x"))
     (one,) = answer.extractions[0].features
     assert len(np.frombuffer(one.indices, "<u4")) == 15
     assert answer.provenance.forced_sae
@@ -204,8 +203,8 @@ async def test_a_value_below_float16_stays_positive(running):
 
 async def test_a_stream_of_pictures_tells_all_as_it_happens(running):
     running.engine.gate.clear()
-    request = gs.StreamGenerateRequest(
-        request=a_request(seeds=[1, 2], sampling={"steps": 2}, features={"saes": ["mid.0"]}), previews=True
+    request = messages.stream_generate(
+        prompt="x", seeds=[1, 2], sampling={"steps": 2}, features={"saes": ["mid.0"]}, previews=True
     )
     stream = aiter(running.generation.StreamGenerate(request))
     first = await anext(stream)
@@ -224,7 +223,7 @@ async def test_a_stream_of_pictures_tells_all_as_it_happens(running):
 
 
 async def test_a_stream_of_features_tells_all(running):
-    request = fs.StreamFeaturesRequest(request={"prompt": {"text": "x"}, "seeds": range(9)})
+    request = messages.stream_features(prompt="x", seeds=range(9))
     events = [event async for event in running.features.StreamFeatures(request)]
     assert [event.WhichOneof("event") for event in events] == ["queued"] + ["features"] * 18 + ["done"]
     assert [event.features.seed_index for event in events[1:-1]] == [i for i in range(9) for _ in range(2)]
@@ -240,9 +239,9 @@ async def test_features_are_packed_off_the_event_loop_in_calls_and_streams(runni
     pack = convert.sparse_features
     monkeypatch.setattr(convert, "sparse_features", packed)
     await extract(running)
-    request = fs.StreamFeaturesRequest(request={"prompt": {"text": "x"}})
+    request = messages.stream_features(prompt="x")
     packed_features = [event async for event in running.features.StreamFeatures(request)]
-    request = gs.StreamGenerateRequest(request=a_request(features={}))
+    request = messages.stream_generate(prompt="x", features={})
     packed_pictures = [event async for event in running.generation.StreamGenerate(request)]
     assert [e.features.features.sae for e in packed_features if e.HasField("features")] == ["mid.0", "up.0.1"]
     assert [e.features.features.sae for e in packed_pictures if e.HasField("features")] == ["mid.0", "up.0.1"]

@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from turbolens_proto.v1 import feature_service_pb2 as fs
+from tests import messages
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
-from turbolens_server.engine.types import SaeOptions
+from turbolens_server.engine.types import Reference, SaeOptions
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.kinds import KINDS
 
 INFO, LIMITS = an_info(), RequestLimits()
 _PLAIN = INFO.saes["up.0.1"]
@@ -37,11 +38,11 @@ NESTED = an_info(
 
 
 def a_request(*edits, **fields) -> gs.GenerateRequest:
-    return gs.GenerateRequest(**{"prompt": {"text": "x"}, "seeds": [7], "edits": edits, **fields})
+    return messages.generate(**{"prompt": "x", "seeds": [7], "edits": edits, **fields})
 
 
 def an_edit(index=1, sae="mid.0", **fields) -> dict:
-    kind = {} if fields.keys() & {"add", "scale", "set", "replace"} else {"add": {"strength": 1.0}}
+    kind = {} if fields.keys() & KINDS.keys() else {"add": {"strength": 1.0}}
     return {"features": [{"feature": {"sae": sae, "index": index}}], **kind, **fields}
 
 
@@ -68,86 +69,123 @@ def violations(request, info=INFO) -> dict[str, str]:
 
 NAN, INF = float("nan"), float("inf")
 UNIT_RAW, UNIT_NORM = steering.UNIT_RAW, steering.UNIT_NORM
+A_RUN = {"source": {"prompt": {"text": "y"}}}
+MANY = [{"feature": {"sae": "mid.0", "index": i}} for i in range(1024)]
 SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
 
 
 @pytest.mark.parametrize(
     ("request_", "field", "says"),
     [
-        (gs.GenerateRequest(), "source", "missing"),
-        (a_request(prompt={"text": "x" * 4001}), "prompt.text", "4000"),
+        (messages.generate(), "run.source", "missing"),
+        (a_request(prompt="x" * 4001), "run.source.prompt.text", "4000"),
         (a_request(request_id="a\nb"), "request_id", "printable"),
         (a_request(request_id="x" * 129), "request_id", "128"),
-        (a_request(seeds=[0, -1]), "seeds[1]", "got -1"),
-        (a_request(seeds=range(17)), "seeds", "16"),
-        (a_request(sampling={"steps": 5}), "sampling.steps", "got 5; must be 1 to 4"),
-        (a_request(sampling={"steps": 0}), "sampling.steps", "1 to 4"),
-        (a_request(sampling={"width": 32}), "sampling.width", "64x64, 64x32"),
-        (a_request(sampling={"height": 65}), "sampling.height", "64x64"),
-        (a_request(sampling={"guidance_scale": NAN}), "sampling.guidance_scale", "only 0"),
-        (a_request(sampling={"guidance_scale": 1}), "sampling.guidance_scale", "only 0"),
+        (a_request(seeds=[0, -1]), "run.seeds[1]", "got -1"),
+        (a_request(seeds=range(17)), "run.seeds", "16"),
+        (a_request(sampling={"steps": 5}), "run.sampling.steps", "got 5; must be 1 to 4"),
+        (a_request(sampling={"steps": 0}), "run.sampling.steps", "1 to 4"),
+        (a_request(sampling={"width": 32}), "run.sampling.width", "64x64, 64x32"),
+        (a_request(sampling={"height": 65}), "run.sampling.height", "64x64"),
+        (a_request(sampling={"guidance_scale": NAN}), "run.sampling.guidance_scale", "only 0"),
+        (a_request(sampling={"guidance_scale": 1}), "run.sampling.guidance_scale", "only 0"),
         (a_request(image={"format": 9}), "image.format", "IMAGE_FORMAT_PNG"),
         (a_request(image={"quality": 90}), "image.quality", "JPEG"),
         (a_request(image={"format": 4, "quality": 90}), "image.quality", "JPEG"),
         (a_request(image={"format": 2, "quality": 0}), "image.quality", "1 to 100"),
-        (a_request(features={"saes": ["mid.0", "up.9"]}), "features.saes[1]", "mid.0, up.0.1"),
-        (a_request(features={"only": [{"sae": "mid.0", "index": 16}]}), "features.only[0].index", "0 to 15"),
+        (a_request(features={"saes": ["mid.0", "up.9"]}), "run.features.saes[1]", "mid.0, up.0.1"),
+        (a_request(features={"only": [{"sae": "mid.0", "index": 16}]}), "run.features.only[0].index", "0 to 15"),
         (
             a_request(features={"saes": ["mid.0"], "only": [{"sae": "up.0.1"}]}),
-            "features.only[0].sae",
+            "run.features.only[0].sae",
             "selected",
         ),
-        (a_request(features={"value_type": -1}), "features.value_type", "VALUE_TYPE_FLOAT16"),
-        (a_request(*[an_edit()] * 65), "edits", "64"),
-        (a_request({"add": {"strength": 1}}), "edits[0].features", "1 to 1024"),
-        (a_request({**an_edit(), "features": an_edit()["features"] * 1025}), "edits[0].features", "1 to 1024"),
-        (a_request({"features": an_edit()["features"]}), "edits[0].kind", "add, scale, set, replace"),
-        (a_request(an_edit(), an_edit(D_SAE)), "edits[1].features[0].feature.index", "got 16; must be 0 to 15"),
-        (a_request(an_edit(-1)), "edits[0].features[0].feature.index", "got -1"),
-        (a_request(an_edit(sae="up")), "edits[0].features[0].feature.sae", "mid.0, up.0.1"),
-        (a_request({**an_edit(), "features": an_edit()["features"] * 2}), "edits[0].features[1].feature", "once"),
-        (a_request(an_edit(add={"strength": NAN})), "edits[0].add.strength", "finite"),
-        (a_request(an_edit(scale={"factor": -INF})), "edits[0].scale.factor", "finite"),
-        (a_request(an_edit(set={"value": 1000.5})), "edits[0].set.value", "1000"),
-        (a_request(an_edit(replace={"strength": 1, "unit": 4})), "edits[0].replace.unit", "UNIT_RAW"),
+        (a_request(features={"value_type": -1}), "run.features.value_type", "VALUE_TYPE_FLOAT16"),
+        (a_request(*[an_edit()] * 65), "run.edits", "64"),
+        (a_request({"add": {"strength": 1}}), "run.edits[0].features", "1 to 1024"),
+        (a_request({**an_edit(), "features": an_edit()["features"] * 1025}), "run.edits[0].features", "1 to 1024"),
+        (
+            a_request({"features": an_edit()["features"]}),
+            "run.edits[0].kind",
+            "add, scale, set, replace, transfer, patch",
+        ),
+        (a_request(an_edit(), an_edit(D_SAE)), "run.edits[1].features[0].feature.index", "got 16; must be 0 to 15"),
+        (a_request(an_edit(-1)), "run.edits[0].features[0].feature.index", "got -1"),
+        (a_request(an_edit(sae="up")), "run.edits[0].features[0].feature.sae", "mid.0, up.0.1"),
+        (a_request({**an_edit(), "features": an_edit()["features"] * 2}), "run.edits[0].features[1].feature", "once"),
+        (a_request(an_edit(add={"strength": NAN})), "run.edits[0].add.strength", "finite"),
+        (a_request(an_edit(scale={"factor": -INF})), "run.edits[0].scale.factor", "finite"),
+        (a_request(an_edit(set={"value": 1000.5})), "run.edits[0].set.value", "1000"),
+        (a_request(an_edit(replace={"strength": 1, "unit": 5})), "run.edits[0].replace.unit", "UNIT_RAW"),
         (
             a_request({**an_edit(), "features": [{**an_edit()["features"][0], "weight": INF}]}),
-            "edits[0].features[0].weight",
+            "run.edits[0].features[0].weight",
             "finite",
         ),
         (
             a_request({"scale": {}, "features": [{**an_edit()["features"][0], "weight": 1}]}),
-            "edits[0].features[0].weight",
+            "run.edits[0].features[0].weight",
             "no weights",
         ),
-        (a_request(an_edit(DEAD)), "edits[0].add.unit", "never active"),
-        (a_request(an_edit(sae="up.0.1")), "edits[0].add.unit", "no statistics"),
-        (a_request(an_edit(sae="up.0.1", set={"value": 1, "unit": UNIT_NORM})), "edits[0].set.unit", "no statistics"),
-        (a_request(an_edit(steps={"start": 1, "end": 1})), "edits[0].steps", "start < end"),
-        (a_request(an_edit(steps={"start": 0, "end": 2})), "edits[0].steps", "0 to 1"),
-        (a_request(an_edit(mask={})), "edits[0].mask.shape", "missing"),
-        (a_request(an_edit(mask={"boxes": {}})), "edits[0].mask.boxes.boxes", "empty"),
-        (a_request(an_edit(mask=boxes((0.5, 0, 0.2, 1)))), "edits[0].mask.boxes.boxes[0]", "left < right"),
-        (a_request(an_edit(mask=boxes((0, 0, NAN, 1)))), "edits[0].mask.boxes.boxes[0]", "left < right"),
-        (a_request(an_edit(mask=boxes((0, 0, 1.1, 1)))), "edits[0].mask.boxes.boxes[0]", "<= 1"),
-        (a_request(an_edit(mask=boxes(*[(0, 0, 1, 1)] * 257))), "edits[0].mask.boxes.boxes", "256"),
-        (a_request(an_edit(mask=polygon((0, 0), (1, 1)))), "edits[0].mask.polygons.polygons[0].points", "three"),
+        (a_request(an_edit(DEAD)), "run.edits[0].add.unit", "never active"),
+        (a_request(an_edit(sae="up.0.1")), "run.edits[0].add.unit", "no statistics"),
+        (
+            a_request(an_edit(sae="up.0.1", set={"value": 1, "unit": UNIT_NORM})),
+            "run.edits[0].set.unit",
+            "no statistics",
+        ),
+        (a_request(an_edit(steps={"start": 1, "end": 1})), "run.edits[0].steps", "start < end"),
+        (a_request(an_edit(steps={"start": 0, "end": 2})), "run.edits[0].steps", "0 to 1"),
+        (a_request(an_edit(mask={})), "run.edits[0].mask.shape", "missing"),
+        (a_request(an_edit(mask={"boxes": {}})), "run.edits[0].mask.boxes.boxes", "empty"),
+        (a_request(an_edit(mask=boxes((0.5, 0, 0.2, 1)))), "run.edits[0].mask.boxes.boxes[0]", "left < right"),
+        (a_request(an_edit(mask=boxes((0, 0, NAN, 1)))), "run.edits[0].mask.boxes.boxes[0]", "left < right"),
+        (a_request(an_edit(mask=boxes((0, 0, 1.1, 1)))), "run.edits[0].mask.boxes.boxes[0]", "<= 1"),
+        (a_request(an_edit(mask=boxes(*[(0, 0, 1, 1)] * 257))), "run.edits[0].mask.boxes.boxes", "256"),
+        (a_request(an_edit(mask=polygon((0, 0), (1, 1)))), "run.edits[0].mask.polygons.polygons[0].points", "three"),
         (
             a_request(an_edit(mask=polygon((0, 0), (1, 1), (0.5, 0.5)))),
-            "edits[0].mask.polygons.polygons[0].points",
+            "run.edits[0].mask.polygons.polygons[0].points",
             "no area",
         ),
         (
             a_request(an_edit(mask=polygon((0, 0), (1, 1), (0.5, -0.5)))),
-            "edits[0].mask.polygons.polygons[0].points",
+            "run.edits[0].mask.polygons.polygons[0].points",
             "0 to 1",
         ),
-        (a_request(an_edit(mask=polygon(*SQUARE * 1400))), "edits[0].mask.polygons.polygons", "4096"),
-        (a_request(an_edit(mask={"png": b"GIF89a"})), "edits[0].mask.png", "readable"),
-        (a_request(an_edit(mask={"png": png(np.ones((9, 9)))["png"][:-30]})), "edits[0].mask.png", "readable"),
-        (a_request(an_edit(mask={"png": bytes(2**22 + 1)})), "edits[0].mask.png", "4194304"),
-        (a_request(an_edit(mask=png(np.zeros((9, 9))))), "edits[0].mask.png", "black"),
-        (a_request(an_edit(replace={}), an_edit(2, replace={})), "edits[1].mask", "edits[0]"),
+        (a_request(an_edit(mask=polygon(*SQUARE * 1400))), "run.edits[0].mask.polygons.polygons", "4096"),
+        (a_request(an_edit(mask={"png": b"GIF89a"})), "run.edits[0].mask.png", "readable"),
+        (a_request(an_edit(mask={"png": png(np.ones((9, 9)))["png"][:-30]})), "run.edits[0].mask.png", "readable"),
+        (a_request(an_edit(mask={"png": bytes(2**22 + 1)})), "run.edits[0].mask.png", "4194304"),
+        (a_request(an_edit(mask=png(np.zeros((9, 9))))), "run.edits[0].mask.png", "black"),
+        (a_request(an_edit(replace={}), an_edit(2, replace={})), "run.edits[1].mask", "run.edits[0]"),
+        (a_request(*[{**an_edit(), "features": MANY}] * 5), "run.edits", "got '5120 features'; the edits"),
+        (a_request(references={f"r{i}": A_RUN for i in range(5)}), "run.references", "at most 4"),
+        (a_request(references={"a b": A_RUN}), "run.references['a b']", "letters"),
+        (a_request(references={"r": A_RUN}), "run.references['r']", "read by no edit"),
+        (a_request(references={"r": {}}), "run.references['r'].source", "missing"),
+        (a_request(references={"r": {**A_RUN, "seed": -1}}), "run.references['r'].seed", "2^63 - 1"),
+        (a_request({"patch": {}}), "run.edits[0].patch.hook_points", "at least one"),
+        (a_request({"patch": {}, "reference": "s"}, references={"r": A_RUN}), "run.edits[0].reference", "are: r"),
+        (a_request({"patch": {"hook_points": ["mid.0", "x"]}}), "run.edits[0].patch.hook_points[1]", "mid.0, up.0.1"),
+        (a_request({"patch": {"hook_points": ["mid.0"] * 2}}), "run.edits[0].patch.hook_points[1]", "once"),
+        (a_request({**an_edit(), "patch": {}}), "run.edits[0].features", "no features"),
+        (a_request(an_edit(transfer={"multiplier": NAN})), "run.edits[0].transfer.multiplier", "finite"),
+        (a_request(an_edit(transfer={})), "run.edits[0].reference", "are: none"),
+        (a_request({"transfer": {}}), "run.edits[0].features", "1 to 1024"),
+        (a_request(an_edit(reference="r"), references={"r": A_RUN}), "run.edits[0].reference", "add reads none"),
+        (a_request(an_edit(add={"unit": steering.UNIT_REFERENCE})), "run.edits[0].reference", "are: none"),
+        (a_request(an_edit(replace={"unit": steering.UNIT_REFERENCE})), "run.edits[0].replace.unit", "other units"),
+        (
+            a_request(an_edit(transfer={"remove": [{"sae": "mid.0", "index": 16}]})),
+            "run.edits[0].transfer.remove[0].index",
+            "0 to 15",
+        ),
+        (
+            a_request(an_edit(transfer={"remove": [{"sae": "mid.0", "index": 1}]})),
+            "run.edits[0].transfer.remove[0]",
+            "once",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(request_, field, says):
@@ -158,15 +196,15 @@ def test_what_is_wrong_is_named_with_what_is_allowed(request_, field, says):
 def test_all_that_is_wrong_is_told_at_once():
     bad = an_edit(99, sae="mid.0", add={"strength": NAN, "unit": 8}, steps={"start": 3, "end": 9}, mask={})
     found = violations(a_request(bad, seeds=[-1], sampling={"steps": 9}, image={"format": 7}, request_id="\x00"))
-    prefix = "edits[0]."
+    prefix = "run.edits[0]."
     assert found.keys() >= {
-        "request_id", "seeds[0]", "sampling.steps", "image.format", f"{prefix}add.strength", f"{prefix}add.unit",
-        f"{prefix}features[0].feature.index", f"{prefix}steps", f"{prefix}mask.shape",
+        "request_id", "run.seeds[0]", "run.sampling.steps", "image.format", f"{prefix}add.strength",
+        f"{prefix}add.unit", f"{prefix}features[0].feature.index", f"{prefix}steps", f"{prefix}mask.shape",
     }  # fmt: skip
 
 
 def test_a_long_value_is_shown_short():
-    assert len(violations(a_request(prompt={"text": "y" * 10**6}))["prompt.text"]) < 200
+    assert len(violations(a_request(prompt="y" * 10**6))["run.source.prompt.text"]) < 200
 
 
 def test_what_is_right_becomes_jobs():
@@ -179,8 +217,10 @@ def test_what_is_right_becomes_jobs():
         an_edit(DEAD, scale={"factor": 0}),
         an_edit(sae="up.0.1", set={"value": 3, "unit": UNIT_RAW}, mask=boxes((0, 0, 0.5, 1))),
     ]
-    request = a_request(*edits, seeds=[3, 2**63 - 1], sampling={"steps": 2, "height": 32}, prompt={"text": ""})
-    valid = validate_generate(request, INFO, LIMITS, previews=True)
+    request = messages.stream_generate(
+        edits=edits, seeds=[3, 2**63 - 1], sampling={"steps": 2, "height": 32}, prompt="", previews=True
+    )
+    valid = validate_generate(request, INFO, LIMITS)
     assert [(j.prompt, j.seed, j.steps, j.height, j.width, j.previews) for j in valid.jobs] == [
         ("", 3, 2, 32, 64, True), ("", 2**63 - 1, 2, 32, 64, True),
     ]  # fmt: skip
@@ -194,7 +234,7 @@ def test_what_is_right_becomes_jobs():
 
 
 def test_features_wanted_are_all_unless_named_and_in_order_of_blocks():
-    whole = validate_extract(fs.ExtractFeaturesRequest(prompt={}), INFO, LIMITS)
+    whole = validate_extract(messages.extract(prompt=""), INFO, LIMITS)
     assert (whole.jobs[0].saes, whole.jobs[0].picture) == (("mid.0", "up.0.1"), False)
     named = a_request(features={"saes": ["up.0.1", "mid.0", "up.0.1"]})
     assert validate_generate(named, INFO, LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
@@ -214,13 +254,12 @@ def test_a_temporal_sae_is_asked_for_its_own_steps_and_open_edits_alone():
     )
     with pytest.raises(RpcError) as caught:
         validate_generate(request, temporal_info(), LIMITS)
+    why = "of the temporal SAE mid.0 are known after the last step"
     assert [(v.field, v.description.split(";")[0]) for v in caught.value.violations] == [
-        ("edits[0].scale", "scale needs activations while the picture is made, and those of the temporal SAE mid.0 are "
-                           "known after the last step"),
-        ("edits[1].set", "set needs activations while the picture is made, and those of the temporal SAE mid.0 are "
-                         "known after the last step"),
-        ("sampling.steps", "got 1"),
-    ]  # fmt: skip
+        ("run.edits[0].scale", f"scale needs activations while the picture is made, and those {why}"),
+        ("run.edits[1].set", f"set needs activations while the picture is made, and those {why}"),
+        ("run.sampling.steps", "got 1"),
+    ]
     assert caught.value.violations[2].description.endswith("the temporal SAE mid.0 serves runs of 3 steps alone")
     allowed = a_request(an_edit(), an_edit(replace={"strength": 1}), features={}, sampling={"steps": 3})
     assert validate_generate(allowed, temporal_info(), LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
@@ -230,7 +269,7 @@ def test_who_names_no_sae_gets_those_that_the_steps_allow():
     assert validate_generate(a_request(features={}), temporal_info(), LIMITS).jobs[0].saes == ("up.0.1",)
     alone = dataclasses.replace(temporal_info(), saes={"mid.0": temporal_info().saes["mid.0"]})
     with pytest.raises(RpcError) as caught:
-        validate_extract(fs.ExtractFeaturesRequest(prompt={}), alone, LIMITS)
+        validate_extract(messages.extract(prompt=""), alone, LIMITS)
     assert "runs of 3 steps alone" in caught.value.violations[0].description
 
 
@@ -250,16 +289,16 @@ def test_who_names_no_sae_gets_those_that_the_steps_allow():
 )
 def test_how_an_sae_is_read_is_checked_before_any_work(options, field, says):
     found = violations(a_request(features={}, sae_options=[options]), NESTED)
-    assert found.keys() == {f"sae_options[0].{field}"}
-    assert says in found[f"sae_options[0].{field}"]
+    assert found.keys() == {f"run.sae_options[0].{field}"}
+    assert says in found[f"run.sae_options[0].{field}"]
 
 
 def test_an_sae_is_read_in_one_way_and_only_where_the_request_uses_it():
     twice = [{"sae": "mid.0", "k": 1}, {"sae": "mid.0", "k": 2}]
-    assert "once" in violations(a_request(features={}, sae_options=twice), NESTED)["sae_options[1].sae"]
+    assert "once" in violations(a_request(features={}, sae_options=twice), NESTED)["run.sae_options[1].sae"]
     for more in ({}, {"features": {"saes": ["up.0.1"]}}):
         found = violations(a_request(sae_options=twice[:1], **more), NESTED)
-        assert "asked for or edited" in found["sae_options[0].sae"]
+        assert "asked for or edited" in found["run.sae_options[0].sae"]
     for used in (a_request(an_edit(), sae_options=twice[:1]), a_request(features={}, sae_options=twice[:1])):
         assert validate_generate(used, NESTED, LIMITS).jobs[0].sae_options == (SaeOptions("mid.0", 1),)
 
@@ -270,13 +309,13 @@ def test_past_a_prefix_there_is_no_feature():
         a_request(an_edit(7), an_edit(8), features={"only": [{"sae": "mid.0", "index": 9}]}, sae_options=options),
         NESTED,
     )
-    assert found.keys() == {"edits[1].features[0].feature.index", "features.only[0].index"}
-    assert "must be 0 to 7 for mid.0 at prefix 8" in found["features.only[0].index"]
+    assert found.keys() == {"run.edits[1].features[0].feature.index", "run.features.only[0].index"}
+    assert "must be 0 to 7 for mid.0 at prefix 8" in found["run.features.only[0].index"]
 
 
 def test_how_saes_are_read_reaches_every_job():
     options = [{"sae": "up.0.1", "k": 2, "prefix": 16}, {"sae": "mid.0", "prefix": 4}]
-    request = fs.ExtractFeaturesRequest(prompt={}, seeds=[1, 2], sae_options=options)
+    request = messages.extract(prompt="", seeds=[1, 2], sae_options=options)
     valid = validate_extract(request, NESTED, LIMITS)
     expected = (SaeOptions("up.0.1", 2, 16), SaeOptions("mid.0", None, 4))
     assert [job.sae_options for job in valid.jobs] == [expected] * 2
@@ -300,8 +339,8 @@ def test_replacements_may_share_a_place_up_to_the_whole_of_it():
     third = an_edit(replace={}, mask=grey(102))  # 0.4
     validate_generate(a_request(half, half), INFO, LIMITS)
     validate_generate(a_request(third, third), INFO, LIMITS)
-    assert "as edits[0], edits[1]" in violations(a_request(third, third, third))["edits[2].mask"]
-    assert "as edits[0]" in violations(a_request(half, an_edit(replace={}, mask=grey(150))))["edits[1].mask"]
+    assert "as run.edits[0], run.edits[1]" in violations(a_request(third, third, third))["run.edits[2].mask"]
+    assert "as run.edits[0]" in violations(a_request(half, an_edit(replace={}, mask=grey(150))))["run.edits[1].mask"]
 
 
 def test_edits_of_two_saes_at_one_block_may_not_replace_the_same_place():
@@ -309,8 +348,8 @@ def test_edits_of_two_saes_at_one_block_may_not_replace_the_same_place():
     other["features"][0]["feature"]["sae"] = "mid.0-b"
     served = dataclasses.replace(INFO, saes={**INFO.saes, "mid.0-b": INFO.saes["mid.0"]})
     assert (
-        "the same place of mid.0 as edits[0]"
-        in violations(a_request(an_edit(replace={}), other), served)["edits[1].mask"]
+        "the same place of mid.0 as run.edits[0]"
+        in violations(a_request(an_edit(replace={}), other), served)["run.edits[1].mask"]
     )
     both = an_edit(replace={})
     both["features"] += other["features"]
@@ -331,7 +370,7 @@ def test_masks_cannot_cost_much_more_than_they_weigh():
     assert len(white["png"]) < 100_000
     start = time.perf_counter()
     found = violations(a_request(*[an_edit(mask=white)] * 3))
-    assert found.keys() == {"edits[1].mask.png", "edits[2].mask.png"}
+    assert found.keys() == {"run.edits[1].mask.png", "run.edits[2].mask.png"}
     many = boxes(*((i / 512, i / 512, i / 512 + 0.3, i / 512 + 0.3) for i in range(256)))
     validate_generate(a_request(an_edit(mask=many)), INFO, LIMITS)
     assert time.perf_counter() - start < 10
@@ -355,7 +394,16 @@ kinds = st.one_of(
     st.builds(lambda n, s, u: {n: {"strength": s, "unit": u}}, st.sampled_from(["add", "replace"]), any_float, any_int),
     st.builds(lambda v, u: {"set": {"value": v, "unit": u}}, any_float, any_int),
     st.builds(lambda f: {"scale": {"factor": f}}, any_float),
-)
+    st.builds(
+        lambda r, p: {"patch": {"hook_points": p}, "reference": r},
+        st.sampled_from(["r", "?"]),
+        st.lists(st.sampled_from(["mid.0", "up.0.1", "?"]), max_size=3),
+    ),
+    st.builds(
+        lambda r, m, f: {"transfer": {"multiplier": m, "remove": f}, "reference": r},
+        st.sampled_from(["r", "?"]), any_float, st.lists(refs, max_size=3),
+    ),
+)  # fmt: skip
 windows = st.builds(lambda a, b: {"start": a, "end": b}, any_int, any_int)
 edits = st.builds(
     lambda kind, more: {**kind, **more},
@@ -366,14 +414,20 @@ sampling = st.fixed_dictionaries(
     {}, optional={"steps": any_int, "width": any_int, "height": any_int, "guidance_scale": any_float}
 )
 shared = {
-    "prompt": st.builds(lambda t: {"text": t}, st.text(max_size=30)),
+    "prompt": st.text(max_size=30),
     "request_id": st.text(max_size=140),
     "sampling": sampling,
     "seeds": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=18),
     "edits": st.lists(edits, max_size=3),
+    "references": st.dictionaries(
+        st.one_of(st.just("r"), st.text(max_size=3)),
+        st.fixed_dictionaries({}, optional={"source": st.sampled_from([{}, A_RUN["source"]]), "seed": any_int}),
+        max_size=3,
+    ),
     "features": st.fixed_dictionaries(
         {},
         optional={
+            "labels": st.booleans(),
             "saes": st.lists(st.sampled_from(["mid.0", "up.0.1", "?"]), max_size=3),
             "only": st.lists(refs, max_size=3),
             "value_type": any_int,
@@ -402,17 +456,17 @@ def check(message, validate) -> None:
         return
     for job in valid.jobs:
         assert (job.height, job.width) in INFO.sizes
-        assert all(np.isfinite(edit.amount) and edit.features for edit in job.edits)
+        assert all(np.isfinite(edit.amount) and (edit.features or edit.points) for edit in job.edits)
 
 
 @given(st.fixed_dictionaries({}, optional={**shared, "image": image}))
 def test_any_request_for_pictures_is_valid_or_refused_by_field(fields):
-    check(gs.GenerateRequest(**fields), validate_generate)
+    check(messages.generate(**fields), validate_generate)
 
 
 @given(st.fixed_dictionaries({}, optional=shared))
 def test_any_request_for_features_is_valid_or_refused_by_field(fields):
-    check(fs.ExtractFeaturesRequest(**fields), validate_extract)
+    check(messages.extract(**fields), validate_extract)
 
 
 @given(st.binary(max_size=200))
@@ -429,3 +483,34 @@ def test_any_bytes_that_parse_are_valid_or_refused_by_field(data):
 def test_raw_pictures_and_lossy_quality_are_kept():
     valid = validate_generate(a_request(image={"format": run.IMAGE_FORMAT_WEBP, "quality": 1}), INFO, LIMITS)
     assert (valid.image_format, valid.image_quality) == (run.IMAGE_FORMAT_WEBP, 1)
+
+
+def test_what_reads_another_run_becomes_plain_values():
+    patch = {"patch": {"hook_points": ["mid.0", "up.0.1"]}, "reference": "r", "mask": boxes((0, 0, 0.5, 1))}
+    moved = an_edit(DEAD, transfer={"remove": [{"sae": "up.0.1", "index": 2}]}, reference="s", steps={"end": 1})
+    moved["features"][0]["weight"] = 0.5
+    added = an_edit(DEAD, add={"strength": 2, "unit": steering.UNIT_REFERENCE}, reference="s")
+    references = {"s": {**A_RUN, "seed": 3}, "r": A_RUN}
+    jobs = validate_generate(a_request(patch, moved, added, references=references, seeds=[7, 8]), INFO, LIMITS).jobs
+    assert [job.references for job in jobs] == [
+        (Reference("r", "y", 7), Reference("s", "y", 3)), (Reference("r", "y", 8), Reference("s", "y", 3)),
+    ]  # fmt: skip
+    first, second, third, fourth = jobs[0].edits
+    assert (first.kind, first.features, first.reference, first.points) == ("patch", (), "r", ("mid.0", "up.0.1"))
+    assert first.mask.on_grid(4, 4).mean() == 0.5
+    term = WeightedFeature("mid.0", DEAD, 0.5)
+    assert second == Edit("transfer", (term,), steps=(0, 1), reference="s")
+    assert third == Edit("scale", (WeightedFeature("up.0.1", 2),), 0.0, steps=(0, 1))
+    assert fourth == Edit("add", (WeightedFeature("mid.0", DEAD),), 2.0, Unit.REFERENCE, reference="s")
+
+
+def test_a_patch_and_a_replacement_may_not_share_a_place():
+    patch = {"patch": {"hook_points": ["mid.0"]}, "reference": "r"}
+    found = violations(a_request(an_edit(replace={}), patch, references={"r": A_RUN}))
+    assert "the same place of mid.0 as run.edits[0]" in found["run.edits[1].mask"]
+
+
+def test_what_a_transfer_takes_away_does_not_shift_the_numbers_of_later_edits():
+    moved = an_edit(transfer={"remove": [{"sae": "mid.0", "index": 2}]}, reference="r")
+    found = violations(a_request(moved, an_edit(replace={}), an_edit(replace={}), references={"r": A_RUN}))
+    assert "as run.edits[1]" in found["run.edits[2].mask"]

@@ -62,10 +62,12 @@ def compare_served(engine: Engine, settings: SaeConfig, held_out: PromptStream, 
 
 def _request(caption: str, seed: int, steps: int) -> messages.ExtractFeaturesRequest:
     return messages.ExtractFeaturesRequest(
-        prompt=run_pb2.PromptSource(text=caption),
-        seeds=[seed],
-        sampling=run_pb2.Sampling(steps=steps),
-        features=run_pb2.FeatureSelection(value_type=run_pb2.VALUE_TYPE_FLOAT32),
+        run=run_pb2.Run(
+            source=run_pb2.Source(prompt=run_pb2.PromptSource(text=caption)),
+            seeds=[seed],
+            sampling=run_pb2.Sampling(steps=steps),
+            features=run_pb2.FeatureSelection(value_type=run_pb2.VALUE_TYPE_FLOAT32),
+        )
     )
 
 

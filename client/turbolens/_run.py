@@ -1,0 +1,364 @@
+"""One call as one value: built here from keyword arguments and turned here into requests, for both clients."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, TypedDict, TypeVar
+
+from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
+from turbolens._numbers import whole, whole_or_none
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+ImageFormat = Literal["png", "jpeg", "webp", "raw"]
+FORMATS: Final[dict[ImageFormat, run_pb2.ImageFormat.ValueType]] = {
+    "png": run_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": run_pb2.IMAGE_FORMAT_JPEG,
+    "webp": run_pb2.IMAGE_FORMAT_WEBP,
+    "raw": run_pb2.IMAGE_FORMAT_RAW,
+}
+Selection = bool | Sequence[str] | None
+"""Features to return: None or False for none, True for all, or SAEs by name."""
+Only = FeatureLike | Sequence[FeatureLike] | None
+"""Of these, only the ones named; None for all."""
+PerSae = Mapping[str, int] | None
+"""A number for each SAE that is named; None for none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reference:
+    """Another run for edits to read; made by :func:`reference`."""
+
+    prompt: str
+    seed: int | None = None
+    """None: the seed of the picture that reads it."""
+
+    def to_proto(self) -> run_pb2.Reference:
+        """The reference as a message."""
+        return run_pb2.Reference(source=_source(self.prompt), seed=self.seed)
+
+
+def reference(prompt: str, *, seed: int | None = None) -> Reference:
+    """Another run, made beside each picture and never steered, for :func:`patch` and :func:`transfer` to read.
+
+    Args:
+        prompt: what it draws.
+        seed: None: the picture's own, so that the two differ by their prompt alone.
+    """
+    return Reference(prompt, _seed(seed))
+
+
+class RunOptions(TypedDict, total=False):
+    """What every call takes beside the prompt and seeds."""
+
+    steps: int | None
+    width: int | None
+    height: int | None
+    steer: Sequence[Edit]
+    references: Mapping[str, Reference]
+    only: Only
+    float32: bool
+    k: PerSae
+    prefix: PerSae
+    timeout: float | None
+    request_id: str
+
+
+class ExtractOptions(RunOptions, total=False):
+    """What `extract` and `stream_features` take beside the prompt and seeds."""
+
+    saes: Sequence[str] | None
+
+
+class GenerateOptions(RunOptions, total=False):
+    """What `generate` takes beside the prompt and seeds."""
+
+    features: Selection
+    format: ImageFormat
+    quality: int | None
+    latents: bool
+
+
+class StreamOptions(GenerateOptions, total=False):
+    """What `stream_generate` takes beside the prompt and seeds."""
+
+    previews: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What to run, for one seed or several."""
+
+    prompt: str
+    seeds: tuple[int, ...] = ()
+    """Empty: one, drawn by the server."""
+    steps: int | None = None
+    """None, here and below: the server's default."""
+    width: int | None = None
+    height: int | None = None
+    steer: tuple[Edit, ...] = ()
+    references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
+    features: tuple[str, ...] | None = None
+    """SAEs whose features come back, empty for all of them; None: no features."""
+    only: tuple[FeatureRef, ...] = ()
+    float32: bool = False
+    k: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    prefix: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_proto(cls, message: run_pb2.Run) -> Run:
+        """From a message, such as a result's provenance has.
+
+        Raises:
+            ValueError: it holds an edit that this client does not know.
+        """
+        sampling, selection = message.sampling, message.features
+        return cls(
+            prompt=message.source.prompt.text,
+            seeds=tuple(message.seeds),
+            steps=sampling.steps if sampling.HasField("steps") else None,
+            width=sampling.width if sampling.HasField("width") else None,
+            height=sampling.height if sampling.HasField("height") else None,
+            steer=tuple(Edit.from_proto(edit) for edit in message.edits),
+            references={
+                name: Reference(r.source.prompt.text, r.seed if r.HasField("seed") else None)
+                for name, r in message.references.items()
+            },
+            features=tuple(selection.saes) if message.HasField("features") else None,
+            only=tuple(FeatureRef(ref.sae, ref.index) for ref in selection.only),
+            float32=selection.value_type == run_pb2.VALUE_TYPE_FLOAT32,
+            k={o.sae: o.k for o in message.sae_options if o.HasField("k")},
+            prefix={o.sae: o.prefix for o in message.sae_options if o.HasField("prefix")},
+        )
+
+    def to_proto(self, *, labels: bool = False) -> run_pb2.Run:
+        """The run as a message; `labels` asks for those of the features that come back."""
+        return run_pb2.Run(
+            source=_source(self.prompt),
+            sampling=run_pb2.Sampling(steps=self.steps, width=self.width, height=self.height),
+            seeds=self.seeds,
+            edits=[edit.to_proto() for edit in self.steer],
+            features=None if self.features is None else self._selection(self.features, labels),
+            sae_options=[
+                run_pb2.SaeOptions(sae=sae, k=self.k.get(sae), prefix=self.prefix.get(sae))
+                for sae in dict.fromkeys((*self.k, *self.prefix))
+            ],
+            references={name: one.to_proto() for name, one in self.references.items()},
+        )
+
+    def _selection(self, saes: Sequence[str], labels: bool) -> run_pb2.FeatureSelection:
+        return run_pb2.FeatureSelection(
+            saes=saes,
+            only=[steering_pb2.FeatureRef(sae=ref.sae, index=ref.index) for ref in self.only],
+            value_type=run_pb2.VALUE_TYPE_FLOAT32 if self.float32 else run_pb2.VALUE_TYPE_UNSPECIFIED,
+            labels=labels,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A run, what comes back of it, and how long that may take."""
+
+    run: Run
+    several: bool
+    """Whether the caller named seeds, and so gets a list."""
+    format: ImageFormat = "png"
+    quality: int | None = None
+    latents: bool = False
+    previews: bool = False
+    timeout: float | None = None
+    request_id: str = ""
+
+    def generate(self, *, labels: bool) -> generation_service_pb2.GenerateRequest:
+        """The request for pictures."""
+        return generation_service_pb2.GenerateRequest(
+            request_id=self.request_id,
+            run=self.run.to_proto(labels=labels),
+            image=self._image(),
+            return_latents=self.latents,
+        )
+
+    def stream_generate(self, *, labels: bool) -> generation_service_pb2.StreamGenerateRequest:
+        """The request for pictures as they are made."""
+        return generation_service_pb2.StreamGenerateRequest(
+            request_id=self.request_id,
+            run=self.run.to_proto(labels=labels),
+            image=self._image(),
+            return_latents=self.latents,
+            previews=self.previews,
+        )
+
+    def extract(self, *, labels: bool) -> feature_service_pb2.ExtractFeaturesRequest:
+        """The request for features."""
+        run = self.run.to_proto(labels=labels)
+        return feature_service_pb2.ExtractFeaturesRequest(request_id=self.request_id, run=run)
+
+    def stream_features(self, *, labels: bool) -> feature_service_pb2.StreamFeaturesRequest:
+        """The request for features as they are computed."""
+        run = self.run.to_proto(labels=labels)
+        return feature_service_pb2.StreamFeaturesRequest(request_id=self.request_id, run=run)
+
+    def _image(self) -> run_pb2.ImageOptions:
+        return run_pb2.ImageOptions(format=FORMATS[self.format], quality=self.quality)
+
+
+def generate_call(
+    prompt: str, seed: int | None, seeds: Sequence[int] | None, options: StreamOptions | GenerateOptions
+) -> Call:
+    """A call for pictures.
+
+    Raises:
+        TypeError, ValueError: an argument is unknown, or cannot be right for any server.
+    """
+    given: dict[str, Any] = dict(options)
+    features = given.pop("features", None)
+    shape = given.get("format", "png")
+    if shape not in FORMATS:
+        raise ValueError(f"format {shape!r}; use one of {', '.join(FORMATS)}")
+    return _call("features", StreamOptions, prompt, seed, seeds, given, features)
+
+
+def extract_call(prompt: str, seed: int | None, seeds: Sequence[int] | None, options: ExtractOptions) -> Call:
+    """A call for features: unless some are named, for all of them.
+
+    Raises:
+        TypeError, ValueError: as for :func:`generate_call`.
+    """
+    given: dict[str, Any] = dict(options)
+    saes, only = given.pop("saes", None), given.get("only")
+    wanted = True if saes is None and only is None else saes
+    return _call("saes", ExtractOptions, prompt, seed, seeds, given, wanted)
+
+
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    "steer": (), "references": {}, "float32": False, "format": "png", "latents": False, "previews": False,
+    "request_id": "",
+}  # fmt: skip
+"""Of options that are not None where they are left out."""
+
+
+def takes(options: type) -> Callable[[Method], Method]:
+    """Shows the keyword arguments of `options` in a method's signature, for help and completion in notebooks."""
+    keywords = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=kind.__forward_arg__
+        )
+        for name, kind in options.__annotations__.items()
+    ]
+
+    def show(method: Method) -> Method:
+        own = inspect.signature(method)
+        known = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        method.__signature__ = own.replace(parameters=[*known, *keywords])  # type: ignore[attr-defined]
+        return method
+
+    return show
+
+
+_OF_A_CALL: Final = ("format", "quality", "latents", "previews", "timeout", "request_id")
+
+
+def _call(
+    argument: str,
+    known: type,
+    prompt: str,
+    seed: int | None,
+    seeds: Sequence[int] | None,
+    given: dict[str, Any],
+    features: Selection,
+) -> Call:
+    """`argument` is what the caller calls `features`."""
+    if unknown := given.keys() - known.__annotations__.keys():
+        raise TypeError(f"no argument {', '.join(sorted(unknown))}")
+    of_call = {name: given.pop(name) for name in _OF_A_CALL if name in given}
+    if of_call.get("quality") is not None:
+        of_call["quality"] = whole(of_call["quality"], "quality")
+    only, float32 = given.pop("only", None), given.pop("float32", False)
+    saes, refs = _wanted(features, only, float32, argument)
+    run = Run(
+        prompt=prompt,
+        seeds=_seeds(seed, seeds),
+        steps=whole_or_none(given.pop("steps", None), "steps"),
+        width=whole_or_none(given.pop("width", None), "width"),
+        height=whole_or_none(given.pop("height", None), "height"),
+        steer=tuple(given.pop("steer", ())),
+        references=_references(given.pop("references", {})),
+        features=saes,
+        only=refs,
+        float32=float32,
+        k=_per_sae("k", given.pop("k", None)),
+        prefix=_per_sae("prefix", given.pop("prefix", None)),
+    )
+    return Call(run=run, several=seeds is not None, **of_call)
+
+
+def _source(prompt: str) -> run_pb2.Source:
+    return run_pb2.Source(prompt=run_pb2.PromptSource(text=prompt))
+
+
+def _seed(seed: int | None) -> int | None:
+    one = whole_or_none(seed, "seed")
+    if one is not None and one >= 2**63:
+        raise ValueError(f"seed {one} is too large; a seed is at least 0 and below 2**63")
+    return one
+
+
+def _seeds(seed: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
+    """The seeds of a request; none where the server is to draw one.
+
+    Raises:
+        TypeError: one is no whole number.
+        ValueError: both were given, or an empty list, or one that does not fit 63 bits.
+    """
+    if seed is not None and seeds is not None:
+        raise ValueError("give seed for one picture or seeds for several, not both")
+    if seeds is not None and not len(seeds):
+        raise ValueError("seeds is empty; give at least one")
+    given = seeds if seeds is not None else () if seed is None else (seed,)
+    for one in given:
+        _seed(whole(one, "seed"))
+    return tuple(whole(one, "seed") for one in given)
+
+
+def _references(references: Mapping[str, Reference]) -> Mapping[str, Reference]:
+    if not isinstance(references, Mapping) or not all(isinstance(r, Reference) for r in references.values()):
+        raise TypeError('references are named: references={"other": reference("a blue ring")}')
+    return dict(references)
+
+
+def _wanted(
+    features: Selection, only: Only, float32: bool, argument: str
+) -> tuple[tuple[str, ...] | None, tuple[FeatureRef, ...]]:
+    """SAEs whose features come back, empty for all and None for none, and the features that alone do.
+
+    Raises:
+        ValueError: `only` or `float32` says more of features that are not asked for, or a list is empty, which on the
+            wire would mean all.
+    """
+    refs = () if only is None else tuple(to_refs(only))
+    if only is not None and not refs:
+        raise ValueError("only is empty and would select nothing; leave it out for every feature")
+    if features is None and refs:
+        features = list(dict.fromkeys(ref.sae for ref in refs))
+    if features is None or features is False:
+        if refs or float32:
+            raise ValueError("only and float32 are about the features that come back; ask for features too")
+        return None, ()
+    saes = [features] if isinstance(features, str) else [] if features is True else list(features)
+    if features is not True and not saes:
+        otherwise = "leave it out for none, or pass True for all" if argument == "features" else "leave it out for all"
+        raise ValueError(f"{argument} is empty and would select nothing; {otherwise}")
+    return tuple(saes), refs
+
+
+def _per_sae(name: str, given: PerSae) -> dict[str, int]:
+    """A number for each SAE that is named.
+
+    Raises:
+        TypeError: it is not a mapping, or not of whole numbers.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f'{name} is {given!r}; say of which SAE: {name}={{"up.0.1": {given!r}}}')
+    return {sae: whole(number, f"{name} of {sae}") for sae, number in (given or {}).items()}

@@ -1,0 +1,209 @@
+"""Edits: features, amounts, units, where and when, and which may act together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+import numpy as np
+
+from turbolens_proto.v1 import steering_pb2
+from turbolens_server.rpc.validation.checks import Checks
+from turbolens_server.rpc.validation.masks import MaskChecks
+from turbolens_server.sae.temporal import refuse_edit
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.kinds import KINDS, EditKind
+from turbolens_server.steering.masks import FloatGrid, GridMask, Mask
+
+_MASK_SLACK: Final = 0.5 / 255 + 1e-6
+"""What rounding to the grey levels of a PNG adds to a weight."""
+_UNITS: Final = {0: Unit.MEAN, 1: Unit.RAW, 2: Unit.MEAN, 3: Unit.NORM, 4: Unit.REFERENCE}
+
+
+def saes_edited(edits: Iterable[steering_pb2.Edit]) -> set[str]:
+    """SAEs that edits name, known or not."""
+    named = {item.feature.sae for edit in edits for item in edit.features}
+    return named | {ref.sae for edit in edits for ref in edit.transfer.remove}
+
+
+class EditChecks:
+    """Checks the edits of one request, which share the bounds on masks and features."""
+
+    def __init__(self, checks: Checks, *, steps: int, size: tuple[int, int], references: Collection[str]) -> None:
+        self._checks = checks
+        self._masks = MaskChecks(checks)
+        self._steps = steps
+        self._size = size
+        self._references = references
+
+    def edits(self, field: str, edits: Sequence[steering_pb2.Edit]) -> tuple[Edit, ...]:
+        """The edits that are right, as the engine has them: what a `transfer` takes away is a `scale` by 0 after it."""
+        limits = self._checks.limits
+        if len(edits) > limits.max_edits:
+            self._checks.bad(field, f"{len(edits)} edits", f"at most {limits.max_edits} are allowed")
+            return ()
+        count = sum(len(edit.features) + len(edit.transfer.remove) for edit in edits)
+        if count > limits.max_request_features:
+            allowed = f"the edits of a request may name {limits.max_request_features} in all"
+            self._checks.bad(field, f"{count} features", allowed)
+            return ()
+        before = len(self._checks.violations)
+        by_message = [self._edit(f"{field}[{i}]", edit) for i, edit in enumerate(edits)]
+        if len(self._checks.violations) == before:
+            self._no_overlap(field, by_message)
+        return tuple(edit for several in by_message for edit in several)
+
+    def _edit(self, path: str, edit: steering_pb2.Edit) -> list[Edit]:
+        before = len(self._checks.violations)
+        kind: EditKind | None = edit.WhichOneof("kind")
+        if kind is None:
+            self._checks.wrong(f"{path}.kind", f"is missing; give one of {', '.join(KINDS)}")
+        amount, unit = self._amount(path, edit, kind) if kind else (1.0, Unit.MEAN)
+        reference = self._reference(path, edit, kind, unit)
+        features = self._features(path, edit, kind, unit)
+        removed = self._removed(f"{path}.transfer.remove", edit.transfer.remove, features)
+        points = self._hook_points(f"{path}.patch.hook_points", edit.patch.hook_points) if kind == "patch" else ()
+        for name in dict.fromkeys(feature.sae for feature in (*features, *removed)):
+            if kind and (reason := refuse_edit(self._checks.info.saes[name].bundle, kind, reference)):
+                self._checks.wrong(f"{path}.{kind}", reason)
+        window = self._window(f"{path}.steps", edit)
+        mask = self._masks.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
+        if kind is None or len(self._checks.violations) > before:
+            return []
+        valid = [Edit(kind, features, amount, unit, mask, window, reference, points)]
+        if removed:
+            valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window))
+        return valid if mask is None else self._on_grids(f"{path}.mask", valid, mask)
+
+    def _amount(self, path: str, edit: steering_pb2.Edit, kind: EditKind) -> tuple[float, Unit]:
+        named, message, field = KINDS[kind].amount, getattr(edit, kind), f"{path}.{kind}"
+        amount, unit = 1.0, Unit.MEAN
+        if named is not None and (not KINDS[kind].reference or message.HasField(named)):
+            amount = self._checks.number(f"{field}.{named}", getattr(message, named))
+        if KINDS[kind].unit and self._checks.known(f"{field}.unit", message.unit, steering_pb2.Unit):
+            unit = _UNITS[message.unit]
+        if unit is Unit.REFERENCE and KINDS[kind].whole:
+            self._checks.bad(f"{field}.unit", unit.value, f"{kind} takes the other units alone")
+        return amount, unit
+
+    def _reference(self, path: str, edit: steering_pb2.Edit, kind: EditKind | None, unit: Unit) -> str | None:
+        """The run that an edit reads beside its own."""
+        name = edit.reference
+        reads = kind is not None and (KINDS[kind].reference or unit is Unit.REFERENCE)
+        if reads and name not in self._references:
+            have = ", ".join(sorted(self._references)) or "none"
+            self._checks.bad(f"{path}.reference", name, f"must be a name among the run's references, which are: {have}")
+        elif name and not reads:
+            self._checks.bad(f"{path}.reference", name, f"{kind} reads none, but with UNIT_REFERENCE")
+        return name if reads else None
+
+    def _features(
+        self, path: str, edit: steering_pb2.Edit, kind: EditKind | None, unit: Unit
+    ) -> tuple[WeightedFeature, ...]:
+        count, most = len(edit.features), self._checks.limits.max_features_per_edit
+        if kind is not None and not KINDS[kind].features:
+            if count:
+                self._checks.bad(f"{path}.features", f"{count} features", f"{kind} takes hook points and no features")
+            return ()
+        if not 1 <= count <= most:
+            self._checks.bad(f"{path}.features", f"{count} features", f"an edit takes 1 to {most}")
+            return ()
+        found: dict[tuple[str, int], WeightedFeature] = {}
+        for i, item in enumerate(edit.features):
+            field = f"{path}.features[{i}]"
+            weight = self._checks.number(f"{field}.weight", item.weight) if item.HasField("weight") else 1.0
+            if item.HasField("weight") and kind and not KINDS[kind].weights:
+                self._checks.bad(f"{field}.weight", item.weight, f"{kind} takes no weights")
+            if not self._checks.feature(f"{field}.feature", item.feature):
+                continue
+            key = (item.feature.sae, item.feature.index)
+            if key in found:
+                self._checks.bad(f"{field}.feature", f"{key[0]}/{key[1]}", "a feature may be named once in an edit")
+            found[key] = WeightedFeature(*key, weight)
+            if kind and KINDS[kind].unit:
+                self._unit(f"{path}.{kind}.unit", unit, *key)
+        return tuple(found.values())
+
+    def _removed(
+        self, field: str, refs: Sequence[steering_pb2.FeatureRef], own: Iterable[WeightedFeature]
+    ) -> tuple[WeightedFeature, ...]:
+        """Features that a transfer takes away."""
+        most = self._checks.limits.max_features_per_edit
+        if len(refs) > most:
+            self._checks.bad(field, f"{len(refs)} features", f"an edit takes away at most {most}")
+            return ()
+        seen, found = {(feature.sae, feature.index) for feature in own}, []
+        for i, ref in enumerate(refs):
+            if not self._checks.feature(f"{field}[{i}]", ref):
+                continue
+            if (ref.sae, ref.index) in seen:
+                self._checks.bad(f"{field}[{i}]", f"{ref.sae}/{ref.index}", "a feature may be named once in an edit")
+            seen.add((ref.sae, ref.index))
+            found.append(WeightedFeature(ref.sae, ref.index))
+        return tuple(found)
+
+    def _hook_points(self, field: str, names: Sequence[str]) -> tuple[str, ...]:
+        """The blocks whose updates a patch replaces."""
+        if not names:
+            self._checks.wrong(field, "is empty; give at least one block")
+        for i, name in enumerate(names):
+            if name not in self._checks.points:
+                have = ", ".join(self._checks.points) or "none"
+                self._checks.bad(f"{field}[{i}]", name, f"no such block; this server has {have}")
+            elif name in names[:i]:
+                self._checks.bad(f"{field}[{i}]", name, "a block may be named once in an edit")
+        return tuple(names)
+
+    def _unit(self, field: str, unit: Unit, sae: str, index: int) -> None:
+        bundle = self._checks.info.saes[sae].bundle
+        stats = bundle.stats
+        if unit is Unit.MEAN and stats is None:
+            self._checks.bad(field, "mean", f"{sae} has no statistics; use UNIT_RAW")
+        elif unit is Unit.MEAN and stats is not None and not stats.mean[index] > 0:
+            self._checks.bad(field, "mean", f"{sae}/{index} was never active, so it has no mean; use UNIT_RAW")
+        elif unit is Unit.NORM and bundle.measured is None:
+            self._checks.bad(field, "norm", f"{sae} has no statistics of its block's norm; use UNIT_RAW or UNIT_MEAN")
+
+    def _window(self, field: str, edit: steering_pb2.Edit) -> tuple[int, int] | None:
+        if not edit.HasField("steps"):
+            return None
+        start, end = edit.steps.start, edit.steps.end
+        if not 0 <= start < end <= self._steps:
+            allowed = f"must be a range start < end within 0 to {self._steps}, the steps of this run"
+            self._checks.bad(field, f"{start} to {end}", allowed)
+        return start, end
+
+    def _points(self, edit: Edit) -> list[str]:
+        """Hook points that an edit acts at."""
+        named = (self._checks.info.saes[feature.sae].hook_point for feature in edit.features)
+        return list(dict.fromkeys((*edit.points, *named)))
+
+    def _on_grids(self, field: str, edits: Sequence[Edit], mask: Mask) -> list[Edit]:
+        """Edits with their mask on the grids of their blocks: once here and not for every seed in the engine; and a
+        picture would wait in the queue at its full size."""
+        grids = {self._checks.points[at].grid(*self._size): at for edit in edits for at in self._points(edit)}
+        on_grids = GridMask({shape: mask.on_grid(*shape) for shape in grids})
+        if empty := [at for shape, at in grids.items() if not on_grids.on_grid(*shape).any()]:
+            self._checks.wrong(field, f"covers nothing on the grid of {empty[0]}")
+        return [dataclasses.replace(edit, mask=on_grids) for edit in edits]
+
+    def _no_overlap(self, field: str, by_message: Sequence[Sequence[Edit]]) -> None:
+        """Edits of the whole update, at one block and step, may not claim more than the whole of any place."""
+        claims: dict[tuple[str, int], list[tuple[int, FloatGrid]]] = {}
+        for i, edit in ((i, edit) for i, edits in enumerate(by_message) for edit in edits):
+            if not KINDS[edit.kind].whole:
+                continue
+            for at in self._points(edit):
+                shape = self._checks.points[at].grid(*self._size)
+                grid = np.ones(shape, np.float32) if edit.mask is None else edit.mask.on_grid(*shape)
+                for step in range(*(edit.steps or (0, self._steps))):
+                    taken = claims.setdefault((at, step), [])
+                    taken.append((i, grid))
+                    total = np.sum([area for _, area in taken], axis=0)
+                    if total.max() > 1 + _MASK_SLACK * len(taken):
+                        fullest = np.unravel_index(total.argmax(), shape)
+                        others = ", ".join(f"{field}[{other}]" for other, area in taken[:-1] if area[fullest] > 0)
+                        text = f"replaces the same place of {at} as {others}; masks may not overlap"
+                        self._checks.wrong(f"{field}[{i}].mask", text)
+                        return

@@ -1,0 +1,120 @@
+"""The requests whole: what can be served, ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
+from turbolens_server.engine.info import EngineInfo
+from turbolens_server.engine.types import Job, Reference
+from turbolens_server.rpc.errors import invalid
+from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
+from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
+from turbolens_server.rpc.validation.runs import check_references, check_sampling, check_seeds, check_source
+from turbolens_server.rpc.validation.selection import Selection, check_sae_options, check_selection, check_steps_of
+
+GenerateLike = generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
+ExtractLike = feature_service_pb2.ExtractFeaturesRequest | feature_service_pb2.StreamFeaturesRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidRequest:
+    """A request that can be served."""
+
+    run: run_pb2.Run
+    """As received, with its seeds and every default filled in."""
+    jobs: tuple[Job, ...]
+    selection: Selection | None
+    saes: frozenset[str]
+    """SAEs that take part, in what comes back or in edits."""
+    image_format: run_pb2.ImageFormat.ValueType = run_pb2.IMAGE_FORMAT_PNG
+    image_quality: int = 90
+    return_latents: bool = False
+
+
+def validate_generate(request: GenerateLike, info: EngineInfo, limits: RequestLimits) -> ValidRequest:
+    """A request for pictures, ready to run.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
+    """
+    checks = Checks(info, limits)
+    previews = isinstance(request, generation_service_pb2.StreamGenerateRequest) and request.previews
+    _check_request_id(checks, request.request_id)
+    valid = _run(checks, request.run, picture=True, previews=previews)
+    kind, quality = _image(checks, request.image)
+    _refuse(checks)
+    return dataclasses.replace(valid, image_format=kind, image_quality=quality, return_latents=request.return_latents)
+
+
+def validate_extract(request: ExtractLike, info: EngineInfo, limits: RequestLimits) -> ValidRequest:
+    """A request for features, ready to run.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
+    """
+    checks = Checks(info, limits)
+    _check_request_id(checks, request.request_id)
+    valid = _run(checks, request.run, picture=False, previews=False)
+    _refuse(checks)
+    return valid
+
+
+def _refuse(checks: Checks) -> None:
+    if checks.violations:
+        raise invalid(checks.violations)
+
+
+def _check_request_id(checks: Checks, value: str) -> None:
+    if len(value) > MAX_REQUEST_ID_CHARS or not (value.isascii() and value.isprintable()):
+        checks.bad("request_id", value, f"must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters")
+
+
+def _image(checks: Checks, image: run_pb2.ImageOptions) -> tuple[run_pb2.ImageFormat.ValueType, int]:
+    checks.known("image.format", image.format, run_pb2.ImageFormat)
+    kind = image.format or run_pb2.IMAGE_FORMAT_PNG
+    if image.HasField("quality"):
+        if kind not in (run_pb2.IMAGE_FORMAT_JPEG, run_pb2.IMAGE_FORMAT_WEBP):
+            checks.bad("image.quality", image.quality, "only JPEG and WebP have a quality")
+        elif not 1 <= image.quality <= 100:
+            checks.bad("image.quality", image.quality, "must be 1 to 100")
+    return kind, image.quality if image.HasField("quality") else 90
+
+
+def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> ValidRequest:
+    prompt = check_source(checks, "run.source", run.source)
+    steps, height, width = check_sampling(checks, "run.sampling", run.sampling)
+    seeds = check_seeds(checks, "run.seeds", run.seeds)
+    references = check_references(checks, "run.references", run.references, {edit.reference for edit in run.edits})
+    reads, edited = not picture or run.HasField("features"), saes_edited(run.edits)
+    named = set(run.features.saes or checks.info.saes) if reads else set()
+    sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
+    edits = EditChecks(checks, steps=steps, size=(height, width), references=run.references).edits(
+        "run.edits", run.edits
+    )
+    selection = check_selection(checks, "run.features", run.features, steps) if reads else None
+    used = edited | set(selection.saes if selection else ())
+    check_steps_of(checks, "run.sampling.steps", used, steps)
+    jobs = tuple(
+        Job(
+            prompt=prompt,
+            seed=seed,
+            steps=steps,
+            height=height,
+            width=width,
+            edits=edits,
+            references=tuple(
+                Reference(name, text, seed if own is None else own) for name, (text, own) in references.items()
+            ),
+            saes=selection.saes if selection else (),
+            sae_options=sae_options,
+            picture=picture,
+            previews=previews,
+        )
+        for seed in seeds
+    )
+    filled = run_pb2.Run()
+    filled.CopyFrom(run)
+    filled.seeds[:] = seeds
+    filled.sampling.CopyFrom(run_pb2.Sampling(steps=steps, width=width, height=height, guidance_scale=0.0))
+    return ValidRequest(filled, jobs, selection, frozenset(used))
