@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,16 @@ class ServerConfig:
     """Another VAE, by folder or hub id, such as a fast or a half-precision one."""
     size: int = 0
     """Edge of the pictures in pixels, which are square; 0: the model's own."""
+    scheduler: str = ""
+    """Another scheduler than the model's, by its class in `diffusers`: `LCM`, `TCD`, `DPMSolverMultistep`, ...; it must
+    take one pass of the U-Net a step. Empty: the model's own."""
+    timestep_spacing: Literal["", "leading", "linspace", "trailing"] = ""
+    """How the scheduler spaces its timesteps; empty: as the model says."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps of requests of as many steps, falling, for models distilled for certain ones: `--timesteps 399`. They
+    are also how many steps a request takes that does not say."""
+    embedded_guidance: float = 8.0
+    """Guidance scale of a U-Net that is distilled for guidance and takes it as an embedding, as LCM's does."""
     host: str = "127.0.0.1"
     """Address to listen on; `0.0.0.0` for all."""
     port: int = 50051
@@ -82,6 +93,8 @@ class ServerConfig:
             if not getattr(self, name) >= least:  # not-a-number too
                 why = " (max_seeds: a request must fit)" if name == "max_queue_pictures" else ""
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}{why}")
+        if any(later >= earlier for earlier, later in itertools.pairwise(self.timesteps)):
+            raise ConfigError(f"timesteps are {self.timesteps}; they must fall")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be at most 65535")
 
@@ -109,7 +122,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if text is None:
             continue
         try:
-            value = _parse(text, field.default)
+            value = _parse(text, field.default, get_type_hints(ServerConfig)[field.name])
         except ValueError as error:
             raise ConfigError(f"TURBOLENS_{field.name.upper()}={text!r}: {error}") from error
         values[field.name] = _checked(field.name, value, f"TURBOLENS_{field.name.upper()}={text!r}")
@@ -122,7 +135,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         fits, wanted = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
     elif get_origin(hint) is tuple:
-        fits, wanted = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
+        kind = get_args(hint)[0]
+        fits = isinstance(value, tuple) and all(type(part) is kind for part in value)
+        wanted = "a list of texts" if kind is str else "a list of whole numbers"
     elif hint in (int, float):
         fits, wanted = isinstance(value, (int, hint)) and not isinstance(value, bool), "a number"
         wanted = "a whole number" if hint is int else wanted
@@ -133,13 +148,13 @@ def _checked(name: str, value: Any, where: str) -> Any:
     return value
 
 
-def _parse(text: str, default: Any) -> Any:
+def _parse(text: str, default: Any, hint: Any) -> Any:
     if isinstance(default, bool):
         if text.lower() not in ("0", "1", "true", "false"):
             raise ValueError("must be true or false")
         return text.lower() in ("1", "true")
     if isinstance(default, tuple):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(get_args(hint)[0](part.strip()) for part in text.split(",") if part.strip())
     return type(default)(text) if isinstance(default, (int, float)) else text
 
 

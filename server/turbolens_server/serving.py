@@ -66,6 +66,10 @@ def load_from(config: ServerConfig) -> Engine:
         size=config.size or None,
         backend=config.backend,
         cache=Path(config.cache).expanduser() if config.cache else None,
+        scheduler=config.scheduler or None,
+        timestep_spacing=config.timestep_spacing or None,
+        timesteps=config.timesteps,
+        embedded_guidance=config.embedded_guidance,
     )
 
 

@@ -33,11 +33,12 @@ class BatchKey(NamedTuple):
     height: int
     width: int
     steps: int
+    timesteps: tuple[int, ...]
 
 
 def batch_key(job: Job) -> BatchKey:
     """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
-    return BatchKey(job.height, job.width, job.steps)
+    return BatchKey(job.height, job.width, job.steps, job.timesteps)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.decode import decode_rows
+from turbolens_server.engine.guidance import embed_guidance
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
@@ -103,7 +104,9 @@ class Engine:
         self._device = device
         operands = components.unet.dtype
         self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
-        self._sampler = Sampler(components.scheduler, device)
+        self._sampler = Sampler(components.scheduler, device, info.timesteps)
+        width = components.unet.config.time_cond_proj_dim
+        self._guidance = None if width is None else embed_guidance(info.embedded_guidance, width).to(device)
         self._time_ids: dict[tuple[int, int], Tensor] = {}
         self.pipelined = pipelined_on(device)
         """Whether each stage should have a thread of its own."""
@@ -179,7 +182,8 @@ class Engine:
 
         lanes = Lanes.of(jobs)
         text = parts.text.encode_all([lane.prompt for lane in lanes.rows])
-        walk = self.begin(text, [lane.seed for lane in lanes.rows], first.steps, (first.height, first.width))
+        seeds, size = [lane.seed for lane in lanes.rows], (first.height, first.width)
+        walk = self.begin(text, seeds, first.steps, size, first.timesteps)
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         live = [not is_cancelled(row) for row in range(len(jobs))]
         features: list[list[SparseCodes]] = [[] for _ in jobs]
@@ -200,7 +204,7 @@ class Engine:
                     features[row].append(codes)
                     emit(FeaturesReady(row, codes))
             previews = [row for row, job in enumerate(jobs) if job.previews and step < first.steps - 1]
-            shown = dict(decode_rows(parts.decoder, estimate, previews, live))
+            shown = {} if estimate is None else dict(decode_rows(parts.decoder, estimate, previews, live))
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
@@ -263,7 +267,14 @@ class Engine:
 
     @_on_own_device
     @torch.inference_mode()
-    def begin(self, text: EncodedTexts, seeds: Sequence[int], steps: int, size: tuple[int, int] | None = None) -> Walk:
+    def begin(
+        self,
+        text: EncodedTexts,
+        seeds: Sequence[int],
+        steps: int,
+        size: tuple[int, int] | None = None,
+        timesteps: Sequence[int] = (),
+    ) -> Walk:
         """A walk before its first step, a lane for each text and seed; in the thread of `denoise`.
 
         Args:
@@ -271,13 +282,15 @@ class Engine:
             seeds: likewise.
             steps: of the walk.
             size: (height, width) of the pictures in pixels; None: the model's own.
+            timesteps: of the steps, falling; empty: as the sampler chooses them.
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
         shape = (parts.unet.config.in_channels, height // parts.vae_downscale, width // parts.vae_downscale)
         time_ids = self._time_ids_of((height, width), dtype).expand(len(seeds), -1)
-        state = self._sampler.start(steps, seeds, shape, dtype)
-        return Walk(self._unet, state, Conditions(text.hidden, text.pooled, time_ids))
+        guidance = None if self._guidance is None else self._guidance.to(dtype).expand(len(seeds), -1)
+        state = self._sampler.start(steps, seeds, shape, dtype, timesteps)
+        return Walk(self._unet, state, Conditions(text.hidden, text.pooled, time_ids, guidance))
 
     def _time_ids_of(self, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""

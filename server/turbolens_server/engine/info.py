@@ -85,3 +85,17 @@ class EngineInfo:
     memory: MemoryNeed
     load_s: float
     """Seconds from nothing to an engine."""
+    scheduler: str = ""
+    """Class of the sampler."""
+    timestep_spacing: str = ""
+    """How it spaces timesteps, where it has a choice."""
+    timesteps: tuple[int, ...] = ()
+    """Of runs of as many steps, where they are set."""
+    takes_timesteps: bool = False
+    """Whether a run may choose its timesteps."""
+    train_timesteps: int = 1000
+    """Timesteps are from 0 to one less."""
+    previews: bool = True
+    """Whether every step has an estimate of the clean picture."""
+    embedded_guidance: float = 1.0
+    """Guidance scale of a U-Net that takes it as an embedding; 1 where it takes none."""

@@ -1,16 +1,30 @@
-"""The model's own sampler, with a fresh state for every batch."""
+"""The model's sampler: any of `diffusers` that takes a pass of the U-Net a step, with a fresh state for each batch."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+_ESTIMATES: Final = ("pred_original_sample", "denoised")
+"""What samplers call their estimate of the clean latents where they tell it."""
+_SOLVES_FOR_CLEAN: Final = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
+"""Algorithms of the multistep solvers that keep such estimates as what they extrapolate from."""
+_ONE_PASS: Final = {
+    "HeunDiscreteScheduler": "EulerDiscreteScheduler",
+    "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",
+    "PNDMScheduler": "DDIMScheduler",
+}
+"""The sampler of one pass that is next to one of several, with the same noise levels."""
 
 
 class UnsupportedScheduler(ValueError):
@@ -24,8 +38,8 @@ class SamplerState:
     scheduler: Any
     noise: Tensor  # [B, C, h, w], the first noise, of unit variance
     latents: Tensor  # [B, C, h, w]
-    generators: list[torch.Generator] | None
-    """One for each row; None where the sampler adds no noise on the way."""
+    more: Mapping[str, Any]
+    """Further arguments of a step, such as a generator for each row where the sampler adds noise on the way."""
 
     @property
     def timesteps(self) -> Tensor:
@@ -38,62 +52,129 @@ class SamplerState:
         scaled: Tensor = self.scheduler.scale_model_input(self.latents, t)
         return scaled
 
-    def advance(self, prediction: Tensor, t: Tensor) -> Tensor:
-        """Take one step; returns the model's estimate of the clean latents, [B, C, h, w]."""
-        extra = {} if self.generators is None else {"generator": self.generators}
-        stepped = self.scheduler.step(prediction, t, self.latents, **extra)
+    def advance(self, prediction: Tensor, t: Tensor) -> Tensor | None:
+        """Take one step; returns the estimate of the clean latents, [B, C, h, w], where the sampler has one."""
+        if hasattr(self.scheduler, "model_outputs") or hasattr(self.scheduler, "ets"):
+            prediction = prediction.clone()  # kept for the next steps, when the U-Net may have overwritten its own
+        stepped = self.scheduler.step(prediction, t, self.latents, **self.more)
         self.latents = stepped.prev_sample
-        estimate: Tensor = stepped.pred_original_sample
-        return estimate
+        for name in _ESTIMATES:
+            if (told := getattr(stepped, name, None)) is not None:
+                estimate: Tensor = told
+                return estimate
+        config = self.scheduler.config
+        if config.get("algorithm_type") in _SOLVES_FOR_CLEAN or config.get("predict_x0"):
+            kept: Tensor = self.scheduler.model_outputs[-1]
+            return kept
+        return None
 
 
 class Sampler:
-    """Starts runs. Timesteps and sigmas are computed once for each number of steps."""
+    """Starts runs. Timesteps and sigmas are computed once for each number of steps, or list of timesteps."""
 
-    def __init__(self, scheduler: Any, device: torch.device) -> None:
+    def __init__(self, scheduler: Any, device: torch.device, timesteps: Sequence[int] = ()) -> None:
+        """`timesteps` are those of runs of as many steps; the others' are spaced as the scheduler says."""
         self._scheduler = scheduler
         self._device = device
-        self._adds_noise = "generator" in inspect.signature(scheduler.step).parameters
-        self._prepared: dict[int, Any] = {}
+        self._own = {len(timesteps): tuple(timesteps)} if timesteps else {}
+        takes = inspect.signature(scheduler.step).parameters
+        self._adds_noise = "generator" in takes
+        # As SDXL's pipeline passes it: what DDIM and TCD make of the noise on the way unless they are told.
+        self._eta = {"eta": 0.0} if "eta" in takes else {}
+        self._prepared: dict[int | tuple[int, ...], Any] = {}
 
-    def start(self, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype) -> SamplerState:
-        """First noise and a sampler for a batch; `shape` is that of one latent, (C, h, w)."""
-        if steps not in self._prepared:
-            fresh = type(self._scheduler).from_config(self._scheduler.config)
-            fresh.set_timesteps(steps, device=self._device)
-            self._prepared[steps] = fresh
-        scheduler = _fresh(self._prepared[steps])
+    def start(
+        self,
+        steps: int,
+        seeds: Sequence[int],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        timesteps: Sequence[int] = (),
+    ) -> SamplerState:
+        """First noise and a sampler for a batch.
+
+        Args:
+            steps: of the run.
+            seeds: one for each row.
+            shape: of one latent, (C, h, w).
+            dtype: of the latents.
+            timesteps: of the steps, falling; empty: the sampler's own.
+        """
+        key = tuple(timesteps) or self._own.get(steps, steps)
+        if key not in self._prepared:
+            fresh = copy.deepcopy(self._scheduler)
+            if isinstance(key, tuple):
+                fresh.set_timesteps(timesteps=list(key), device=self._device)
+            else:
+                fresh.set_timesteps(key, device=self._device)
+            self._prepared[key] = fresh
+        scheduler = _fresh(self._prepared[key])
         # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
-        return SamplerState(
-            scheduler, noise, noise * scheduler.init_noise_sigma, generators if self._adds_noise else None
-        )
+        more = {**self._eta, **({"generator": generators} if self._adds_noise else {})}
+        return SamplerState(scheduler, noise, noise * scheduler.init_noise_sigma, more)
 
 
-def check_scheduler(scheduler: Any, max_steps: int) -> None:
-    """Raise UnsupportedScheduler where a run would not be one pass of the U-Net and one estimate a step.
+@dataclasses.dataclass(frozen=True)
+class Abilities:
+    """What a sampler can do beside walking from noise to latents."""
 
-    Step numbers and the ranges of edits count passes, and previews and pictures of every step show estimates. Many
-    samplers of `diffusers` tell no estimate, and some call the U-Net more often than they have steps.
+    previews: bool
+    """It has an estimate of the clean latents at every step."""
+    timesteps: bool
+    """It takes timesteps other than those that it would choose."""
+
+
+def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = ()) -> Abilities:
+    """What a sampler can do; step numbers and the ranges of edits count passes of the U-Net.
+
+    Args:
+        scheduler: of `diffusers`.
+        max_steps: most steps of a run.
+        timesteps: those of runs of as many steps.
+
+    Raises:
+        UnsupportedScheduler: a run would not be one pass of the U-Net a step, from noise to latents.
     """
-    name, use = type(scheduler).__name__, "use another, such as EulerAncestralDiscreteScheduler"
+    name = type(scheduler).__name__
+    relative = _ONE_PASS.get(name)
+    use = f"use --scheduler {relative}, which takes one and has the same noise levels" if relative else ""
+    previews, takes = True, _takes_timesteps(scheduler)
+    if timesteps and not takes:
+        raise UnsupportedScheduler(f"scheduler {name} chooses its own timesteps as it is configured")
     for steps in range(1, max_steps + 1):
         taken = f"{steps} step{'s' if steps > 1 else ''}"
-        way_out = use if steps == 1 else f"lower --max-steps to {steps - 1}, or {use}"
+        way_out = " or ".join(filter(None, (f"lower --max-steps to {steps - 1}" if steps > 1 else "", use)))
+        way_out = f"; {way_out}" if way_out else ""
         try:
-            run = Sampler(scheduler, torch.device("cpu")).start(steps, [0], (4, 8, 8), torch.float32)
-            passes, t = len(run.timesteps), run.timesteps[0]
-            told = passes != steps or run.advance(torch.zeros_like(run.scaled(t)), t) is not None
-        except AttributeError:
-            told = False
+            run = Sampler(scheduler, torch.device("cpu"), timesteps).start(steps, [0], (4, 8, 8), torch.float32)
+            visited = run.timesteps.tolist()
+            for t in run.timesteps if len(visited) == steps else ():
+                previews &= run.advance(torch.zeros_like(run.scaled(t)), t) is not None
         except Exception as error:  # each sampler has its own way to refuse a number of steps
             why = " ".join(str(error).split())[:200]
-            raise UnsupportedScheduler(f"scheduler {name} cannot take {taken} ({why}); {way_out}") from error
-        if not told:
-            raise UnsupportedScheduler(f"scheduler {name} gives no estimate of the picture at each step; {use}")
-        if passes != steps:
-            raise UnsupportedScheduler(f"scheduler {name} takes {passes} passes for {taken}; {way_out}")
+            raise UnsupportedScheduler(f"scheduler {name} cannot take {taken} ({why}){way_out}") from error
+        if len(visited) != steps:
+            raise UnsupportedScheduler(
+                f"scheduler {name} takes {len(visited)} passes of the U-Net for {taken}{way_out}"
+            )
+        if any(later >= earlier for earlier, later in itertools.pairwise(visited)):
+            raise UnsupportedScheduler(f"scheduler {name} goes from pictures to noise: its timesteps rise")
+        if not torch.isfinite(run.latents).all():
+            raise UnsupportedScheduler(f"scheduler {name} gives values that are not finite in {taken}{way_out}")
+    return Abilities(previews, takes)
+
+
+def _takes_timesteps(scheduler: Any) -> bool:
+    """Whether a sampler takes timesteps from outside; some have the argument, and settings that forbid it."""
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        return False
+    try:
+        copy.deepcopy(scheduler).set_timesteps(timesteps=[scheduler.config.num_train_timesteps - 1])
+    except Exception:  # each has its own way to say no
+        return False
+    return True
 
 
 def _fresh(prepared: Any) -> Any:

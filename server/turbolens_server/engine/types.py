@@ -54,6 +54,8 @@ class Job:
     """Decode the picture; False where only features are wanted."""
     previews: bool = False
     """Decode the estimate of the clean latent at every step but the last."""
+    timesteps: tuple[int, ...] = ()
+    """Those of its steps, falling; empty: as the sampler chooses them."""
     references: tuple[Reference, ...] = ()
     """Unsteered runs that its edits read, by distinct names."""
 

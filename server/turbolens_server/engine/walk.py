@@ -34,8 +34,8 @@ class Walk:
         return self._state.latents
 
     @torch.inference_mode()
-    def step(self, t: Tensor, tap: Tap) -> Tensor:
-        """Take the step at timestep `t`; returns the model's estimate of the clean latents, [B, C, h, w]."""
+    def step(self, t: Tensor, tap: Tap) -> Tensor | None:
+        """Take the step at timestep `t`; returns the estimate of the clean latents, [B, C, h, w], if there is one."""
         prediction = self._unet.predict(self._state.scaled(t), t, self.conditions, tap)
         return self._state.advance(prediction, t)
 

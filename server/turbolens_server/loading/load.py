@@ -26,6 +26,7 @@ from turbolens_server.loading.memory import available_bytes, memory_need
 from turbolens_server.loading.model import folder_of, read_pipeline
 from turbolens_server.loading.random_sdxl import is_random, random_bundles
 from turbolens_server.loading.saes import load_saes
+from turbolens_server.loading.schedulers import choose_scheduler, hash_with
 from turbolens_server.loading.vae import load_vae
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.attention_taps import with_attention_points
@@ -54,6 +55,10 @@ def load_engine(
     backend: str = "auto",
     cache: Path | None = None,
     hook_points: Sequence[str] = (),
+    scheduler: str | None = None,
+    timestep_spacing: str | None = None,
+    timesteps: Sequence[int] = (),
+    embedded_guidance: float = 8.0,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -74,6 +79,10 @@ def load_engine(
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
         cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
         hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
+        scheduler: another than the model's, by its class in `diffusers`, such as "LCM".
+        timestep_spacing: "leading", "linspace" or "trailing"; None: as the model says.
+        timesteps: those of runs of as many steps, falling; they are also the steps of a request that does not say.
+        embedded_guidance: guidance scale of a U-Net that takes it as an embedding.
 
     Raises:
         LoadError: with one clear line.
@@ -85,9 +94,14 @@ def load_engine(
     parts = _read_parts(model, on, precision, variant, vae)
     try:
         check_supported(parts.unet)
-        check_scheduler(parts.pipeline.scheduler, max_steps)
+        sampler = choose_scheduler(parts.pipeline.scheduler, scheduler, timestep_spacing)
+        able = check_scheduler(sampler, max_steps, timesteps)
     except (UnsupportedUNet, UnsupportedScheduler) as error:
         raise LoadError(f"{model}: {error}") from error
+    if max_steps < len(timesteps):
+        raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
+    other = sampler is not parts.pipeline.scheduler
+    components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
     points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
     served = _open_saes(model, saes, points, parts.hash, force=force_sae, max_steps=max_steps)
     tapped = _tapped_points(model, hook_points, served, points)
@@ -125,10 +139,10 @@ def load_engine(
         info = EngineInfo(
             model=model,
             model_hash=parts.hash,
-            components_hash=parts.components_hash,
+            components_hash=components_hash,
             hook_points=tapped,
             saes={sae.name: sae for sae in served},
-            default_steps=_TRAINED_STEPS,
+            default_steps=len(timesteps) or _TRAINED_STEPS,
             max_steps=max_steps,
             default_size=(edge, edge),
             sizes=((edge, edge),),
@@ -140,10 +154,16 @@ def load_engine(
             versions=versions() | more,
             memory=need,
             load_s=time.monotonic() - start,
+            scheduler=type(sampler).__name__,
+            timestep_spacing=str(sampler.config.get("timestep_spacing", "")),
+            timesteps=tuple(timesteps),
+            takes_timesteps=able.timesteps,
+            train_timesteps=int(sampler.config.num_train_timesteps),
+            previews=able.previews,
+            embedded_guidance=1.0 if parts.unet.config.time_cond_proj_dim is None else embedded_guidance,
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
-        scheduler = parts.pipeline.scheduler
-        return Engine(Components(text, parts.unet, decoder, scheduler, parts.downscale, pictures), runner, info, on)
+        return Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,8 @@ def open_backend(
         BackendError: it cannot run.
     """
     name, reason = AUTO[device.type] if name == "auto" else (name, f"asked for: {name}")
+    if name in ("onnx", "tensorrt") and unet.config.time_cond_proj_dim is not None:
+        raise BackendError("this U-Net takes its guidance as an embedding, which graphs do not; use torch")
     match name:
         case "torch" | "torch-compile":
             unet.to(device)

@@ -17,7 +17,10 @@ class Conditions:
     """Pooled text, [B, D]."""
     time_ids: Tensor
     """SDXL's size conditioning, [B, 6]."""
+    guidance: Tensor | None = None
+    """Embedding of the guidance scale, [B, time_cond_proj_dim], of a U-Net that is distilled for guidance."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in order, for what compiles or records a pass of plain tensors."""
-        return self.hidden, self.pooled, self.time_ids
+        always = (self.hidden, self.pooled, self.time_ids)
+        return always if self.guidance is None else (*always, self.guidance)

@@ -77,8 +77,6 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         "class_embed_type": config.class_embed_type is not None or config.num_class_embeds is not None,
         "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
         "center_input_sample": config.center_input_sample,
-        # A U-Net distilled for guidance takes its scale as one more embedding.
-        "time_cond_proj_dim": config.time_cond_proj_dim is not None,
         "time_embedding_act_fn": unet.time_embed_act is not None,
         "mid_block_type": config.mid_block_type != "UNetMidBlock2DCrossAttn",
         "down_block_types": not set(config.down_block_types) <= {"DownBlock2D", "CrossAttnDownBlock2D"},
@@ -114,7 +112,7 @@ def tapped_forward(
     Returns:
         The prediction [B, C, h, w]; None where the pass was stopped.
     """
-    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
+    embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), conditions.guidance)
     text = conditions.hidden
     added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)

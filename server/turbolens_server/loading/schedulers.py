@@ -1,0 +1,59 @@
+"""The scheduler that serves: the model's own or another, with the model's noise levels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final
+
+import diffusers
+
+from turbolens_server.loading.errors import LoadError
+
+_ENDINGS: Final = ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler")
+"""So that `LCM`, `EulerAncestral` and `UniPC` are understood."""
+_SPACINGS: Final = ("leading", "linspace", "trailing")
+
+
+def choose_scheduler(own: Any, name: str | None, spacing: str | None) -> Any:
+    """A scheduler of `diffusers` for a model.
+
+    Args:
+        own: the model's; what another has in common with it is taken from its configuration.
+        name: class of another, with or without its ending; None: the model's own.
+        spacing: how timesteps are spaced; None: as the configuration says.
+
+    Raises:
+        LoadError: there is no such scheduler, or it has no such spacing.
+    """
+    if name is None and spacing is None:
+        return own
+    kind = type(own) if name is None else _find(name)
+    known = set(kind._get_init_keys(kind))  # a configuration also holds what other schedulers have
+    settings = {key: value for key, value in own.config.items() if key in known}
+    if spacing is not None:
+        if "timestep_spacing" not in known:
+            raise LoadError(f"--timestep-spacing {spacing}: {kind.__name__} has no spacing")
+        if spacing not in _SPACINGS:
+            raise LoadError(f"--timestep-spacing {spacing}: must be one of {', '.join(_SPACINGS)}")
+        settings["timestep_spacing"] = spacing
+    try:
+        return kind.from_config(settings)
+    except Exception as error:  # each has its own way to refuse settings, or needs a package
+        why = " ".join(str(error).split())[:200]
+        raise LoadError(f"--scheduler {kind.__name__}: cannot be made of the model's settings ({why})") from error
+
+
+def hash_with(components_hash: str, scheduler: Any) -> str:
+    """The hash of a model's other parts with another scheduler than the one in its folder."""
+    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    told = json.dumps([components_hash, type(scheduler).__name__, settings], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _find(name: str) -> Any:
+    for ending in _ENDINGS:
+        kind = getattr(diffusers, name + ending, None)
+        if isinstance(kind, type) and (name + ending).endswith("Scheduler"):
+            return kind
+    raise LoadError(f"--scheduler {name}: diffusers has no such scheduler; names look like LCM or DPMSolverMultistep")
