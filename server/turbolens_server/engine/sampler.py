@@ -100,7 +100,7 @@ class Sampler:
             dtype: of the latents.
             timesteps: of the steps, falling; empty: the sampler's own.
         """
-        key = tuple(timesteps) or self._own.get(steps, steps)
+        key: int | tuple[int, ...] = tuple(timesteps) or self._own.get(steps) or steps
         if key not in self._prepared:
             fresh = copy.deepcopy(self._scheduler)
             if isinstance(key, tuple):
