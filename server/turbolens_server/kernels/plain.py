@@ -80,10 +80,14 @@ def apply_edits(
     for row, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         if start == stop:
             continue
-        own = features[start:stop]
-        amounts = shift[start:stop]  # [S, P]
+        own, amounts = features[start:stop], shift[start:stop]  # [S], [S, P]
         if values.shape[-1]:
-            hit = indices[row] == own[:, None, None]  # [S, P, K]
-            amounts = amounts + slope[start:stop] * torch.where(hit, values[row], 0).sum(-1)
+            # Looked up from what is active, which is far less than what may be edited.
+            entry = own.new_full((len(W_dec),), -1).scatter(0, own, torch.arange(len(own), device=own.device))
+            entry = entry[indices[row]]  # [P, K]
+            position, slot = (entry >= 0).nonzero(as_tuple=True)
+            at = (entry[position, slot], position)
+            moved = slope[start:stop][at] * values[row][position, slot]
+            amounts = amounts.index_put(at, moved.to(amounts.dtype), accumulate=True)
         out[row] += amounts.T.to(dtype) @ W_dec[own].to(dtype)
     return out.to(x.dtype)
