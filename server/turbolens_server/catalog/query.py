@@ -6,10 +6,10 @@ import base64
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from turbolens_server.catalog.labels import Label
+from turbolens_server.catalog.labels import Example, Label
 
 NUMBERS: Final = ("index", "label_score", "frequency", "mean", "max")
 TEXTS: Final = ("label", "attribute", "value")
@@ -28,16 +28,22 @@ class QueryError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """One feature, as filters and orders see it."""
+class Feature:
+    """What is known of one feature."""
 
+    sae: str
     index: int
     label: str
+    """In words; empty where nothing fits."""
     label_score: float
     frequency: float
+    """Share of positions where it is active, and below its activations there; 0 where nobody measured."""
     mean: float
     max: float
     labels: tuple[Label, ...]
+    """Best first."""
+    examples: tuple[Example, ...]
+    """Strongest first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class _Term:
         return _COMPARE[self.op](have, self.value)
 
 
-def parse_filter(text: str) -> Callable[[Row], bool]:
+def parse_filter(text: str) -> Callable[[Feature], bool]:
     """A conjunction of comparisons as a predicate; the empty filter holds for all.
 
     Comparisons on `attribute` and `value` must all hold for one and the same label of the feature.
@@ -82,12 +88,12 @@ def parse_filter(text: str) -> Callable[[Row], bool]:
     own = [term for term in terms if term.field not in ("attribute", "value")]
     of_label = [term for term in terms if term.field in ("attribute", "value")]
 
-    def holds(row: Row) -> bool:
-        if not all(term.holds(getattr(row, term.field)) for term in own):
+    def holds(feature: Feature) -> bool:
+        if not all(term.holds(getattr(feature, term.field)) for term in own):
             return False
         if not of_label:
             return True
-        return any(all(term.holds(getattr(label, term.field)) for term in of_label) for label in row.labels)
+        return any(all(term.holds(getattr(label, term.field)) for term in of_label) for label in feature.labels)
 
     return holds
 
@@ -133,9 +139,9 @@ def parse_order(text: str) -> list[tuple[str, bool]]:
     return order
 
 
-def sort_rows(rows: list[Row], order: list[tuple[str, bool]]) -> list[Row]:
-    """Rows in order; ties by index."""
-    rows = sorted(rows, key=lambda row: row.index)
+def sort_features(features: Iterable[Feature], order: list[tuple[str, bool]]) -> list[Feature]:
+    """Features in order; ties by index."""
+    rows = sorted(features, key=lambda row: row.index)
     for field, falling in reversed(order):
         rows.sort(key=lambda row, field=field: getattr(row, field), reverse=falling)  # type: ignore[misc]
     return rows

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
-from turbolens_server.catalog.catalog import MAX_FOUND, MAX_LISTED, MAX_QUERY_CHARS
 from turbolens_server.catalog.query import MAX_CHARS
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.questions import MAX_FOUND, MAX_LISTED, MAX_QUERY_CHARS
 from turbolens_server.rpc.queue import QueueLimits
 from turbolens_server.rpc.validation import (
     MAX_MESSAGE_BYTES,

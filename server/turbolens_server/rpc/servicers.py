@@ -27,7 +27,7 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
-from turbolens_server.rpc import convert
+from turbolens_server.rpc import convert, questions
 from turbolens_server.rpc.calls import current_deadline, current_request_id
 from turbolens_server.rpc.errors import loading, not_finite
 from turbolens_server.rpc.queue import Queue, Queued
@@ -190,21 +190,21 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     async def ListFeatures(  # noqa: N802
         self, request: features.ListFeaturesRequest, context: Context
     ) -> features.ListFeaturesResponse:
-        return await _off_loop(self._room.get().catalog.list_features, request)
+        return await _off_loop(questions.list_features, self._room.get().catalog, request)
 
     async def GetFeature(  # noqa: N802
         self, request: features.GetFeatureRequest, context: Context
     ) -> features.GetFeatureResponse:
-        return features.GetFeatureResponse(feature=self._room.get().catalog.get_feature(request.name))
+        return questions.get_feature(self._room.get().catalog, request)
 
     async def SearchFeatures(  # noqa: N802
         self, request: features.SearchFeaturesRequest, context: Context
     ) -> features.SearchFeaturesResponse:
         ready = self._room.get()
-        ready.catalog.check_search(request)
+        questions.check_search(request, ready.catalog.saes)
         query = request.query.strip()
         embedded = await ready.queue.call(lambda engine: engine.embed_text([query])[0])
-        return await _off_loop(ready.catalog.search, request, embedded)
+        return await _off_loop(questions.search, ready.catalog, request, embedded)
 
 
 def _features_event(event: FeaturesReady, valid: ValidRequest, pack: convert.Packer) -> features.FeaturesEvent:

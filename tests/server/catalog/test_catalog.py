@@ -10,6 +10,7 @@ from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.query import QueryError, parse_filter, parse_order
 from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.questions import get_feature, list_features
 from turbolens_server.sae.bundle import BundleError
 
 
@@ -21,7 +22,7 @@ def catalog(engine):
 def test_pages_hold_every_feature_once(catalog, engine):
     token, seen, d_sae = "", [], engine.info.saes["mid.0"].bundle.d_sae
     while True:
-        page = catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_size=300, page_token=token))
+        page = list_features(catalog, pb.ListFeaturesRequest(parent="saes/mid.0", page_size=300, page_token=token))
         seen += [feature.ref.index for feature in page.features]
         assert page.total_size == d_sae
         token = page.next_page_token
@@ -58,20 +59,20 @@ def test_filters_and_orders(lens):
 )
 def test_questions_that_cannot_be_read_are_refused_by_field(fields, catalog):
     with pytest.raises(RpcError) as caught:
-        catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", **fields))
+        list_features(catalog, pb.ListFeaturesRequest(parent="saes/mid.0", **fields))
     assert [v.field for v in caught.value.violations] == list(fields)
 
 
 def test_a_token_belongs_to_its_question(catalog):
-    token = catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_size=5)).next_page_token
+    token = list_features(catalog, pb.ListFeaturesRequest(parent="saes/mid.0", page_size=5)).next_page_token
     with pytest.raises(RpcError, match="another"):
-        catalog.list_features(pb.ListFeaturesRequest(parent="saes/mid.0", page_token=token, filter="index > 3"))
+        list_features(catalog, pb.ListFeaturesRequest(parent="saes/mid.0", page_token=token, filter="index > 3"))
 
 
 @pytest.mark.parametrize("name", ["", "saes/mid.0", "saes/mid.0/features/1024", "saes/x/features/1", "mid.0/1"])
 def test_unknown_names_are_not_found(name, lens, catalog):
     with pytest.raises(RpcError) as caught:
-        catalog.get_feature(name)
+        get_feature(catalog, pb.GetFeatureRequest(name=name))
     assert caught.value.code.name == "NOT_FOUND"
 
 
