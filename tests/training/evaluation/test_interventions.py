@@ -11,11 +11,12 @@ from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
-from turbolens_server.steering.edits import Edit, WeightedFeature
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.tapped import find_hook_points
 from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates
-from turbolens_training.evaluation.interventions import patch, reconstruct, shift, splice, zero
+from turbolens_training.evaluation.edits import CaptionPairs, edit_pictures, patch
+from turbolens_training.evaluation.interventions import reconstruct, shift, splice, zero
 from turbolens_training.evaluation.sampling import decode, saes_by_block, sample
 
 CAPTIONS, EDITED, SEEDS = ["a red star", "a big ring"], ["a blue star", "a small ring"], [3, 4]
@@ -35,10 +36,10 @@ def test_sampling_is_what_the_engine_does(sae_engine: Engine, steps: int) -> Non
         assert torch.allclose(found.updates[block], updates, atol=1e-4)
 
 
-def test_patching_its_own_updates_and_adding_nothing_change_no_bit(sae_engine: Engine) -> None:
+def test_adding_nothing_changes_no_bit(sae_engine: Engine) -> None:
     own = sample(sae_engine, CAPTIONS, SEEDS, 2, keep=True)
     nothing = {block: torch.zeros_like(x) for block, x in own.updates.items()}
-    for intervention in (patch(own.updates), shift(nothing), zero(()), splice({})):
+    for intervention in (shift(nothing), zero(()), splice({})):
         again = sample(sae_engine, CAPTIONS, SEEDS, 2, intervene=intervention)
         assert torch.equal(again.latents, own.latents)
 
@@ -55,20 +56,20 @@ def test_patching_every_block_gives_the_picture_of_the_other_caption(sae_engine:
     engine = Engine(dataclasses.replace(parts, unet=unet), TorchUNet(unet), info, torch.device("cpu"))
     base, wanted = (sample(engine, captions, SEEDS, 2, keep=True) for captions in (CAPTIONS, EDITED))
     apart = (base.latents - wanted.latents).abs().max()
-    patched = sample(engine, CAPTIONS, SEEDS, 2, intervene=patch(wanted.updates)).latents
-    assert (patched - wanted.latents).abs().max() < 1e-3 * apart
-    some = {block: x for block, x in wanted.updates.items() if block == "mid.0"}
-    partly = sample(engine, CAPTIONS, SEEDS, 2, intervene=patch(some)).latents
-    assert (partly - wanted.latents).abs().max() > 1e-2 * apart
+    pairs = CaptionPairs(CAPTIONS, EDITED, SEEDS)
+    methods = {"all": patch(list(points)), "one": patch(["mid.0"])}
+    found = edit_pictures(engine, {}, pairs, methods, steps=2, batch=2, title="test")
+    assert (found["all"] - wanted.latents).abs().max() < 1e-3 * apart
+    assert (found["one"] - wanted.latents).abs().max() > 1e-2 * apart
 
 
-def test_zero_is_a_patch_of_nothing(sae_engine: Engine) -> None:
-    own = sample(sae_engine, CAPTIONS, SEEDS, 1, keep=True)
-    nothing = {"mid.0": torch.zeros_like(own.updates["mid.0"])}
-    zeroed, patched = (
-        sample(sae_engine, CAPTIONS, SEEDS, 1, intervene=i).latents for i in (zero(["mid.0"]), patch(nothing))
-    )
-    assert torch.equal(zeroed, patched)
+def test_zero_is_what_replacing_by_nothing_does(sae_engine: Engine) -> None:
+    own = sample(sae_engine, CAPTIONS, SEEDS, 1)
+    zeroed = sample(sae_engine, CAPTIONS, SEEDS, 1, intervene=zero(["mid.0"])).latents
+    nothing = Edit("replace", (WeightedFeature("mid.0", 0),), 0.0, Unit.RAW)
+    jobs = [Job(c, s, 1, *sae_engine.info.default_size, (nothing,)) for c, s in zip(CAPTIONS, SEEDS, strict=True)]
+    served = torch.stack([torch.from_numpy(result.latents) for result in sae_engine.run(jobs) if result is not None])
+    assert torch.allclose(zeroed, served, atol=1e-4)
     assert not torch.allclose(zeroed, own.latents, atol=1e-4)
 
 

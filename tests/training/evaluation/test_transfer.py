@@ -5,16 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.bundle import Bundle, SaeWeights
+from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Sae
-from turbolens_training.evaluation.interventions import decode_codes
+from turbolens_server.steering.masks import Box, BoxMask
+from turbolens_training.evaluation.edits import (
+    NOTHING,
+    CaptionPairs,
+    Material,
+    edit_pictures,
+    transfer,
+    transfer_random,
+)
+from turbolens_training.evaluation.sampling import saes_by_block, sample
 from turbolens_training.evaluation.transfer import (
     EncodedRun,
     choose_features,
     choose_random_active,
     dense_deltas,
     normalized_mean_difference,
-    transfer_deltas,
 )
 
 STEPS, PICTURES, POSITIONS, D_MODEL, D_SAE, K = 2, 3, 6, 5, 12, 3
@@ -61,41 +71,19 @@ def slow_scores(reference: EncodedRun, base: EncodedRun, picture: int) -> list[f
 
 
 @settings(max_examples=15)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, D_SAE), multiplier=st.floats(-2, 2), masked=st.booleans())
-def test_transfer_is_its_slow_twin(seed: int, n: int, multiplier: float, masked: bool) -> None:
+@given(seed=st.integers(0, 2**31), n=st.integers(1, D_SAE), masked=st.booleans())
+def test_features_are_chosen_as_the_slow_twin_chooses(seed: int, n: int, masked: bool) -> None:
     saes, reference, base = random_runs(seed, masked=masked)
     scores = normalized_mean_difference(saes, reference, base)
     for picture in range(PICTURES):
         assert scores[picture].tolist() == pytest.approx(slow_scores(reference, base, picture), abs=1e-5)
     choice = choose_features(scores, n)
-    deltas = transfer_deltas(saes, reference, base, choice, multiplier)
     for picture in range(PICTURES):
         order = sorted(range(2 * D_SAE), key=lambda j: -float(scores[picture, j]))
         given_, taken = order[:n], order[-n:]
         if len(set(scores[picture].tolist())) == 2 * D_SAE:  # no ties: the sets are unique
             assert choice.given[picture].nonzero()[:, 0].tolist() == sorted(given_)
             assert choice.taken[picture].nonzero()[:, 0].tolist() == sorted(taken)
-        given_, taken = (s[picture].nonzero()[:, 0].tolist() for s in (choice.given, choice.taken))
-        for index, (block, sae) in enumerate(saes.items()):
-            expected = torch.zeros(STEPS, POSITIONS, D_MODEL)
-            for step in range(STEPS):
-                for p in range(POSITIONS):
-                    for j in range(D_SAE):
-                        if index * D_SAE + j in given_:
-                            z = dense(reference, block)[step, picture, p, j] * reference.masks[block][picture, p]
-                            expected[step, p] += multiplier * z * sae.W_dec[j]
-                        if index * D_SAE + j in taken:
-                            z = dense(base, block)[step, picture, p, j] * base.masks[block][picture, p]
-                            expected[step, p] -= multiplier * z * sae.W_dec[j]
-            assert torch.allclose(deltas[block][:, picture], expected, atol=1e-4)
-
-
-def test_all_active_features_transfer_the_whole_reconstruction() -> None:
-    saes, reference, base = random_runs(0, masked=False)
-    everything = choose_random_active(saes, reference, base, 2 * D_SAE, torch.Generator())
-    for block, delta in transfer_deltas(saes, reference, base, everything, 1.0).items():
-        whole = decode_codes(saes[block], reference.codes[block]) - decode_codes(saes[block], base.codes[block])
-        assert torch.allclose(delta[0], whole[0], atol=1e-5)  # later steps have features that the first one lacks
 
 
 def test_random_features_are_active_ones_and_no_more_than_asked_for() -> None:
@@ -110,14 +98,12 @@ def test_random_features_are_active_ones_and_no_more_than_asked_for() -> None:
 
 
 def test_masks_hold_edits_back() -> None:
-    saes, reference, base = random_runs(2, masked=False)
+    _, reference, base = random_runs(2, masked=False)
     half = {block: torch.tensor([1.0, 0, 1, 0, 1, 0]).expand(PICTURES, -1) for block in BLOCKS}
     reference, base = (EncodedRun(run.updates, run.codes, half) for run in (reference, base))
-    choice = choose_features(normalized_mean_difference(saes, reference, base), 6)
-    for deltas in (transfer_deltas(saes, reference, base, choice, 1.0), dense_deltas(reference, base, 1.0)):
-        for delta in deltas.values():
-            assert (delta[:, :, 1::2] == 0).all()
-            assert (delta[:, :, ::2] != 0).any()
+    for delta in dense_deltas(reference, base, 1.0).values():
+        assert (delta[:, :, 1::2] == 0).all()
+        assert (delta[:, :, ::2] != 0).any()
 
 
 def test_the_dense_difference_turns_the_base_into_the_reference() -> None:
@@ -130,3 +116,41 @@ def test_the_dense_difference_turns_the_base_into_the_reference() -> None:
 def test_numbers_of_features_out_of_range_are_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"features={n}: allowed are 1 to {D_SAE}"):
         choose_features(torch.zeros(1, 2 * D_SAE), n)
+
+
+LEFT, RIGHT = BoxMask((Box(0, 0, 0.5, 1),)), BoxMask((Box(0.25, 0, 1, 1),))
+
+
+@pytest.mark.parametrize("masks", [None, [(LEFT, RIGHT), (RIGHT, LEFT)]])
+@pytest.mark.parametrize("method", [transfer(3, 1.5), transfer_random(4, -0.5, 7)])
+def test_the_server_edits_as_the_definition_says(sae_engine: Engine, masks, method) -> None:
+    """Two runs that are kept, and a third with what the definition adds to every update, feature by feature."""
+    pairs = CaptionPairs(["a red star", "a big ring"], ["a blue star", "a small ring"], [3, 4], masks)
+    saes = saes_by_block(sae_engine)
+    found = edit_pictures(sae_engine, saes, pairs, {"it": method}, steps=2, batch=2, title="test")
+    base, other = (sample(sae_engine, c, pairs.seeds, 2, keep=True) for c in (pairs.captions, pairs.edited))
+    grids = {point.name: point.grid(*sae_engine.info.default_size) for point in sae_engine.info.hook_points}
+
+    def on_grid(which: int, block: str) -> torch.Tensor:
+        sides = [mask[which].on_grid(*grids[block]) for mask in masks or []]
+        return torch.stack([torch.from_numpy(side).flatten() for side in sides])
+
+    of = [None if masks is None else {block: on_grid(which, block) for block in saes} for which in (0, 1)]
+    runs = [EncodedRun.of(saes, run.updates, own) for run, own in zip((base, other), of, strict=True)]
+    steered = method(Material(saes, slice(0, 2), *runs, masks))
+
+    def definition(step: int, block: str, update: torch.Tensor) -> torch.Tensor:
+        moved, sae = update.clone(), saes[block]
+        for picture, edits in enumerate(steered.edits):
+            for edit in edits:
+                run = runs[1] if edit.reference == "edited" else runs[0]
+                z = encode_dense(sae.bundle, run.updates[block][step, picture]) * run.masks[block][picture][:, None]
+                for feature in edit.features:
+                    if feature.sae == sae.bundle.name:
+                        moved[picture] += edit.amount * z[:, feature.index, None] * sae.W_dec[feature.index]
+        return moved
+
+    expected = sample(sae_engine, pairs.captions, pairs.seeds, 2, intervene=definition).latents
+    assert torch.allclose(found["it"], expected, atol=1e-4)
+    assert not torch.allclose(found["it"], found[NOTHING], atol=1e-3)
+    assert {edit.amount for edits in steered.edits for edit in edits} in ({1.5, -1.5}, {0.5, -0.5})

@@ -5,17 +5,13 @@ from __future__ import annotations
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.dose import pick_concepts
-from turbolens_training.evaluation.edits import NOTHING, PROMPT, Method, edit_pictures
-from turbolens_training.evaluation.interventions import patch, zero
+from turbolens_training.evaluation.edits import NOTHING, PROMPT, Method, edit_pictures, patch
+from turbolens_training.evaluation.interventions import zero
 from turbolens_training.evaluation.pairs import caption_pairs, draw_pairs, score_edits, split
 from turbolens_training.evaluation.sampling import saes_by_block, thumbnails
 from turbolens_training.mini.evaluate import score_attributes
 
 ALL = "all"
-
-
-def _patch(blocks: list[str]) -> Method:
-    return lambda m: patch({block: m.reference.updates[block] for block in blocks})
 
 
 def _zero(blocks: list[str]) -> Method:
@@ -35,7 +31,7 @@ def measure_blocks(engine: Engine, config: EvalConfig) -> list[dict[str, object]
     saes = saes_by_block(engine, temporal=True)
     groups = draw_pairs(engine, pick_concepts(config.concepts), config.pairs, f"{config.seed}/blocks")
     sites = {**{block: [block] for block in saes}, ALL: list(saes)}
-    methods = {f"patch {name}": _patch(blocks) for name, blocks in sites.items()}
+    methods = {f"patch {name}": patch(blocks) for name, blocks in sites.items()}
     methods |= {f"zero {name}": _zero(blocks) for name, blocks in sites.items()}
     pairs = caption_pairs(groups)
     found = edit_pictures(engine, saes, pairs, methods, steps=config.steps, batch=config.batch, title="blocks")

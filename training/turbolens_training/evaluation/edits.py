@@ -11,24 +11,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.types import Job, Reference
 from turbolens_server.sae.sae import Sae
+from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Mask
 from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.sampling import Walked, device_of, sample
 from turbolens_training.evaluation.transfer import (
+    Choice,
     EncodedRun,
     choose_features,
     choose_random_active,
     dense_deltas,
     normalized_mean_difference,
-    transfer_deltas,
 )
 
 NOTHING: Final = "nothing"
 """The floor: the base caption's picture as it is."""
 PROMPT: Final = "prompt change"
 """The ceiling: the picture of the edited caption."""
+BASE: Final = "base"
+"""The run of a picture's own caption, unsteered, beside the steered one."""
+EDITED: Final = "edited"
+"""The run of its edited caption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +65,25 @@ class Material:
     """Of the batch in all pairs."""
     base: EncodedRun
     reference: EncodedRun
+    masks: Sequence[tuple[Mask, Mask]] | None = None
+    """Of the batch, as in `CaptionPairs`."""
 
 
-Method = Callable[[Material], Intervention]
+@dataclasses.dataclass(frozen=True)
+class Steered:
+    """Edits of each picture of a batch, as the server takes them; they may read its runs `BASE` and `EDITED`."""
+
+    edits: tuple[tuple[Edit, ...], ...]
+
+
+Method = Callable[[Material], Intervention | Steered]
 
 
 def transfer(n: int, multiplier: float) -> Method:
     """Feature transfer as RIEBench does it; see `turbolens_training.evaluation.transfer`."""
 
-    def method(m: Material) -> Intervention:
-        choice = choose_features(normalized_mean_difference(m.saes, m.reference, m.base), n)
-        return shift(transfer_deltas(m.saes, m.reference, m.base, choice, multiplier))
+    def method(m: Material) -> Steered:
+        return _transfer(m, choose_features(normalized_mean_difference(m.saes, m.reference, m.base), n), multiplier)
 
     return method
 
@@ -77,12 +91,35 @@ def transfer(n: int, multiplier: float) -> Method:
 def transfer_random(n: int, multiplier: float, seed: int) -> Method:
     """The same with random features among the active ones."""
 
-    def method(m: Material) -> Intervention:
+    def method(m: Material) -> Steered:
         generator = torch.Generator().manual_seed(seed + m.rows.start)
-        choice = choose_random_active(m.saes, m.reference, m.base, n, generator)
-        return shift(transfer_deltas(m.saes, m.reference, m.base, choice, multiplier))
+        return _transfer(m, choose_random_active(m.saes, m.reference, m.base, n, generator), multiplier)
 
     return method
+
+
+def _transfer(m: Material, choice: Choice, multiplier: float) -> Steered:
+    """Give the chosen features the activations of the edited caption's run, take away those of the caption's own."""
+    names = [WeightedFeature(sae.bundle.name, index) for sae in m.saes.values() for index in range(sae.W_dec.shape[0])]
+    edits = []
+    for row, (given, taken) in enumerate(zip(choice.given, choice.taken, strict=True)):
+        of_base, of_edited = (None, None) if m.masks is None else m.masks[row]
+        sides = ((given, multiplier, of_edited, EDITED), (taken, -multiplier, of_base, BASE))
+        edits.append(
+            tuple(
+                Edit("add", tuple(names[j] for j in some.nonzero()[:, 0].tolist()), amount, Unit.REFERENCE, mask,
+                     reference=run)
+                for some, amount, mask, run in sides
+                if some.any()
+            )
+        )  # fmt: skip
+    return Steered(tuple(edits))
+
+
+def patch(points: Sequence[str]) -> Method:
+    """The hook points add what they added in the edited caption's run."""
+    edit = Edit("patch", (), reference=EDITED, points=tuple(points))
+    return lambda m: Steered(((edit,),) * (m.rows.stop - m.rows.start))
 
 
 def transfer_dense(multiplier: float) -> Method:
@@ -125,9 +162,25 @@ def edit_pictures(
             base, reference = run(some.captions), run(some.edited)
             masks = (None, None) if some.masks is None else (_grids(engine, m) for m in zip(*some.masks, strict=True))
             encoded = [EncodedRun.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True)]
-            material = Material(saes, rows, *encoded)
+            material = Material(saes, rows, *encoded, some.masks)
             latents[NOTHING].append(base.latents.cpu())
             latents[PROMPT].append(reference.latents.cpu())
             for name, method in methods.items():
-                latents[name].append(run(some.captions, method(material)).latents.cpu())
+                do = method(material)
+                if isinstance(do, Steered):
+                    latents[name].append(_run_steered(engine, some, do, steps))
+                    progress.update(len(some))
+                else:
+                    latents[name].append(run(some.captions, do).latents.cpu())
     return {name: torch.cat(parts) for name, parts in latents.items()}
+
+
+def _run_steered(engine: Engine, pairs: CaptionPairs, steered: Steered, steps: int) -> Tensor:
+    """Latents [N, C, h, w] of edited pictures, each in one batch with the runs that its edits read."""
+    jobs = []
+    for caption, edited, seed, edits in zip(pairs.captions, pairs.edited, pairs.seeds, steered.edits, strict=True):
+        runs = {BASE: Reference(BASE, caption, seed), EDITED: Reference(EDITED, edited, seed)}
+        read = tuple(run for name, run in runs.items() if any(edit.reference == name for edit in edits))
+        jobs.append(Job(caption, seed, steps, *engine.info.default_size, edits, picture=False, references=read))
+    found = [torch.from_numpy(result.latents) for result in engine.run(jobs) if result is not None]
+    return torch.stack(found)

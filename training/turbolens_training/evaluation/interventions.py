@@ -1,4 +1,4 @@
-"""What can be done to updates: drop them, swap them, push them, or say them again in an SAE's words."""
+"""What can be done to updates that no edit does: drop them, push them densely, or say them again in an SAE's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.sae import Sae
 from turbolens_training.activations.taps import Intervention
 
 
@@ -15,15 +15,6 @@ def zero(blocks: Collection[str]) -> Intervention:
 
     def intervene(_: int, block: str, update: Tensor) -> Tensor:
         return update.new_zeros(update.shape) if block in blocks else update
-
-    return intervene
-
-
-def patch(updates: Mapping[str, Tensor]) -> Intervention:
-    """The blocks add what they added in another run: by hook point [T, N, P, d_model]; other blocks are left alone."""
-
-    def intervene(step: int, block: str, update: Tensor) -> Tensor:
-        return updates[block][step] if block in updates else update
 
     return intervene
 
@@ -44,11 +35,6 @@ def splice(saes: Mapping[str, Sae]) -> Intervention:
         return reconstruct(saes[block], update) if block in saes else update
 
     return intervene
-
-
-def decode_codes(sae: Sae, codes: Codes) -> Tensor:
-    """Sum of decoder rows by activation, without b_dec: codes [..., K] -> [..., d_model]."""
-    return sae.decode(codes) - sae.b_dec
 
 
 def reconstruct(sae: Sae, x: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ from turbolens_training.evaluation.edits import (
     Material,
     Method,
     edit_pictures,
+    patch,
     transfer,
     transfer_dense,
     transfer_random,
 )
-from turbolens_training.evaluation.interventions import patch, shift
+from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.pairs import EditScore, Group, caption_pairs, draw_pairs, score_edits
 from turbolens_training.evaluation.sampling import decode, device_of, saes_by_block, sample, thumbnails
 
@@ -139,7 +140,7 @@ def grid(engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], confi
         cells[Cell("mean difference", None, multiplier)] = push(means, multiplier)
     for multiplier in config.multipliers:
         cells[Cell("dense transfer", None, multiplier)] = transfer_dense(multiplier)
-    cells[Cell("patch")] = lambda m: patch(m.reference.updates)
+    cells[Cell("patch")] = patch([point.name for point in engine.info.hook_points])
     return cells
 
 

@@ -7,6 +7,8 @@ position and step by step; the last n (T) are taken from it with those that they
 
     update' = update + m (sum over S of z_reference d - sum over T of z_base d)
 
+Here they are chosen; to give and to take are edits that the server makes (`turbolens_training.evaluation.edits`).
+
 Surkov et al., arXiv 2410.22366; github.com/wendlerc/RIEBench.
 """
 
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_training.evaluation.interventions import decode_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,28 +101,6 @@ def choose_random_active(
         return chosen & pooled
 
     return Choice(draw(reference), draw(base))
-
-
-def transfer_deltas(
-    saes: Mapping[str, Sae], reference: EncodedRun, base: EncodedRun, choice: Choice, multiplier: float
-) -> dict[str, Tensor]:
-    """What the transfer adds to the updates, by hook point [T, N, P, d_model]."""
-    deltas, start = {}, 0
-    for block, sae in saes.items():
-        here = slice(start, start + sae.W_dec.shape[0])
-        start = here.stop
-        given = _decode_some(sae, reference.codes[block], choice.given[:, here], reference.masks[block])
-        taken = _decode_some(sae, base.codes[block], choice.taken[:, here], base.masks[block])
-        deltas[block] = multiplier * (given - taken)
-    return deltas
-
-
-def _decode_some(sae: Sae, codes: Codes, chosen: Tensor, mask: Tensor) -> Tensor:
-    """Decode codes [T, N, P, K] by the chosen features [N, d_sae] alone, times the mask [N, P]: [T, N, P, d_model]."""
-    steps, pictures, positions, width = codes.indices.shape
-    flat = codes.indices.transpose(0, 1).reshape(pictures, -1)  # [N, T * P * K]
-    keep = chosen.gather(1, flat).reshape(pictures, steps, positions, width).transpose(0, 1)
-    return decode_codes(sae, Codes(codes.values * keep * mask[:, :, None], codes.indices))
 
 
 def dense_deltas(reference: EncodedRun, base: EncodedRun, multiplier: float) -> dict[str, Tensor]:
