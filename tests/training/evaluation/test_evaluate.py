@@ -58,7 +58,7 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
         assert str(tmp_path) not in text
 
 
-def test_published_means_alone_tell_nothing_of_which_features_are_live(
+def test_published_means_alone_tell_nothing_of_which_features_are_active(
     tiny_folder: Path, random_saes: Path, tmp_path: Path
 ) -> None:
     saes = shutil.copytree(random_saes, tmp_path / "saes")

@@ -135,7 +135,7 @@ def test_probe_scores_are_those_of_sklearn() -> None:
     assert auroc == pytest.approx(roc_auc_score(thing.candidate.positive[rest], means[rest, feature]), abs=1e-9)
 
 
-def test_quality_rows_count_dead_and_dense_features() -> None:
+def test_quality_rows_count_inactive_and_dense_features() -> None:
     measurement = SaeMeasurement(4, 2)
     values, indices = torch.ones(20, 2), torch.zeros(20, 2, dtype=torch.int64)  # feature 0 everywhere
     values[:, 1], indices[:, 1] = 0, 3  # feature 3 only looks chosen
@@ -143,7 +143,7 @@ def test_quality_rows_count_dead_and_dense_features() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     measurement.add(999, x, Codes(values, indices), x)
     rows = quality_rows("mid.0", measurement)
-    assert (rows[0]["dead"], rows[0]["dense"], rows[0]["fvu"]) == (0.5, 0.25, 0.0)
+    assert (rows[0]["never_active"], rows[0]["dense"], rows[0]["fvu"]) == (0.5, 0.25, 0.0)
     assert "dense" not in rows[1]
 
 

@@ -47,7 +47,7 @@ def test_statistics_are_those_of_the_dense_activations() -> None:
     assert np.allclose(stats.mean, z.sum(0) / active.sum(0).clamp(min=1), rtol=1e-5)
     assert stats.timesteps.tolist() == [999, 499]
     assert stats.update_rms == pytest.approx([999 * 3**0.5, 499 * 3**0.5], rel=1e-6)
-    rows = measurement.rows("b", 0.25)
+    rows = measurement.rows("b", dead=0.25)
     assert [row["timestep"] for row in rows] == ["all", "999", "499"]
     assert rows[0]["l0_mean"] == pytest.approx(active.sum(1).float().mean().item(), abs=1e-3)
     assert rows[0]["l0_p99"] == np.quantile(active.sum(1), 0.99, method="inverted_cdf")

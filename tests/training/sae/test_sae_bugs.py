@@ -195,7 +195,7 @@ def test_a_topk_that_keeps_more_than_k_is_not_measured(architecture: Any) -> Non
     x = random_tokens(0).float()
     updates = Updates(("",), (0,), torch.zeros(1), (999,), {"a": x[None, None]})
     found = measure({"a": Sae(bundle, CPU)}, [updates])["a"]
-    assert found.rows("a", 0.0)[0]["l0_p99"] <= K
+    assert found.rows("a", dead=0.0)[0]["l0_p99"] <= K
     with pytest.raises(AssertionError, match="more than k=4"):
         measure({"a": _AsReLU(bundle, CPU)}, [updates])
 

@@ -201,7 +201,7 @@ def test_quality_counts_a_code_once_and_tells_every_step(whole: SaeRun) -> None:
     assert stats.timesteps.tolist() == [999, 666, 333]
     together = torch.cat(x, 1).flatten(1, 2)
     assert np.allclose(stats.update_rms, together.square().sum(-1).mean(1).sqrt(), rtol=1e-4)
-    rows = measured.rows("a", 0.0)
+    rows = measured.rows("a", dead=0.0)
     assert [row["timestep"] for row in rows] == ["all", "999", "666", "333"]
     assert all(float(row["explained_variance"]) > 0.5 and float(row["l0_mean"]) <= 4 for row in rows)
     with pytest.raises(ValueError, match="3 steps side by side"):

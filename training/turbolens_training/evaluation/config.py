@@ -90,7 +90,7 @@ class EvalConfig:
     strengths: tuple[float, ...] = (4.0, 8.0, 16.0)
     """Strengths of adding one labelled feature, in its mean activation."""
     locality_features: int = 8
-    """Random live features of each block that `locality` adds to one half of the picture."""
+    """Random features of each block, that its statistics saw active, for `locality` to add to half of the picture."""
     locality_scenes: int = 8
     """Scenes that it adds each of them to."""
     locality_strength: float = 0.5

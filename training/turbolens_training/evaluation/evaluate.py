@@ -33,10 +33,10 @@ DENSE: Final = 0.1
 
 def quality_rows(block: str, measurement: SaeMeasurement) -> list[dict[str, object]]:
     """A block's rows of the quality table: those of `SaeMeasurement`, with the fraction of variance unexplained and
-    the share of dense features."""
+    the shares of features that were never active, and of dense ones."""
     frequency = measurement.active.double() / measurement.positions
     rows: list[dict[str, object]] = []
-    for row in measurement.rows(block, (frequency == 0).double().mean().item()):
+    for row in measurement.rows(block, never_active=(frequency == 0).double().mean().item()):
         rows.append({**row, "fvu": round(1 - float(row["explained_variance"]), 4)})
     rows[0]["dense"] = round((frequency > DENSE).double().mean().item(), 4)
     return rows
@@ -60,9 +60,10 @@ def _quality(engine: Engine, config: EvalConfig) -> Section:
     return Section(
         "Reconstruction and sparsity",
         "Explained variance is 1 - SSE / total variance around the mean, summed in float64 over held-out pictures; "
-        "fvu is the rest. L0 is the number of active features at a position. Dead features were never active here; "
-        f"dense ones are active at more than {DENSE:.0%} of positions. A temporal SAE has one code for all steps of a "
-        "run: its L0 is that code's at every step.",
+        "fvu is the rest. L0 is the number of active features at a position. never_active is the share of features "
+        "that no position here lifts: of so few pictures, rare features may be among them that are not dead. dense is "
+        f"the share active at more than {DENSE:.0%} of positions. A temporal SAE has one code for all steps of a run: "
+        "its L0 is that code's at every step.",
         {"quality": rows},
         ["density.png"],
     )
@@ -75,8 +76,8 @@ def _stability(engine: Engine, config: EvalConfig) -> Section:
     rows = measure_stability([config.saes, *config.seeds], list(saes_by_block(engine, temporal=True)))
     return Section(
         title,
-        "Decoder rows of live features of two SAEs, matched one to one so that the sum of cosines is largest. Chance "
-        "is what as many random directions get by the same matching.",
+        "Decoder rows of the features of two SAEs that their statistics saw active, matched one to one so that the "
+        "sum of cosines is largest. Chance is what as many random directions get by the same matching.",
         {"stability": rows},
     )
 
@@ -198,7 +199,8 @@ def _locality(engine: Engine, config: EvalConfig) -> Section:
     figures.scatter(config.out / "locality.png", rows, x="color", y="texture", by="block")
     return Section(
         "Where and what an edit changes",
-        f"Random live features, added to the left half at {config.locality_strength:g} of the update's usual norm. "
+        "Random features that the statistics saw active, added to the left half at "
+        f"{config.locality_strength:g} of the update's usual norm. "
         "inside is the share of the squared change that stays in that half; 0.5 is not local at all. The change there "
         "is split into its mean over a neighbourhood (color) and the rest (texture), root mean square.",
         {"locality_by_block": mean_rows(rows, "block", ("inside", "color", "texture")), "locality": rows},

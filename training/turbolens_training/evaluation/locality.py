@@ -45,15 +45,15 @@ def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-def _live_features(info: SaeInfo, n: int, rng: random.Random) -> list[int]:
+def _active_features(info: SaeInfo, n: int, rng: random.Random) -> list[int]:
     if info.bundle.measured is None:
         raise ValueError(f"{info.name} has no measured statistics; turbolens catalog build makes them")
-    live = np.flatnonzero(info.bundle.measured.frequency > 0).tolist()
-    return rng.sample(live, min(n, len(live)))
+    active = np.flatnonzero(info.bundle.measured.frequency > 0).tolist()
+    return rng.sample(active, min(n, len(active)))
 
 
 def measure_locality(engine: Engine, config: EvalConfig) -> list[dict[str, object]]:
-    """Add random live features of every block to the left half of held-out one-step pictures.
+    """Add random active features of every block to the left half of held-out one-step pictures.
 
     Returns:
         A row for each block and feature. `inside`: share of the squared change in that half (0.5: not local);
@@ -67,7 +67,7 @@ def measure_locality(engine: Engine, config: EvalConfig) -> list[dict[str, objec
     rng = random.Random(config.seed)
     rows: list[dict[str, object]] = []
     chosen = [
-        (info, j) for info in engine.info.saes.values() for j in _live_features(info, config.locality_features, rng)
+        (info, j) for info in engine.info.saes.values() for j in _active_features(info, config.locality_features, rng)
     ]
     for info, feature in tqdm(chosen, desc="locality", unit="feature"):
         features = (WeightedFeature(info.name, feature),)

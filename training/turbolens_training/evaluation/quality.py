@@ -123,8 +123,8 @@ class SaeMeasurement:
             update_rms=np.array([self.variance[t].rms for t in timesteps], np.float32),
         )
 
-    def rows(self, block: str, dead: float) -> list[dict[str, str | float]]:
-        """The quality table's rows of this block: all timesteps together, then each."""
+    def rows(self, block: str, **shares: float) -> list[dict[str, str | float]]:
+        """The quality table's rows of this block: all timesteps together, with `shares` of its features, then each."""
         splits: list[tuple[str, list[int]]] = [("all", sorted(self.variance, reverse=True))]
         splits += [(str(t), [t]) for t in splits[0][1]]
         rows: list[dict[str, str | float]] = []
@@ -137,7 +137,7 @@ class SaeMeasurement:
             row["l0_mean"] = round(_mean_count(counts), 3)
             row["l0_p99"] = int((share >= 0.99).int().argmax())
             if name == "all":
-                row["dead"] = round(dead, 4)
+                row |= {share: round(value, 4) for share, value in shares.items()}
             rows.append(row)
         return rows
 

@@ -29,8 +29,8 @@ def matched_cosines(a: Tensor, b: Tensor) -> Tensor:
     return cosines[rows, columns]
 
 
-def live_rows(bundle: Bundle) -> Tensor:
-    """Decoder rows of the features that were ever active; all rows where that was not measured."""
+def active_rows(bundle: Bundle) -> Tensor:
+    """Decoder rows of the features that the bundle's statistics saw active; all rows where that was not measured."""
     rows = bundle.weights.W_dec
     return rows if bundle.measured is None else rows[torch.from_numpy(bundle.measured.frequency > 0)]
 
@@ -39,13 +39,13 @@ def measure_stability(folders: Sequence[Path], blocks: Sequence[str]) -> list[di
     """Compare every two folders of bundles, block by block.
 
     Returns:
-        A row for each block and two folders, by number: mean and median cosine of matched live features, the share
+        A row for each block and two folders, by number: mean and median cosine of matched features, the share
         of 0.7 and more, and the mean cosine of as many random directions, which is chance.
     """
     rows: list[dict[str, object]] = []
     for block in blocks:
-        live = [live_rows(load_bundle(folder / block)) for folder in folders]
-        for (i, a), (j, b) in itertools.combinations(enumerate(live), 2):
+        active = [active_rows(load_bundle(folder / block)) for folder in folders]
+        for (i, a), (j, b) in itertools.combinations(enumerate(active), 2):
             found = matched_cosines(a, b)
             generator = torch.Generator().manual_seed(0)
             chance = matched_cosines(

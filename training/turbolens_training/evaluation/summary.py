@@ -64,8 +64,8 @@ def summarize(work: Path, folder: Path) -> None:
         "Made by `turbolens train rebuild`; every number is measured on scenes that took no part in training.\n",
         "## Quality\n",
         "Explained variance is 1 - SSE / total variance around the mean, summed in float64 over the held-out set; L0 "
-        "is the mean number of active features at a position; a dead feature was active neither there nor in the last "
-        "stretch of training.\n",
+        "is the mean number of active features at a position; a [dead](../training.md#dead-features) feature was "
+        "active neither there nor in the last stretch of training.\n",
         markdown_table(tables["quality"]),
         "## Labels\n",
         "A feature's label is the attribute value of the scene of which its activation tells the most bits. Its score "

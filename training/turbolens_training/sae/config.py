@@ -84,7 +84,7 @@ class SaeConfig(DataConfig):
     """Share of the k places of a position, the weakest, that dead features learn to fill: rounded, but at least one
     place. 0: they learn what all k leave over, d_model / 2 of them at a position, as published."""
     dead_tokens: int = 200_000
-    """A feature is dead once it was not active on so many tokens in a row."""
+    """Tokens in a row on which a dead feature was not active."""
     steps_per_chunk: int = 8
     """Training steps for each chunk: 1 is slowest and never repeats a token."""
     tokens_per_image: int = 64

@@ -208,6 +208,21 @@ def reconstruction_loss(x: Tensor, reconstruction: Tensor) -> Tensor:
     return functional.mse_loss(reconstruction, x)
 
 
+def dead_features(idle: Tensor, tokens: int, held_out: Tensor | None = None) -> Tensor:
+    """Which features are dead, [d_sae] bool: nothing that they were shown for a while lifts them.
+
+    The one definition, told in docs/training.md. Training asks it of its own tokens; what is exported is asked once
+    more, on held-out data. Where only those are known, as in `turbolens train evaluate`, features are `never_active`.
+
+    Args:
+        idle: tokens of training since each feature was last active, [d_sae].
+        tokens: how many in a row make it dead: `dead_tokens`, or all there were, if those were fewer.
+        held_out: held-out positions at which each is active, [d_sae]; None: none were looked at.
+    """
+    dead = idle >= tokens
+    return dead if held_out is None else dead & (held_out == 0)
+
+
 def auxk_target(weights: SaeWeights, x: Tensor, active: Active) -> Tensor:
     """What the strongest features of each position leave over of x, for the dead to learn: [N, d_model], detached.
 

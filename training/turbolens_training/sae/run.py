@@ -21,6 +21,7 @@ from turbolens_training.export.bundles import read_saes, write_bundles
 from turbolens_training.export.gates import failures, pass_gates, record
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
+from turbolens_training.sae.maths import dead_features
 from turbolens_training.sae.trainer import SaeRun
 
 
@@ -41,7 +42,7 @@ def terminated() -> Iterator[Callable[[], bool]]:
 
 
 def dead_share(active: Tensor, idle: Tensor, config: SaeConfig) -> float:
-    """Share of features that are dead: never active on held-out data, nor on the last `dead_tokens` of training.
+    """Share of features that are dead at the end of a run, by :func:`turbolens_training.sae.maths.dead_features`.
 
     Args:
         active: held-out positions at which each feature is active, [d_sae].
@@ -49,7 +50,7 @@ def dead_share(active: Tensor, idle: Tensor, config: SaeConfig) -> float:
         config: of the run, now done. One of fewer tokens than `dead_tokens` proves a feature dead by all of them.
     """
     tokens = min(config.dead_tokens, config.steps * config.batch)
-    return ((active == 0) & (idle >= tokens)).float().mean().item()
+    return dead_features(idle, tokens, active).float().mean().item()
 
 
 def train_saes(config: SaeConfig) -> Path:
@@ -95,7 +96,7 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
     for name, measurement in measured.items():
         idle = run.trainers[name].idle.cpu()
         dead = dead_share(measurement.active, idle, config)
-        rows += measurement.rows(name, dead)
+        rows += measurement.rows(name, dead=dead)
         below[name] = failures(
             saes[name].bundle.weights,
             l0_most=measurement.l0_most,

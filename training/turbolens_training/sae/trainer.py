@@ -25,6 +25,7 @@ from turbolens_training.sae.distributed import ALONE, Ranks
 from turbolens_training.sae.maths import (
     auxk_loss,
     auxk_target,
+    dead_features,
     pre_activations,
     reconstruction_loss,
     strongest,
@@ -59,7 +60,7 @@ class Progress:
     """1 - FVU of the last batch, on the variance of the first tokens."""
     l0: float
     dead: float
-    """Share of features not active on the last `dead_tokens` tokens."""
+    """Share of features; on training's own tokens."""
 
 
 class SaeTrainer:
@@ -91,7 +92,7 @@ class SaeTrainer:
         loss = done.loss
         if len(self._dead):
             # Some may have come back to life since the last look.
-            alive = self._idle[self._dead] < config.dead_tokens
+            alive = ~dead_features(self._idle[self._dead], config.dead_tokens)
             places = config.auxk_places
             target = auxk_target(weights, normal, strongest(done.pre, done.active, config.k - places))
             pre = pre_activations(weights, normal, done.pre)
@@ -111,7 +112,7 @@ class SaeTrainer:
             self._idle = (self._idle + len(x)) * (counts == 0)
             self._last = torch.stack([reconstruction_loss(normal, done.reconstruction), counts.sum() / len(x)])
             if (step + 1) % _LOOK_EVERY == 0:
-                self._dead = (self._idle >= config.dead_tokens).nonzero()[:, 0]
+                self._dead = dead_features(self._idle, config.dead_tokens).nonzero()[:, 0]
 
     @property
     def idle(self) -> Tensor:
@@ -127,7 +128,8 @@ class SaeTrainer:
 
     def progress(self) -> Progress:
         fvu, l0 = self._last.tolist()
-        return Progress(1 - fvu, l0, (self._idle >= self._config.dead_tokens).float().mean().item())
+        dead = dead_features(self._idle, self._config.dead_tokens)
+        return Progress(1 - fvu, l0, dead.float().mean().item())
 
     def state_dict(self) -> dict[str, Any]:
         return {
