@@ -10,6 +10,16 @@ from turbolens_proto.v1 import run_pb2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA that is fused into the model's weights."""
+
+    name: str
+    weight: float
+    hash: str
+    """SHA-256 of its file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Provenance:
     """Everything needed to make a result again."""
 
@@ -29,6 +39,8 @@ class Provenance:
     backend: str
     device: str
     dtype: str
+    loras: tuple[Lora, ...] = ()
+    """What was fused into the model's weights, in order."""
 
     @classmethod
     def from_proto(cls, message: run_pb2.Provenance) -> Provenance:
@@ -48,4 +60,5 @@ class Provenance:
             backend=message.backend,
             device=message.device,
             dtype=message.dtype,
+            loras=tuple(Lora(lora.name, lora.weight, lora.hash) for lora in message.loras),
         )

@@ -56,6 +56,7 @@ class RunOptions(TypedDict, total=False):
     steps: int | None
     width: int | None
     height: int | None
+    timesteps: Sequence[int]
     steer: Sequence[Edit]
     references: Mapping[str, Reference]
     only: Only
@@ -98,6 +99,8 @@ class Run:
     """None, here and below: the server's default."""
     width: int | None = None
     height: int | None = None
+    timesteps: tuple[int, ...] = ()
+    """Empty: as the server's scheduler chooses them."""
     steer: tuple[Edit, ...] = ()
     references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
     features: tuple[str, ...] | None = None
@@ -121,6 +124,7 @@ class Run:
             steps=sampling.steps if sampling.HasField("steps") else None,
             width=sampling.width if sampling.HasField("width") else None,
             height=sampling.height if sampling.HasField("height") else None,
+            timesteps=tuple(sampling.timesteps),
             steer=tuple(Edit.from_proto(edit) for edit in message.edits),
             references={
                 name: Reference(r.source.prompt.text, r.seed if r.HasField("seed") else None)
@@ -137,7 +141,7 @@ class Run:
         """The run as a message; `labels` asks for those of the features that come back."""
         return run_pb2.Run(
             source=_source(self.prompt),
-            sampling=run_pb2.Sampling(steps=self.steps, width=self.width, height=self.height),
+            sampling=run_pb2.Sampling(steps=self.steps, width=self.width, height=self.height, timesteps=self.timesteps),
             seeds=self.seeds,
             edits=[edit.to_proto() for edit in self.steer],
             features=None if self.features is None else self._selection(self.features, labels),
@@ -233,8 +237,8 @@ def extract_call(prompt: str, seed: int | None, seeds: Sequence[int] | None, opt
 
 
 _DEFAULTS: Final[Mapping[str, Any]] = {
-    "steer": (), "references": {}, "float32": False, "format": "png", "latents": False, "previews": False,
-    "request_id": "",
+    "timesteps": (), "steer": (), "references": {}, "float32": False, "format": "png", "latents": False,
+    "previews": False, "request_id": "",
 }  # fmt: skip
 """Of options that are not None where they are left out."""
 
@@ -283,6 +287,7 @@ def _call(
         steps=whole_or_none(given.pop("steps", None), "steps"),
         width=whole_or_none(given.pop("width", None), "width"),
         height=whole_or_none(given.pop("height", None), "height"),
+        timesteps=tuple(whole(t, "timesteps") for t in given.pop("timesteps", ())),
         steer=tuple(given.pop("steer", ())),
         references=_references(given.pop("references", {})),
         features=saes,

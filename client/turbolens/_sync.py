@@ -84,6 +84,7 @@ class Lens:
 
                 steps: denoising steps; None: the server's default.
                 width, height: pixels; None: the server's default.
+                timesteps: of the steps, falling, for models distilled for certain ones; empty: as the server chooses.
                 steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
                 references: other runs that edits read, by names of your own: `{"other": reference("a blue ring")}`.
                 features: features to return: True for all, or SAEs by name.

@@ -62,6 +62,8 @@ class Model(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or hub id."""
     hash: _builtins.str
@@ -112,6 +114,14 @@ class Model(_message.Message):
     def memory(self) -> Global___Memory:
         """What serving it takes."""
 
+    @_builtins.property
+    def scheduler(self) -> Global___Scheduler:
+        """The scheduler that samples."""
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Lora]:
+        """What is fused into its weights, in order."""
+
     def __init__(
         self,
         *,
@@ -131,14 +141,64 @@ class Model(_message.Message):
         memory: Global___Memory | None = ...,
         load_seconds: _builtins.float = ...,
         components_hash: _builtins.str = ...,
+        scheduler: Global___Scheduler | None = ...,
+        loras: _abc.Iterable[_run_pb2.Lora] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory", "scheduler", b"scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "memory", b"memory", "name", b"name", "saes", b"saes", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "loras", b"loras", "memory", b"memory", "name", b"name", "saes", b"saes", "scheduler", b"scheduler", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Scheduler(_message.Message):
+    """What walks from noise to latents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TIMESTEP_SPACING_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
+    TAKES_TIMESTEPS_FIELD_NUMBER: _builtins.int
+    TRAIN_TIMESTEPS_FIELD_NUMBER: _builtins.int
+    TIMESTEPS_FIELD_NUMBER: _builtins.int
+    EMBEDDED_GUIDANCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its class in diffusers."""
+    timestep_spacing: _builtins.str
+    """How it spaces timesteps: "leading", "linspace" or "trailing"; empty where it has no choice."""
+    previews: _builtins.bool
+    """Whether every step has an estimate of the clean picture; where not, previews are refused."""
+    takes_timesteps: _builtins.bool
+    """Whether a request may name its timesteps."""
+    train_timesteps: _builtins.int
+    """Timesteps are from 0 to one less than this."""
+    embedded_guidance: _builtins.float
+    """Guidance scale of a U-Net that hears it as an embedding; 1 where it hears none."""
+    @_builtins.property
+    def timesteps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Timesteps that the operator set for requests of as many steps."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        timestep_spacing: _builtins.str = ...,
+        previews: _builtins.bool = ...,
+        takes_timesteps: _builtins.bool = ...,
+        train_timesteps: _builtins.int = ...,
+        timesteps: _abc.Iterable[_builtins.int] | None = ...,
+        embedded_guidance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedded_guidance", b"embedded_guidance", "name", b"name", "previews", b"previews", "takes_timesteps", b"takes_timesteps", "timestep_spacing", b"timestep_spacing", "timesteps", b"timesteps", "train_timesteps", b"train_timesteps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scheduler: _TypeAlias = Scheduler  # noqa: Y015
 
 @_typing.final
 class Memory(_message.Message):

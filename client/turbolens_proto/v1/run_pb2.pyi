@@ -253,6 +253,7 @@ class Sampling(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    TIMESTEPS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Denoising steps."""
     width: _builtins.int
@@ -261,6 +262,12 @@ class Sampling(_message.Message):
     """Picture height in pixels."""
     guidance_scale: _builtins.float
     """Only the model's one-pass setting (0) is served."""
+    @_builtins.property
+    def timesteps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Timesteps of the steps, falling, for models that are distilled for certain ones; empty: as the scheduler chooses
+        them. With them, `steps` is their number and may be left out.
+        """
+
     def __init__(
         self,
         *,
@@ -268,10 +275,11 @@ class Sampling(_message.Message):
         width: _builtins.int | None = ...,
         height: _builtins.int | None = ...,
         guidance_scale: _builtins.float | None = ...,
+        timesteps: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "steps", b"steps", "timesteps", b"timesteps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -606,6 +614,7 @@ class Provenance(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
@@ -634,6 +643,10 @@ class Provenance(_message.Message):
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the server and of the libraries that decide numerics."""
 
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """What was fused into the model's weights, in order."""
+
     def __init__(
         self,
         *,
@@ -647,14 +660,45 @@ class Provenance(_message.Message):
         backend: _builtins.str = ...,
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "loras", b"loras", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
+
+@_typing.final
+class Lora(_message.Message):
+    """A LoRA that is fused into the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its path or hub id, as the operator named it."""
+    weight: _builtins.float
+    """What its change was multiplied by."""
+    hash: _builtins.str
+    """SHA-256 of its file."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        hash: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
 
 @_typing.final
 class Warning(_message.Message):

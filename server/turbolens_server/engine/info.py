@@ -48,6 +48,16 @@ class MemoryNeed:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraInfo:
+    """A LoRA that is fused into the model's weights."""
+
+    name: str
+    weight: float
+    hash: str
+    """SHA-256 of its file."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SaeInfo:
     """An SAE as served."""
 
@@ -97,5 +107,7 @@ class EngineInfo:
     """Timesteps are from 0 to one less."""
     previews: bool = True
     """Whether every step has an estimate of the clean picture."""
+    loras: tuple[LoraInfo, ...] = ()
+    """In the order in which they were fused."""
     embedded_guidance: float = 1.0
     """Guidance scale of a U-Net that takes it as an embedding; 1 where it takes none."""

@@ -139,7 +139,12 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
         backend=info.backend,
         device=info.device,
         dtype=info.dtype,
+        loras=_loras(info),
     )
+
+
+def _loras(info: EngineInfo) -> list[run_pb2.Lora]:
+    return [run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in info.loras]
 
 
 def warnings(results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2.Warning]:
@@ -235,4 +240,14 @@ def model(
             available_bytes=info.memory.available,
         ),
         load_seconds=info.load_s,
+        scheduler=model_service_pb2.Scheduler(
+            name=info.scheduler,
+            timestep_spacing=info.timestep_spacing,
+            previews=info.previews,
+            takes_timesteps=info.takes_timesteps,
+            train_timesteps=info.train_timesteps,
+            timesteps=info.timesteps,
+            embedded_guidance=info.embedded_guidance,
+        ),
+        loras=_loras(info),
     )

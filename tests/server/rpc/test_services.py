@@ -18,7 +18,7 @@ from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
-from turbolens_server.engine.info import SaeInfo
+from turbolens_server.engine.info import LoraInfo, SaeInfo
 from turbolens_server.rpc import convert
 
 
@@ -46,6 +46,22 @@ async def test_the_model_is_told_with_every_limit(running):
     assert (memory.weights_bytes, memory.sae_bytes, memory.activation_bytes, memory.available_bytes) == (4, 3, 2, 100)
     assert model.load_seconds == 1.5
     assert [(s.width, s.height) for s in limits.sizes] == [(64, 64), (64, 32)]
+
+
+async def test_the_scheduler_and_what_is_fused_are_told(loading):
+    info = an_info(
+        scheduler="LCMScheduler", timestep_spacing="leading", timesteps=(399,), takes_timesteps=True, previews=True,
+        embedded_guidance=8.0, loras=(LoraInfo("style", 0.5, "its hash"),),
+    )  # fmt: skip
+    await loading.serving.make_ready(FakeEngine(info))
+    model = (await loading.models.GetModel(ms.GetModelRequest())).model
+    assert model.scheduler == ms.Scheduler(
+        name="LCMScheduler", timestep_spacing="leading", previews=True, takes_timesteps=True, train_timesteps=1000,
+        timesteps=[399], embedded_guidance=8,
+    )  # fmt: skip
+    lora = run.Lora(name="style", weight=0.5, hash="its hash")
+    assert list(model.loras) == [lora]
+    assert list((await loading.generation.Generate(a_request())).provenance.loras) == [lora]
 
 
 @pytest.fixture

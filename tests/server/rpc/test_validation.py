@@ -193,6 +193,47 @@ def test_what_is_wrong_is_named_with_what_is_allowed(request_, field, says):
     assert says in found.get(field, ""), found
 
 
+FREE = an_info(scheduler="LCMScheduler", takes_timesteps=True, timesteps=(799, 399))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "steps", "timesteps"),
+    [
+        ({"timesteps": [399]}, 1, (399,)),
+        ({"steps": 2, "timesteps": [999, 0]}, 2, (999, 0)),
+        ({"steps": 2}, 2, (799, 399)),
+        ({"steps": 3}, 3, ()),
+    ],
+)
+def test_timesteps_are_the_requests_or_the_operators_and_are_told(sampling, steps, timesteps):
+    valid = validate_generate(a_request(sampling=sampling), FREE, LIMITS)
+    assert [(job.steps, job.timesteps) for job in valid.jobs] == [(steps, timesteps)]
+    assert (valid.run.sampling.steps, tuple(valid.run.sampling.timesteps)) == (steps, timesteps)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"timesteps": [399, 399]}, "must fall, within 999 to 0"),
+        ({"timesteps": [1000]}, "must fall, within 999 to 0"),
+        ({"timesteps": [-1]}, "must fall, within 999 to 0"),
+        ({"timesteps": [9, 8, 7, 6, 5]}, "at most 4"),
+        ({"steps": 2, "timesteps": [399]}, "as many as sampling.steps, which is 2"),
+    ],
+)
+def test_timesteps_that_no_walk_visits_are_refused(sampling, says):
+    assert says in violations(a_request(sampling=sampling), FREE)["run.sampling.timesteps"]
+
+
+def test_what_the_scheduler_cannot_do_is_refused():
+    info = an_info(scheduler="UniPCMultistepScheduler", previews=False)
+    assert "UniPCMultistepScheduler chooses its own" in violations(
+        a_request(sampling={"timesteps": [399]}), info
+    )["run.sampling.timesteps"]  # fmt: skip
+    stream = messages.stream_generate(prompt="x", previews=True)
+    assert "no estimate" in violations(stream, info)["previews"]
+
+
 def test_all_that_is_wrong_is_told_at_once():
     bad = an_edit(99, sae="mid.0", add={"strength": NAN, "unit": 8}, steps={"start": 3, "end": 9}, mask={})
     found = violations(a_request(bad, seeds=[-1], sampling={"steps": 9}, image={"format": 7}, request_id="\x00"))

@@ -40,6 +40,8 @@ def validate_generate(request: GenerateLike, info: EngineInfo, limits: RequestLi
     """
     checks = Checks(info, limits)
     previews = isinstance(request, generation_service_pb2.StreamGenerateRequest) and request.previews
+    if previews and not info.previews:
+        checks.wrong("previews", f"the scheduler {info.scheduler} has no estimate of the picture before its last step")
     _check_request_id(checks, request.request_id)
     valid = _run(checks, request.run, picture=True, previews=previews)
     kind, quality = _image(checks, request.image)
@@ -83,7 +85,7 @@ def _image(checks: Checks, image: run_pb2.ImageOptions) -> tuple[run_pb2.ImageFo
 
 def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> ValidRequest:
     prompt = check_source(checks, "run.source", run.source)
-    steps, height, width = check_sampling(checks, "run.sampling", run.sampling)
+    steps, height, width, timesteps = check_sampling(checks, "run.sampling", run.sampling)
     seeds = check_seeds(checks, "run.seeds", run.seeds)
     references = check_references(checks, "run.references", run.references, {edit.reference for edit in run.edits})
     reads, edited = not picture or run.HasField("features"), saes_edited(run.edits)
@@ -102,6 +104,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             steps=steps,
             height=height,
             width=width,
+            timesteps=timesteps,
             edits=edits,
             references=tuple(
                 Reference(name, text, seed if own is None else own) for name, (text, own) in references.items()
@@ -116,5 +119,6 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     filled = run_pb2.Run()
     filled.CopyFrom(run)
     filled.seeds[:] = seeds
-    filled.sampling.CopyFrom(run_pb2.Sampling(steps=steps, width=width, height=height, guidance_scale=0.0))
+    sampling = run_pb2.Sampling(steps=steps, width=width, height=height, guidance_scale=0.0, timesteps=timesteps)
+    filled.sampling.CopyFrom(sampling)
     return ValidRequest(filled, jobs, selection, frozenset(used))

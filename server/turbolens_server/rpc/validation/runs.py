@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.rpc.validation.checks import Checks
@@ -26,10 +27,21 @@ def check_source(checks: Checks, field: str, source: run_pb2.Source) -> str:
     return text
 
 
-def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tuple[int, int, int]:
-    """Steps, height and width."""
+class Sampled(NamedTuple):
+    """How a run is sampled."""
+
+    steps: int
+    height: int
+    width: int
+    timesteps: tuple[int, ...]
+    """Empty: as the scheduler chooses them."""
+
+
+def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Sampled:
+    """Steps, size and timesteps with every default filled in."""
     info = checks.info
-    steps = sampling.steps if sampling.HasField("steps") else info.default_steps
+    timesteps = _timesteps(checks, field, sampling)
+    steps = sampling.steps if sampling.HasField("steps") else len(timesteps) or info.default_steps
     if not 1 <= steps <= info.max_steps:
         checks.bad(f"{field}.steps", steps, f"must be 1 to {info.max_steps}")
         steps = 1
@@ -43,7 +55,27 @@ def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tu
     if sampling.HasField("guidance_scale") and sampling.guidance_scale != 0:
         allowed = "only 0, the model's one-pass setting, is served"
         checks.bad(f"{field}.guidance_scale", sampling.guidance_scale, allowed)
-    return steps, height, width
+    if not timesteps and steps == len(info.timesteps):
+        timesteps = info.timesteps
+    return Sampled(steps, height, width, timesteps)
+
+
+def _timesteps(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tuple[int, ...]:
+    given, info, field = tuple(sampling.timesteps), checks.info, f"{field}.timesteps"
+    if not given:
+        return ()
+    last = info.train_timesteps - 1
+    if not info.takes_timesteps:
+        checks.wrong(field, f"the scheduler {info.scheduler} chooses its own; leave them out")
+    elif len(given) > info.max_steps:
+        checks.bad(field, f"{len(given)} timesteps", f"at most {info.max_steps} are allowed")
+    elif sampling.HasField("steps") and sampling.steps != len(given):
+        checks.bad(field, list(given), f"must be as many as sampling.steps, which is {sampling.steps}")
+    elif not all(0 <= t <= last for t in given) or any(b >= a for a, b in itertools.pairwise(given)):
+        checks.bad(field, list(given), f"must fall, within {last} to 0")
+    else:
+        return given
+    return ()
 
 
 def check_seeds(checks: Checks, field: str, seeds: Sequence[int]) -> list[int]:
