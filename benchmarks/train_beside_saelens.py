@@ -27,7 +27,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.config import DataConfig
 from turbolens_training.activations.sources import TokenSource, open_sources
-from turbolens_training.evaluation.quality import VarianceSums
+from turbolens_training.measures.quality import VarianceSums
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
 from turbolens_training.sae.normalizer import Normalizer

@@ -14,8 +14,7 @@ from turbolens_training import cli
 from turbolens_training.activations import sources
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.evaluation import dose, evaluate, riebench
-from turbolens_training.export.config import Gates
-from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.config import Gates, SaeConfig
 
 
 def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:

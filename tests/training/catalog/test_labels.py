@@ -10,7 +10,7 @@ from turbolens_server.catalog.labels import Label, read_labels, write_labels
 from turbolens_training.catalog.cells import BACKGROUND, EDGE, cell_owners
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.labels import GroundTruth, bits, label_features
-from turbolens_training.evaluation.ranking import Active
+from turbolens_training.measures.ranking import Active
 from turbolens_training.mini.scenes import BACKGROUND as BACKGROUND_COLUMN
 from turbolens_training.mini.scenes import (
     COLORS,

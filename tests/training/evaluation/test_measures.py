@@ -21,12 +21,12 @@ from turbolens_training.evaluation import figures
 from turbolens_training.evaluation.evaluate import mean_rows, quality_rows
 from turbolens_training.evaluation.locality import share_inside, split_by_frequency
 from turbolens_training.evaluation.probes import best_probe, detector_row, firing, splits
-from turbolens_training.evaluation.quality import SaeMeasurement
-from turbolens_training.evaluation.ranking import Active
 from turbolens_training.evaluation.results import Section, write_report
 from turbolens_training.evaluation.similarity import gaussian_window, luma, ssim
 from turbolens_training.evaluation.splice import recovered
 from turbolens_training.evaluation.stability import matched_cosines
+from turbolens_training.measures.quality import SaeMeasurement
+from turbolens_training.measures.ranking import Active
 from turbolens_training.mini.scenes import COLORS, COUNT, sample_codes, thing_column
 
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from turbolens_server.sae.bundle import load_bundle
-from turbolens_training.export.gates import BelowGatesError
 from turbolens_training.sae import run as sae_run
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource
+from turbolens_training.sae.export.gates import BelowGatesError
 from turbolens_training.sae.trainer import SaeRun
 
 CPU = torch.device("cpu")

@@ -41,7 +41,7 @@ from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_training.activations.stream import Updates
-from turbolens_training.evaluation.quality import measure
+from turbolens_training.measures.quality import measure
 from turbolens_training.sae import maths, reference
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.batch_topk import batch_top_k

@@ -25,7 +25,7 @@ from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.runs import RunSource, sample_runs
 from turbolens_training.activations.stream import SceneStream
 from turbolens_training.catalog import cli as catalog
-from turbolens_training.evaluation.quality import measure
+from turbolens_training.measures.quality import measure
 from turbolens_training.sae import reference
 from turbolens_training.sae.architectures.temporal import Temporal
 from turbolens_training.sae.config import SaeConfig

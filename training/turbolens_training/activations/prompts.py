@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -20,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from turbolens_training.activations.prompt_files import Column, PromptError, read_file
+from turbolens_training.activations.prompt_files import Column, PromptError
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.scenes import decode_scenes, sample_codes
 
@@ -162,70 +160,3 @@ def is_held_out(prompt: str) -> bool:
 def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """The order of `count` prompts when they are gone through for the `epoch`-th time."""
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def open_prompts(spec: str, *, seed: int) -> PromptSource:
-    """The source that `--prompts` names.
-
-    Args:
-        spec: "scenes"; FILE (.txt, a prompt a line); FILE[:COLUMN] (.parquet, .csv, .jsonl); or FOLDER[:COLUMN] or
-            OWNER/NAME[:COLUMN], a dataset read by Hugging Face `datasets`. Without a column, the only one with text.
-        seed: of the order.
-
-    Raises:
-        PromptError: there is no such thing, or it cannot be read.
-    """
-    if spec == SCENES:
-        return ScenePrompts()
-    name, column, path = _place(spec)
-    if path is not None:
-        return PromptList(read_file(path, column), seed=seed)
-    from turbolens_training.activations.dataset_prompts import open_dataset
-
-    return open_dataset(name, column, seed=seed)
-
-
-def list_prompts(spec: str, most: int) -> tuple[list[str], str]:
-    """The first distinct prompts of what `--prompts` names, in their own order, and in a line what was left out.
-
-    Args:
-        spec: as for :func:`open_prompts`, without the scenes.
-        most: prompts, at most.
-
-    Raises:
-        PromptError: there is no such thing, it cannot be read, or holds no prompt.
-    """
-    name, column, path = _place(spec)
-    if path is not None:
-        read = read_file(path, column)
-    else:
-        from turbolens_training.activations.dataset_prompts import dataset_column
-
-        read = dataset_column(name, column)
-    distinct = Distinct(read.rows)
-    found = list(itertools.islice(distinct, most))
-    if not found:
-        raise PromptError(f"{read.name}: holds no prompt; left out: {distinct.left_out}")
-    return found, f"{read.name}: {len(found):,} prompts taken; left out: {distinct.left_out}"
-
-
-def _place(spec: str) -> tuple[str, str | None, Path | None]:
-    """Name, column, and the file where it is one; None: a dataset."""
-    name, column = _split_column(spec)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return name, column, path
-    is_id = name.count("/") == 1 and not path.is_absolute() and not name.startswith((".", "~"))
-    if not path.is_dir() and not is_id:
-        raise PromptError(
-            f"--prompts {spec}: no such file or folder, not {SCENES!r}, and not a dataset's id like owner/name"
-        )
-    return name, column, None
-
-
-def _split_column(spec: str) -> tuple[str, str | None]:
-    """ "captions.csv:text" -> ("captions.csv", "text"); a name that exists as it stands has no column."""
-    name, colon, column = spec.rpartition(":")
-    if not colon or Path(spec).expanduser().exists():
-        return spec, None
-    return name, column

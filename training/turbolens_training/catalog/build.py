@@ -18,7 +18,7 @@ from turbolens_server.sae.bundle import Bundle, FeatureStats, save_stats
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.temporal import side_by_side
-from turbolens_training.activations.prompts import list_prompts
+from turbolens_training.activations.prompt_specs import list_prompts
 from turbolens_training.activations.stream import (
     HELD_OUT,
     LABELLING,
@@ -30,8 +30,8 @@ from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
 from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
-from turbolens_training.evaluation.quality import measure
-from turbolens_training.evaluation.report import write_table
+from turbolens_training.measures.quality import measure
+from turbolens_training.measures.report import write_table
 
 _T = TypeVar("_T")
 

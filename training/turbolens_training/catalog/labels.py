@@ -26,7 +26,7 @@ from turbolens_training.activations.stream import Chunk
 from turbolens_training.catalog.cells import BACKGROUND as BACKGROUND_CELL
 from turbolens_training.catalog.cells import cell_owners
 from turbolens_training.catalog.config import BuildConfig
-from turbolens_training.evaluation.ranking import Active, Ranking, pool
+from turbolens_training.measures.ranking import Active, Ranking, pool
 from turbolens_training.mini.scenes import (
     BACKGROUND,
     BACKGROUNDS,

@@ -26,7 +26,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.steering.edits import Edit, WeightedFeature
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves
-from turbolens_training.evaluation.report import write_table
+from turbolens_training.measures.report import write_table
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.evaluate import score_attributes
 from turbolens_training.mini.model import SCALING_FACTOR

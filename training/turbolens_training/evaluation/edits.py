@@ -161,8 +161,8 @@ def edit_pictures(
 
             base, reference = run(some.captions), run(some.edited)
             masks = (None, None) if some.masks is None else (_grids(engine, m) for m in zip(*some.masks, strict=True))
-            encoded = [EncodedRun.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True)]
-            material = Material(saes, rows, *encoded, some.masks)
+            own, other = (EncodedRun.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True))
+            material = Material(saes, rows, own, other, some.masks)
             latents[NOTHING].append(base.latents.cpu())
             latents[PROMPT].append(reference.latents.cpu())
             for name, method in methods.items():

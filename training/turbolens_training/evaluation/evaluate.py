@@ -20,12 +20,12 @@ from turbolens_training.evaluation.blocks import measure_blocks
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.locality import measure_locality
 from turbolens_training.evaluation.probes import measure_probes
-from turbolens_training.evaluation.quality import SaeMeasurement, measure
 from turbolens_training.evaluation.results import Section, write_report
 from turbolens_training.evaluation.sampling import saes_by_block
 from turbolens_training.evaluation.scene_edit import example_pictures, measure_scene_edit, with_series
 from turbolens_training.evaluation.splice import measure_splice
 from turbolens_training.evaluation.stability import measure_stability
+from turbolens_training.measures.quality import SaeMeasurement, measure
 
 DENSE: Final = 0.1
 """A feature is dense when it is active at more than this share of positions."""

@@ -18,8 +18,8 @@ from turbolens_server.engine.engine import Engine
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
 from turbolens_training.catalog.labels import Candidate, GroundTruth, Observations
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.ranking import Active, Ranking, pool
 from turbolens_training.evaluation.sampling import saes_by_block
+from turbolens_training.measures.ranking import Active, Ranking, pool
 
 
 @dataclasses.dataclass(frozen=True)

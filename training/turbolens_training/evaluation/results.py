@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from turbolens_server.files import write_files
-from turbolens_training.evaluation.report import markdown_table, write_table
+from turbolens_training.measures.report import markdown_table, write_table
 
 Rows = Sequence[Mapping[str, object]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from turbolens_server.files import write_files
-from turbolens_training.evaluation.report import markdown_table
+from turbolens_training.measures.report import markdown_table
 
 _PICTURES: Final = ("dose.png", "strips.png")
 _TABLES: Final = ("quality", "labels", "dose/dose", "dose/blocks")

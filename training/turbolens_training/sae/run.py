@@ -15,12 +15,12 @@ from torch import Tensor
 from turbolens_server.engine.engine import Engine
 from turbolens_training.activations.runs import RunSource
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
-from turbolens_training.evaluation.quality import measure
-from turbolens_training.evaluation.report import write_table
-from turbolens_training.export.bundles import read_saes, write_bundles
-from turbolens_training.export.gates import failures, pass_gates, record
+from turbolens_training.measures.quality import measure
+from turbolens_training.measures.report import write_table
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
+from turbolens_training.sae.export.bundles import read_saes, write_bundles
+from turbolens_training.sae.export.gates import failures, pass_gates, record
 from turbolens_training.sae.maths import dead_features
 from turbolens_training.sae.trainer import SaeRun
 

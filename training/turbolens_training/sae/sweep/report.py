@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from turbolens_server.files import write_files
 from turbolens_training.evaluation.plots import save_figure
-from turbolens_training.evaluation.report import markdown_table
+from turbolens_training.measures.report import markdown_table
 
 Results = Sequence[Mapping[str, Any]]
 

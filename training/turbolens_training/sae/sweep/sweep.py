@@ -18,7 +18,7 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.files import first_line, write_file
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cached import CachedStream
-from turbolens_training.activations.prompts import open_prompts
+from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.sources import open_model, open_streams
 from turbolens_training.activations.stream import PromptStream
 from turbolens_training.evaluation.config import EvalConfig

@@ -10,9 +10,9 @@ from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import r2_score, roc_auc_score
 
 from turbolens_server.sae.sae import Codes
-from turbolens_training.evaluation.quality import SaeMeasurement, VarianceSums
-from turbolens_training.evaluation.ranking import Active, Ranking, pool
-from turbolens_training.evaluation.report import write_table
+from turbolens_training.measures.quality import SaeMeasurement, VarianceSums
+from turbolens_training.measures.ranking import Active, Ranking, pool
+from turbolens_training.measures.report import write_table
 
 
 def test_explained_variance_is_one_minus_sse_over_sst_of_the_whole_split() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from turbolens_server.sae.bundle import BundleError, SaeWeights, check_weights
-from turbolens_training.export.config import Gates
+from turbolens_training.sae.config import Gates
 
 
 class BelowGatesError(ValueError):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from turbolens_server.sae.bundle import SaeWeights
-from turbolens_training.export.config import Gates
-from turbolens_training.export.gates import BelowGatesError, failures, pass_gates, record
+from turbolens_training.sae.config import Gates
+from turbolens_training.sae.export.gates import BelowGatesError, failures, pass_gates, record
 
 ROWS = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
 GOOD = SaeWeights(ROWS.T.contiguous(), torch.zeros(6), ROWS, torch.zeros(4))
