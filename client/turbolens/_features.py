@@ -32,9 +32,8 @@ class Label:
     value: str
     region: str
     score: float
-    """How well it fits, 0.5 being chance. By the ground truth of scenes: selectivity, the share of the feature's
-    activation that falls on positions or pictures with the value, those with and without it weighted alike. Of
-    attribute "zero-shot": the AUROC of the fit of the feature's crops. Imported: as their file has it."""
+    """How well it fits, 0.5 being chance; `FeatureLabel.score` in `proto/turbolens/v1/feature_service.proto` says what is
+    measured."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,8 +88,7 @@ class Match:
 
     feature: Feature
     score: float
-    """0 to 1: how near the words are, times how sure the label is, times how common the feature is among its SAE's (one
-    half at the median), where that was measured."""
+    """How well it answers the words, 0 to 1; `FeatureMatch.score` in the same file says how it is made."""
     reason: str
     """By which label, and how."""
 

@@ -146,9 +146,9 @@ class FeatureLabel(_message.Message):
     """Where in the picture it was measured: "thing", "background", or "picture"."""
     score: _builtins.float
     """How well it fits, 0.5 being chance; what is measured depends on where the label is from. By the ground truth of
-    scenes: selectivity, the share of the feature's activation that falls on positions or pictures with the value,
-    those with and without it weighted alike. Of attribute "zero-shot": the AUROC of the fit of the feature's crops.
-    Imported: as their file has it.
+    scenes: selectivity, the share of the feature's activation that falls on positions, things or pictures with the
+    value, those with and without it weighted alike. Of attribute "zero-shot": AUROC, the chance that a crop of the
+    feature fits the words better than a crop of another feature does. Imported: as their file has it.
     """
     def __init__(
         self,
@@ -604,8 +604,9 @@ class FeatureMatch(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How well it answers the query, 0 to 1: how near the words are, times how sure the label is, times how common the
-    feature is among its SAE's (one half at the median), where its SAE has measured statistics.
+    """How well it answers the query, 0 to 1: how near the words are to one of its labels, times how sure that label is
+    (less so where it is not the feature's first), times how common the feature is among its SAE's (one half at the
+    median), where its SAE has measured statistics.
     """
     reason: _builtins.str
     """The label it was found by, and how: "color=blue: word"."""

@@ -51,9 +51,7 @@ class Label:
     value: str
     region: str
     score: float
-    """How well it fits, 0.5 being chance. By the ground truth of scenes: selectivity, the share of the feature's
-    activation that falls on positions or pictures with the value, those with and without it weighted alike. Of
-    attribute "zero-shot": the AUROC of the fit of the feature's crops. Imported: as their file has it."""
+    """How well it fits, 0.5 being chance; `FeatureLabel.score` of the contract says what is measured."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ Every candidate splits a population of units into positive and negative ones. Un
 things of the pictures, so that being on a thing is not mistaken for the thing's colour; of `background` and `picture`
 one for each picture; of `cell` the cells of the grid. A unit's activation is the mean over its cells.
 
-A candidate's score is its selectivity: the share of the feature's activation that falls on positive units, were there
-as many of them as of negative ones; 0.5 is chance, 1 is that and nothing else. AUROC's z says whether it is real.
+A candidate's score is its selectivity (`FeatureLabel.score` of the contract), taken over units; 1 is that and nothing
+else. AUROC's z says whether it is real.
 Candidates of attributes with more values say more when they are right, so the best is the one with the most bits.
 """
 

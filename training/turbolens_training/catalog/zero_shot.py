@@ -6,8 +6,7 @@ others. The most that W words come to by chance grows with W, so the least z doe
 all W words together label a feature by chance in the stated share of cases. Of the words that reach it the one with
 the largest z is the label.
 
-A label's score is an AUROC: the chance that a crop of the feature fits the word better than a crop of another does; as
-of other labels' scores, which are selectivities, 0.5 is chance.
+A label's score is an AUROC, see `FeatureLabel.score` of the contract; as of other labels' scores, 0.5 is chance.
 """
 
 from __future__ import annotations

@@ -69,9 +69,9 @@ def summarize(work: Path, folder: Path) -> None:
         markdown_table(tables["quality"]),
         "## Labels\n",
         "A feature's label is the attribute value of the scene of which its activation tells the most bits. Its score "
-        "is its selectivity: of the feature's activation, the share on positions, things or pictures with the value, "
-        "those with and without it weighted alike (0.5 is chance); a label below 0.6 is not given, and a score near "
-        "that says the label is weak.\n",
+        "is its selectivity, of which 0.5 is chance ([`FeatureLabel.score`](../../proto/turbolens/v1/"
+        "feature_service.proto) says what it is); a label below 0.6 is not given, and a score near that says the label "
+        "is weak.\n",
         markdown_table(tables["labels"]),
         "## Dose and response\n",
         "For each concept, features are chosen by their labels and by a trial on scenes of their own, and added to "
