@@ -32,7 +32,7 @@ class Label:
     value: str
     region: str
     score: float
-    """How well it fits, 0.5 being chance; `FeatureLabel.score` in `proto/turbolens/v1/feature_service.proto` says what is
+    """How well it fits, 0.5 being chance; `FeatureLabel.score` in `turbolens/v1/feature_service.proto` says what is
     measured."""
 
 
