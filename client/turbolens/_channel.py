@@ -9,6 +9,9 @@ from typing import Any, Final
 import grpc
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
+"""Of an answer, the server's own bound."""
+MAX_REQUEST_BYTES: Final = 16 * 2**20
+"""Of a request, likewise: what is larger fails here, before it travels."""
 _RETRY: Final = {
     "maxAttempts": 4,
     "initialBackoff": "0.2s",
@@ -24,7 +27,7 @@ _SERVICE_CONFIG: Final = {
 }
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),

@@ -75,6 +75,10 @@ class ServerConfig:
     """Requests that may wait; one more is refused with the time to come back."""
     max_queue_pictures: int = 256
     """Pictures that may wait, of all requests; a request past it is refused in the same way."""
+    max_held_mib: int = 1024
+    """MiB that requests may hold together, from their message's arrival until their answer is read, by estimate."""
+    stalled_s: float = 60.0
+    """Seconds after which a stream is ended whose caller reads nothing."""
     warm_up: bool = True
     """Run the model once before the server is ready, so that the first caller does not wait for it."""
     grace_s: float = 30.0
@@ -88,7 +92,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         least_of = {"port": 0, "max_steps": 1, "max_seeds": 1, "max_batch": 1, "batch_wait_ms": 0, "max_queue": 1}
-        least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0, "size": 0}
+        least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0, "size": 0, "max_held_mib": 1, "stalled_s": 0.1}
         for name, least in least_of.items():
             if not getattr(self, name) >= least:  # not-a-number too
                 why = " (max_seeds: a request must fit)" if name == "max_queue_pictures" else ""

@@ -12,7 +12,6 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
 
 from turbolens_proto.v1 import (
     feature_service_pb2,
@@ -28,11 +27,14 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
-from turbolens_server.rpc.calls import CallInterceptor
+from turbolens_server.rpc.admission import Ledger
+from turbolens_server.rpc.calls import CallInterceptor, Writers
 from turbolens_server.rpc.errors import device_is_lost
 from turbolens_server.rpc.queue import Queue, QueueLimits
+from turbolens_server.rpc.reflection import enable_reflection
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
-from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES, MAX_REFERENCES, RequestLimits
+from turbolens_server.rpc.transport import server_options
+from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -40,15 +42,8 @@ SERVICES: Final = (
     feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Callers may keep quiet connections open with pings; a long call must not die of them.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
-)
+_LAST_BYTES_S: Final = 0.5
+"""For the last answers to reach their callers."""
 
 
 def load_from(config: ServerConfig) -> Engine:
@@ -85,7 +80,9 @@ class Serving:
         self.device_lost = asyncio.Event()
         """The GPU answers this process no more: nothing but a new process can serve."""
         self._telling: asyncio.Task[None] | None = None
-        self._server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+        self._ledger = Ledger(config.max_held_mib * 2**20)
+        self._calls = CallInterceptor(self._ledger, self._room.checks, Writers(config.stalled_s))
+        self._server = grpc.aio.server(interceptors=[self._calls], options=server_options())
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._room), self._server)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._room), self._server)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -94,7 +91,7 @@ class Serving:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+            enable_reflection(names, self._server)
 
     async def start(self, address: str) -> int:
         """Listen on `host:port` or `unix:path`; returns the port. Health says alive, and no service serves yet.
@@ -131,7 +128,9 @@ class Serving:
     async def stop(self, grace_s: float) -> None:
         """Say that nothing serves, refuse what is new, let what runs finish within the grace, and end."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(grace_s)
+        ended = await self._calls.drain(grace_s)
+        await self._server.stop(_LAST_BYTES_S if ended else 0)
+        self._room.checks.close()
         if self._room.ready is not None:
             await self._room.ready.queue.close()
 

@@ -383,6 +383,9 @@ class Limits(_message.Message):
     MAX_FOUND_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_FEATURES_FIELD_NUMBER: _builtins.int
     MAX_REFERENCES_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_SELECTED_FIELD_NUMBER: _builtins.int
+    MAX_SAES_FIELD_NUMBER: _builtins.int
     max_prompt_chars: _builtins.int
     """Characters of a prompt."""
     max_prompt_tokens: _builtins.int
@@ -400,7 +403,7 @@ class Limits(_message.Message):
     max_mask_bytes: _builtins.int
     """Bytes of one mask PNG."""
     max_message_bytes: _builtins.int
-    """Bytes of one message, both ways."""
+    """Bytes of one answer."""
     max_batch: _builtins.int
     """Pictures that run together, of one caller or several."""
     max_queue: _builtins.int
@@ -429,6 +432,12 @@ class Limits(_message.Message):
     """Features of all edits of one request, those taken away included; one that two edits name counts twice."""
     max_references: _builtins.int
     """References of one request; each takes a place of its own in a batch, beside the picture's."""
+    max_request_bytes: _builtins.int
+    """Bytes of one request."""
+    max_selected: _builtins.int
+    """Features that one request may name in `FeatureSelection.only`."""
+    max_saes: _builtins.int
+    """SAEs that one request or search may name, and options of SAEs."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes served."""
@@ -460,10 +469,13 @@ class Limits(_message.Message):
         max_found: _builtins.int = ...,
         max_request_features: _builtins.int = ...,
         max_references: _builtins.int = ...,
+        max_request_bytes: _builtins.int = ...,
+        max_selected: _builtins.int = ...,
+        max_saes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_seeds", b"max_seeds", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_bytes", b"max_request_bytes", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_saes", b"max_saes", "max_seeds", b"max_seeds", "max_selected", b"max_selected", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,79 +1,168 @@
-"""What every call has in common: a request id, a line in the log, and errors with details."""
+"""What every call has in common: who calls, a request id, bounds on what it holds, a line in the log, and errors with
+details."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
 
 from turbolens_server.logs import get_logger
-from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.admission import Account, Ledger
+from turbolens_server.rpc.callers import Caller, anonymous
+from turbolens_server.rpc.check_pool import CheckPool
+from turbolens_server.rpc.errors import RpcError, Stalled, malformed, stopping
 
-_REQUEST_ID: Final = contextvars.ContextVar("request_id", default="")
-_DEADLINE: Final = contextvars.ContextVar[float | None]("deadline", default=None)
+_CALL: Final[contextvars.ContextVar[Call]] = contextvars.ContextVar("call")
 _OURS: Final = "/turbolens."
+_PARSED_AT_ONCE: Final = 64 * 1024
+"""Bytes of a message that the event loop parses itself; a larger one waits for a thread."""
+_STALLED_WHILE_STOPPING_S: Final = 2.0
+
+
+def current_call() -> Call:
+    """The call that is being served."""
+    return _CALL.get()
 
 
 def current_request_id() -> str:
     """The id of the call that is being served."""
-    return _REQUEST_ID.get()
+    return _CALL.get().request_id
 
 
 def current_deadline() -> float | None:
     """When the caller of the call that is being served stops waiting, on the event loop's clock; None: never."""
-    return _DEADLINE.get()
+    return _CALL.get().deadline
 
 
-def _find_request_id(request: Any, context: Any) -> str:
-    asked = getattr(request, "request_id", "") or dict(context.invocation_metadata() or ()).get("x-request-id", "")
-    usable = isinstance(asked, str) and 0 < len(asked) <= 128 and asked.isascii() and asked.isprintable()
-    return asked if usable else uuid.uuid4().hex
+def _usable(asked: Any) -> bool:
+    return isinstance(asked, str) and 0 < len(asked) <= 128 and asked.isascii() and asked.isprintable()
 
 
-class _Call:
-    """One call from its request to its line in the log."""
+class Call:
+    """One call from its first bytes to its line in the log."""
 
-    def __init__(self, method: str, request: Any, context: Any) -> None:
+    def __init__(self, method: str, caller: Caller, account: Account, context: Any) -> None:
         self._context = context
         self._start = time.perf_counter()
-        self._id = _find_request_id(request, context)
-        _REQUEST_ID.set(self._id)
         # Read now: asking a context that the caller has left for its peer can bring the process down.
         self._peer = context.peer()
         self._allowed_s = context.time_remaining()
-        _DEADLINE.set(None if self._allowed_s is None else asyncio.get_running_loop().time() + self._allowed_s)
-        self._log = get_logger().bind(request_id=self._id, method=method)
+        self.method = method
+        self.caller = caller
+        self.account = account
+        asked = dict(context.invocation_metadata() or ()).get("x-request-id", "")
+        self.request_id: str = asked if _usable(asked) else uuid.uuid4().hex
+        """The caller's, else one made here."""
+        self.deadline = None if self._allowed_s is None else asyncio.get_running_loop().time() + self._allowed_s
+        """When its caller stops waiting, on the event loop's clock; None: never."""
+        self.messages: int | None = None
+        """Of a stream, those that were sent."""
+        self.error: Exception | None = None
+        _CALL.set(self)
+        structlog.contextvars.bind_contextvars(request_id=self.request_id, method=method, caller=caller.name)
 
-    def done(self, code: grpc.StatusCode, **more: Any) -> None:
-        duration = round(self._elapsed_s() * 1000, 1)
-        log = self._log.warning if code is grpc.StatusCode.INTERNAL else self._log.info
-        log("rpc", code=code.name, duration_ms=duration, peer=self._peer, **more)
+    def name_after(self, request: Any) -> None:
+        """Take the id that the request itself brings."""
+        asked = getattr(request, "request_id", "")
+        self.request_id = asked if _usable(asked) else self.request_id
+        structlog.contextvars.bind_contextvars(request_id=self.request_id)
 
-    def left(self, **more: Any) -> None:
+    def left(self) -> None:
         """The caller is gone, or its deadline has passed."""
         expired = self._allowed_s is not None and self._elapsed_s() >= self._allowed_s
-        self.done(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED, **more)
+        self._tell(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+
+    async def end(self) -> None:
+        """Tell how it went: the log, and of an error the caller; what was not foreseen becomes INTERNAL, without its
+        inside."""
+        if (error := self.error) is None:
+            self._tell(grpc.StatusCode.OK)
+            return
+        if not isinstance(error, RpcError):
+            get_logger().error("unexpected", exc_info=error)
+            message = f"internal error; the server's log has it under request id {self.request_id}"
+            error = RpcError(grpc.StatusCode.INTERNAL, message, "INTERNAL")
+        self._tell(error.code, reason=error.reason)
+        await self._context.abort(error.code, error.message, error.trailing_metadata(self.request_id))
+
+    def _tell(self, code: grpc.StatusCode, **more: Any) -> None:
+        logger = get_logger()
+        log = logger.warning if code is grpc.StatusCode.INTERNAL else logger.info
+        if self.messages is not None:
+            more["messages"] = self.messages
+        log("rpc", code=code.name, duration_ms=round(self._elapsed_s() * 1000, 1), peer=self._peer, **more)
 
     def _elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
-    async def fail(self, error: Exception) -> None:
-        """Answer with an error; what was not foreseen becomes INTERNAL, without its inside."""
-        if not isinstance(error, RpcError):
-            self._log.error("unexpected", exc_info=error)
-            message = f"internal error; the server's log has it under request id {self._id}"
-            error = RpcError(grpc.StatusCode.INTERNAL, message, "INTERNAL")
-        self.done(error.code, reason=error.reason)
-        await self._context.abort(error.code, error.message, error.trailing_metadata(self._id))
+
+class Writers:
+    """Streams that wait for their callers to read."""
+
+    def __init__(self, stalled_s: float) -> None:
+        self._stalled_s = stalled_s
+        self._waiting: set[asyncio.Timeout] = set()
+
+    async def write(self, context: Any, message: Any) -> None:
+        """Send a message of a stream.
+
+        Raises:
+            Stalled: the caller takes nothing for too long.
+        """
+        try:
+            async with asyncio.timeout(self._stalled_s) as limit:
+                self._waiting.add(limit)
+                try:
+                    await context.write(message)
+                finally:
+                    self._waiting.discard(limit)
+        except TimeoutError:
+            raise Stalled(self._stalled_s, message.ByteSize()) from None
+
+    def hurry(self) -> None:
+        """The server stops: who does not read now will not have read by its end."""
+        self._stalled_s = min(self._stalled_s, _STALLED_WHILE_STOPPING_S)
+        soon = asyncio.get_running_loop().time() + self._stalled_s
+        for limit in self._waiting:
+            if (when := limit.when()) is not None:
+                limit.reschedule(min(when, soon))
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio's stubs leave it untyped
-    """Wraps every handler of our services."""
+    """Wraps every handler of our services; messages arrive here as bytes, so that nothing is parsed unasked."""
+
+    def __init__(self, ledger: Ledger, checks: CheckPool, writers: Writers) -> None:
+        self._ledger = ledger
+        self._checks = checks
+        self._writers = writers
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._stopping = False
+
+    async def drain(self, within_s: float) -> bool:
+        """Refuse what is new and wait for what is served; returns whether all of it ended in time.
+
+        gRPC's own way waits for streams that nobody reads as well, though nothing of them is left here.
+        """
+        self._stopping = True
+        self._writers.hurry()
+        try:
+            async with asyncio.timeout(within_s):
+                while self._active:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def intercept_service(
         self,
@@ -85,46 +174,73 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler is None or not method.startswith(_OURS):
             return handler
         name = method.removeprefix("/")
-        codecs = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        answer = {"response_serializer": handler.response_serializer}
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(_unary(name, handler.unary_unary), **codecs)
-        return grpc.unary_stream_rpc_method_handler(_stream(name, handler.unary_stream), **codecs)
+            return grpc.unary_unary_rpc_method_handler(self._unary(name, handler), **answer)
+        return grpc.unary_stream_rpc_method_handler(self._stream(name, handler), **answer)
 
+    def _unary(self, name: str, handler: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
+        async def wrapped(message: bytes, context: Any) -> Any:
+            with self._call(name, context) as call:
+                request = await self._read(call, message, handler.request_deserializer)
+                answer = await handler.unary_unary(request, context)
+            await call.end()
+            return answer
 
-def _unary(name: str, handle: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def wrapped(request: Any, context: Any) -> Any:
-        call = _Call(name, request, context)
+        return wrapped
+
+    def _stream(self, name: str, handler: Any) -> Callable[[bytes, Any], Awaitable[None]]:
+        async def wrapped(message: bytes, context: Any) -> None:
+            with self._call(name, context) as call:
+                request = await self._read(call, message, handler.request_deserializer)
+                answers: AsyncIterator[Any] = handler.unary_stream(request, context)
+                call.messages = 0
+                async with contextlib.aclosing(answers):  # type: ignore[type-var]  # it is a generator
+                    async for answer in answers:
+                        await self._writers.write(context, answer)
+                        call.messages += 1
+            await call.end()
+
+        return wrapped
+
+    @contextlib.contextmanager
+    def _call(self, name: str, context: Any) -> Iterator[Call]:
+        """A call while it is served. An error is kept for its end, which gives back first what the call held: telling
+        a caller who does not read can take as long as it likes."""
+        caller = anonymous(context.peer())
+        self._active += 1
         try:
-            answer = await handle(request, context)
-        except asyncio.CancelledError:
-            call.left()
-            raise
-        except Exception as error:
-            await call.fail(error)
-            raise AssertionError("abort raises") from error
-        call.done(grpc.StatusCode.OK)
-        return answer
+            with self._ledger.account(caller) as account:
+                call = Call(name, caller, account, context)
+                try:
+                    yield call
+                except asyncio.CancelledError:
+                    call.left()
+                    raise
+                except Exception as error:
+                    call.error = error
+            if isinstance(call.error, Stalled):
+                self._ledger.hold_after(caller, call.error.message_bytes, context)
+        finally:
+            self._active -= 1
+            self._idle.set()
 
-    return wrapped
+    async def _read(self, call: Call, message: bytes, parse: Callable[[bytes], Message]) -> Message:
+        """The request.
 
-
-def _stream(name: str, handle: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def wrapped(request: Any, context: Any) -> AsyncIterator[Any]:
-        call = _Call(name, request, context)
-        messages = 0
+        Raises:
+            RpcError: UNAVAILABLE where the server stops, RESOURCE_EXHAUSTED where there is no room for it,
+                INVALID_ARGUMENT where it is none.
+        """
+        if self._stopping:
+            raise stopping()
+        call.account.hold_message(len(message))
         try:
-            async for answer in handle(request, context):
-                messages += 1
-                yield answer
-        except (asyncio.CancelledError, GeneratorExit):
-            call.left(messages=messages)
-            raise
-        except Exception as error:
-            await call.fail(error)
-            raise AssertionError("abort raises") from error
-        call.done(grpc.StatusCode.OK, messages=messages)
-
-    return wrapped
+            if len(message) <= _PARSED_AT_ONCE:
+                request = parse(message)
+            else:
+                request = await self._checks.run(parse, message)
+        except DecodeError:
+            raise malformed(getattr(parse, "__self__", Message).DESCRIPTOR.full_name) from None
+        call.name_after(request)
+        return request

@@ -18,8 +18,8 @@ from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.questions import MAX_FOUND, MAX_LISTED, MAX_QUERY_CHARS
 from turbolens_server.rpc.queue import QueueLimits
+from turbolens_server.rpc.transport import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from turbolens_server.rpc.validation import (
-    MAX_MESSAGE_BYTES,
     MAX_REQUEST_ID_CHARS,
     RequestLimits,
     Selection,
@@ -224,6 +224,9 @@ def model(
             max_found=MAX_FOUND,
             max_request_features=limits.max_request_features,
             max_references=limits.max_references,
+            max_request_bytes=MAX_REQUEST_BYTES,
+            max_selected=limits.max_selected,
+            max_saes=limits.max_saes,
         ),
         defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
         edit_kinds=list(KINDS),

@@ -113,10 +113,33 @@ def not_found(what: str) -> RpcError:
     return RpcError(grpc.StatusCode.NOT_FOUND, what, "NOT_FOUND")
 
 
-def overloaded(waiting: str, retry_after_s: float) -> RpcError:
-    """RESOURCE_EXHAUSTED: the queue is full; `waiting` says of what."""
-    message = f"the queue is full ({waiting}); try again in {retry_after_s:.1f} s"
-    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, "QUEUE_FULL", retry_after_s=retry_after_s)
+def overloaded(what: str, retry_after_s: float, reason: str = "QUEUE_FULL") -> RpcError:
+    """RESOURCE_EXHAUSTED: the server is full for now; `what` says of what."""
+    message = f"the server is full ({what}); try again in {retry_after_s:.1f} s"
+    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason, retry_after_s=retry_after_s)
+
+
+def malformed(kind: str) -> RpcError:
+    """INVALID_ARGUMENT: bytes that are no message of this kind."""
+    message = f"the bytes received are no {kind}; is the caller made for another version of this service?"
+    return RpcError(grpc.StatusCode.INVALID_ARGUMENT, message, "MALFORMED_MESSAGE", metadata={"message": kind})
+
+
+class Stalled(RpcError):
+    """ABORTED: a stream's caller takes nothing, and what waits for it holds memory."""
+
+    def __init__(self, after_s: float, message_bytes: int) -> None:
+        message = f"the caller took nothing for {after_s:g} s; read a stream as it comes, or ask for less at once"
+        super().__init__(
+            grpc.StatusCode.ABORTED, message, "STREAM_NOT_READ", metadata={"seconds": f"{after_s:g}"}
+        )  # fmt: skip
+        self.message_bytes = message_bytes
+        """Of the message that it did not take."""
+
+
+def stopping() -> RpcError:
+    """UNAVAILABLE: the server was told to stop; another may serve."""
+    return RpcError(grpc.StatusCode.UNAVAILABLE, "the server is stopping", "STOPPING", retry_after_s=1.0)
 
 
 def expired() -> RpcError:

@@ -28,6 +28,8 @@ T = TypeVar("T")
 MAX_LISTED: Final = 1000
 MAX_FOUND: Final = 100
 MAX_QUERY_CHARS: Final = 200
+MAX_SAES: Final = 64
+"""SAEs that a request or a search may name."""
 _LIST_DEFAULT: Final = 100
 _SEARCH_DEFAULT: Final = 10
 _NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>[0-9]+))?")
@@ -88,7 +90,9 @@ def check_search(request: pb.SearchFeaturesRequest, saes: Sequence[str]) -> None
         violations.append(Violation("query", "is empty; give a word or a few"))
     elif len(request.query) > MAX_QUERY_CHARS:
         violations.append(Violation("query", f"has {len(request.query)} characters; at most {MAX_QUERY_CHARS}"))
-    for i, sae in enumerate(request.saes):
+    if len(request.saes) > MAX_SAES:
+        violations.append(Violation("saes", f"got {len(request.saes)} names; at most {MAX_SAES}"))
+    for i, sae in enumerate(request.saes[:MAX_SAES]):
         if sae not in saes:
             have = ", ".join(saes) or "none"
             violations.append(Violation(f"saes[{i}]", f"got {sae[:60]!r}; this server has {have}"))

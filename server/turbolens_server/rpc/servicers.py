@@ -28,7 +28,9 @@ from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
 from turbolens_server.rpc import convert, questions
-from turbolens_server.rpc.calls import current_deadline, current_request_id
+from turbolens_server.rpc.admission import answer_bytes
+from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
+from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import loading, not_finite
 from turbolens_server.rpc.queue import Queue, Queued
 from turbolens_server.rpc.validation import (
@@ -57,6 +59,7 @@ class Room:
 
     def __init__(self, limits: RequestLimits) -> None:
         self.limits = limits
+        self.checks = CheckPool()
         self.ready: Ready | None = None
 
     def get(self) -> Ready:
@@ -69,17 +72,24 @@ class Room:
             raise loading()
         return self.ready
 
+    async def valid(self, check: Callable[..., ValidRequest], request: Any, **options: Any) -> ValidRequest:
+        """A checked request, whose results there is room for.
+
+        The call's line in the log says how many pictures it is for.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT where it cannot be served, RESOURCE_EXHAUSTED where there is no room.
+        """
+        info = self.get().engine.info
+        valid = await self.checks.run(check, request, info, self.limits, **options)
+        structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
+        current_call().account.hold_answer(answer_bytes(valid.jobs, info))
+        return valid
+
 
 async def _off_loop(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """Image coding and packing take milliseconds that the event loop does not have."""
     return await asyncio.to_thread(function, *arguments, **options)
-
-
-async def _valid(check: Callable[..., ValidRequest], *arguments: Any, **options: Any) -> ValidRequest:
-    """A checked request; the call's line in the log says how many pictures it is for."""
-    valid = await _off_loop(check, *arguments, **options)
-    structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
-    return valid
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
@@ -102,7 +112,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._room.get()
-        valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
+        valid = await self._room.valid(validate_generate, request)
         results = await ready.queue.run(valid.jobs, current_deadline())
         pack = convert.Packer(valid, ready.catalog.labels_of)
         made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
@@ -117,7 +127,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation.StreamGenerateResponse]:
         ready = self._room.get()
-        valid = await _valid(validate_generate, request, ready.engine.info, self._room.limits)
+        valid = await self._room.valid(validate_generate, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
@@ -152,7 +162,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.ExtractFeaturesRequest, context: Context
     ) -> features.ExtractFeaturesResponse:
         ready = self._room.get()
-        valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
+        valid = await self._room.valid(validate_extract, request)
         results = await ready.queue.run(valid.jobs, current_deadline())
         pack = convert.Packer(valid, ready.catalog.labels_of)
         return features.ExtractFeaturesResponse(
@@ -166,7 +176,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.StreamFeaturesRequest, context: Context
     ) -> AsyncIterator[features.StreamFeaturesResponse]:
         ready = self._room.get()
-        valid = await _valid(validate_extract, request, ready.engine.info, self._room.limits)
+        valid = await self._room.valid(validate_extract, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ FloatGrid = npt.NDArray[np.float32]
 
 MAX_EDGE = 4096
 """Pixels of a mask's PNG, each way."""
+_PNG_HEAD = struct.Struct(">8sI4sII")
+_PNG_CHUNKS = 4096
+"""Chunks of a mask's PNG, at most."""
 _CELL_SAMPLES = 16
 """Samples per cell and direction when a polygon is rasterised."""
 
@@ -128,6 +132,27 @@ def _area_average(cells: int, samples: int) -> npt.NDArray[np.float64]:
     return weights
 
 
+def png_size(data: bytes) -> tuple[int, int] | None:
+    """The (width, height) that a PNG says it has, from its first bytes; None where they are no PNG's."""
+    if len(data) < _PNG_HEAD.size:
+        return None
+    signature, _, kind, width, height = _PNG_HEAD.unpack_from(data)
+    return (width, height) if (signature, kind) == (b"\x89PNG\r\n\x1a\n", b"IHDR") else None
+
+
+def _pixels_only(data: bytes) -> bytes:
+    """A PNG without what is not pixels: texts and colour profiles are packed too, and unpack to anything."""
+    kept, at = [data[:8]], 8
+    for _ in range(_PNG_CHUNKS):
+        if at + 12 > len(data):
+            return b"".join(kept)
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+    raise ValueError(f"not a readable PNG (more than {_PNG_CHUNKS} chunks)")
+
+
 def read_png(data: bytes) -> PictureMask:
     """A mask from the bytes of a grey PNG.
 
@@ -135,10 +160,14 @@ def read_png(data: bytes) -> PictureMask:
         ValueError: the bytes are no PNG, are broken, are not grey, or hold more than `MAX_EDGE` squared pixels; the
             text says which.
     """
+    if (size := png_size(data)) is None:
+        raise ValueError("not a readable PNG (it does not begin like one)")
+    if max(size) > MAX_EDGE:
+        raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_EDGE} x {MAX_EDGE} are allowed")
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.width > MAX_EDGE or image.height > MAX_EDGE:
-                raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_EDGE} x {MAX_EDGE} are allowed")
+        with Image.open(io.BytesIO(_pixels_only(data)), formats=["PNG"]) as image:
+            if image.size != size:
+                raise ValueError("not a readable PNG (it says two sizes)")
             sixteen = image.mode.startswith("I")
             if not sixteen and image.mode not in ("1", "L"):  # how dark is a colour, and is what is clear black?
                 raise ValueError(f"pixels of mode {image.mode}; a mask is a grey PNG, of 1, 8 or 16 bits and no alpha")

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
-import grpc
 import pytest
 from fake_engine import FakeEngine
-
-from turbolens_proto.v1 import feature_service_pb2_grpc, generation_service_pb2_grpc, model_service_pb2_grpc
-from turbolens_server.config import ServerConfig
-from turbolens_server.serving import Serving
-
-
-@dataclasses.dataclass
-class Running:
-    """A server, its engine, and stubs to it."""
-
-    serving: Serving
-    engine: FakeEngine
-    channel: grpc.aio.Channel
-    address: str
-
-    def __post_init__(self) -> None:
-        self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
-        self.features = feature_service_pb2_grpc.FeatureServiceStub(self.channel)
-        self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+from serve import serve
 
 
 @pytest.fixture
@@ -61,13 +41,8 @@ def fake():
 @pytest.fixture
 async def loading(fake):
     """A server whose model is not there yet."""
-    serving = Serving(ServerConfig(max_queue=2))
-    port = await serving.start("127.0.0.1:0")
-    # Retries would hide what the server answers.
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_retries", 0)]) as channel:
-        yield Running(serving, fake, channel, f"127.0.0.1:{port}")
-    fake.gate.set()
-    await serving.stop(0)
+    async with serve(fake, ready=False, max_queue=2) as running:
+        yield running
 
 
 @pytest.fixture

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import weakref
 
 import grpc
+import numpy as np
 import pytest
 from fake_engine import FakeEngine, an_info
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serve import serve
 
 from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_server.engine.types import Job, NotFinite, Result
+from turbolens_server.rpc.admission import Ledger
+from turbolens_server.rpc.callers import Caller
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.queue import Queue, QueueLimits
 
@@ -123,17 +129,105 @@ async def test_positions_are_told_as_the_queue_moves(running):
     assert kinds == ["step", "picture", "done"]
 
 
-async def test_a_caller_who_does_not_read_holds_nobody_up(loading):
+@contextlib.asynccontextmanager
+async def large_pictures(**settings):
+    """A server of 512 x 512 pixels, and stubs to it; its engine counts the pictures that are in memory."""
     engine = FakeEngine(dataclasses.replace(an_info(), default_size=(512, 512), sizes=((512, 512),)))
-    await loading.serving.make_ready(engine)
-    request = messages.stream_generate(prompt="", seeds=range(16), image={"format": run.IMAGE_FORMAT_RAW})
-    call = loading.generation.StreamGenerate(request)
-    await call.read()
-    async with grpc.aio.insecure_channel(loading.address) as channel:
-        method = "/turbolens.v1.GenerationService/Generate"
-        generate = channel.unary_unary(method, gs.GenerateRequest.SerializeToString, gs.GenerateResponse.FromString)
-        await generate(messages.generate(prompt="", seeds=[1]), timeout=10)
-    call.cancel()
+    alive, draw = weakref.WeakSet(), engine.picture
+
+    def counted(job):
+        picture = draw(job).view(Counted)
+        alive.add(picture)
+        return picture
+
+    engine.picture = counted
+    async with serve(engine, **settings) as running:
+        yield running.serving, engine, alive, running.generation
+
+
+class Counted(np.ndarray):
+    """A picture that can be in a set."""
+
+    __hash__ = object.__hash__
+
+
+def unread(stub, seeds: int = 16):
+    request = messages.stream_generate(prompt="", seeds=range(seeds), image={"format": run.IMAGE_FORMAT_RAW})
+    return stub.StreamGenerate(request)
+
+
+async def read_all(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_streams_that_nobody_reads_hold_no_more_than_the_limit_and_nobody_up():
+    picture_bytes, most = 512 * 512 * 3, 128 * 2**20
+    async with large_pictures(max_held_mib=most // 2**20) as (_, engine, alive, stub):
+        calls, refused = [], []
+        for _ in range(12):
+            call = unread(stub)
+            try:
+                await call.read()
+                calls.append(call)
+            except grpc.aio.AioRpcError as error:
+                refused.append(error)
+        async with asyncio.timeout(10):
+            while sum(len(batch) for batch in engine.batches) < 16 * len(calls):
+                await asyncio.sleep(0.01)
+        # Every picture that was made for them is somewhere between the engine and the wire.
+        assert len(alive) * picture_bytes <= most
+        assert calls
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert "requests hold" in refused[0].details()
+        for call in calls:
+            call.cancel()
+        await until(lambda: not alive)
+        await unread(stub).read()
+
+
+async def test_a_stream_that_nobody_reads_ends_in_time(log_lines):
+    async with large_pictures(stalled_s=0.3) as (serving, _, alive, stub):
+        call = unread(stub)
+        await call.read()
+        async with asyncio.timeout(10):
+            while not [line for line in log_lines if line["event"] == "rpc"]:
+                await asyncio.sleep(0.02)
+        assert log_lines[-1]["reason"] == "STREAM_NOT_READ"
+        await until(lambda: not alive)
+        assert serving._ledger.held < 2**20  # what gRPC still has of it
+        with pytest.raises(grpc.aio.AioRpcError, match=r"took nothing for 0\.3 s"):
+            await read_all(call)
+        await until(lambda: not serving._ledger.held)
+
+
+async def test_a_stream_that_nobody_reads_does_not_hold_up_the_end():
+    async with large_pictures() as (serving, _, alive, stub):
+        call = unread(stub)
+        await call.read()
+        await until(lambda: alive)
+        start = asyncio.get_running_loop().time()
+        await serving.stop(30)
+        assert asyncio.get_running_loop().time() - start < 10
+        del call
+
+
+async def test_a_request_that_can_never_fit_says_so():
+    async with large_pictures(max_held_mib=16) as (_, _, _, stub):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"needs about 25 MiB .* at most 14 MiB") as caught:
+            await stub.Generate(messages.generate(prompt="", seeds=range(16)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_one_caller_leaves_room_for_the_next():
+    ledger = Ledger(900)
+    with ledger.account(Caller("greedy")) as greedy, ledger.account(Caller("modest")) as modest:
+        for _ in range(8):
+            greedy.hold_answer(100)
+        with pytest.raises(RpcError, match="requests hold"):
+            greedy.hold_answer(1)
+        modest.hold_answer(10)
+    assert ledger.held == 0
 
 
 async def test_a_failing_engine_is_internal_and_goes_on(running):

@@ -411,7 +411,8 @@ def test_masks_cannot_cost_much_more_than_they_weigh():
     assert len(white["png"]) < 100_000
     start = time.perf_counter()
     found = violations(a_request(*[an_edit(mask=white)] * 3))
-    assert found.keys() == {"run.edits[1].mask.png", "run.edits[2].mask.png"}
+    assert found.keys() == {"run.edits[1].mask.png"}
+    assert time.perf_counter() - start < 0.5  # none was unpacked
     many = boxes(*((i / 512, i / 512, i / 512 + 0.3, i / 512 + 0.3) for i in range(256)))
     validate_generate(a_request(an_edit(mask=many)), INFO, LIMITS)
     assert time.perf_counter() - start < 10

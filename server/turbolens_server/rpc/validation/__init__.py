@@ -4,7 +4,6 @@ Pure functions of the request, of what the engine serves and of the limits.
 """
 
 from turbolens_server.rpc.validation.checks import (
-    MAX_MESSAGE_BYTES,
     MAX_REFERENCES,
     MAX_REQUEST_ID_CHARS,
     RequestLimits,
@@ -13,7 +12,6 @@ from turbolens_server.rpc.validation.requests import ValidRequest, validate_extr
 from turbolens_server.rpc.validation.selection import Selection
 
 __all__ = [
-    "MAX_MESSAGE_BYTES",
     "MAX_REFERENCES",
     "MAX_REQUEST_ID_CHARS",
     "RequestLimits",

@@ -8,12 +8,13 @@ from typing import Any, Final
 
 from turbolens_proto.v1 import steering_pb2
 from turbolens_server.engine.info import EngineInfo
-from turbolens_server.rpc.errors import Violation
+from turbolens_server.rpc.errors import Violation, invalid
 
 MAX_REQUEST_ID_CHARS: Final = 128
-MAX_MESSAGE_BYTES: Final = 64 * 2**20
 MAX_REFERENCES: Final = 4
 _SHOWN: Final = 60  # characters of a received value in an error
+_MOST_VIOLATIONS: Final = 100
+"""No more are looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,10 @@ class RequestLimits:
     max_features_per_edit: int = 1024
     max_request_features: int = 4096
     """Features of all edits, those taken away included."""
+    max_selected: int = 4096
+    """Features that a request may name to have only those."""
+    max_saes: int = 64
+    """SAEs that a request or a search may name, and options of SAEs."""
     max_references: int = MAX_REFERENCES
     """Each takes a row of a batch beside its picture's."""
     max_strength: float = 1000.0
@@ -51,12 +56,27 @@ class Checks:
         """Features that an SAE has in this request, where it is not read whole."""
 
     def wrong(self, field: str, description: str) -> None:
-        """Something is wrong with a field."""
+        """Something is wrong with a field.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT once so much is wrong that more would help nobody.
+        """
         self.violations.append(Violation(field, description))
+        if len(self.violations) >= _MOST_VIOLATIONS:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """End here where anything is wrong.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
+        """
+        if self.violations:
+            raise invalid(self.violations)
 
     def bad(self, field: str, value: Any, allowed: str) -> None:
         """A value that is not allowed."""
-        shown = repr(value)
+        shown = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         self.wrong(field, f"got {shown}; {allowed}")
 

@@ -10,12 +10,12 @@ from turbolens_server.steering.masks import Box, BoxMask, Mask, PolygonMask, rea
 
 
 class MaskChecks:
-    """Checks the masks of one request, which share a bound on shapes, corners and pixels."""
+    """Checks the masks of one request, which share a bound on shapes and corners."""
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
         self._limits = checks.limits
-        self._pixels = self._shapes = self._corners = 0
+        self._shapes = self._corners = 0
 
     def mask(self, field: str, mask: steering_pb2.Mask) -> Mask | None:
         """A mask; None where something is wrong with it."""
@@ -37,11 +37,6 @@ class MaskChecks:
             picture = read_png(data)
         except ValueError as error:
             self._checks.wrong(field, str(error))
-            return None
-        self._pixels += picture.weights.size
-        if self._pixels > self._limits.max_mask_pixels:
-            allowed = f"the PNG masks of a request may hold {self._limits.max_mask_pixels} pixels in all"
-            self._checks.bad(field, f"{picture.weights.size} pixels", allowed)
             return None
         if not picture.weights.any():
             self._checks.wrong(field, "is black everywhere: the edit would act nowhere")

@@ -7,7 +7,7 @@ import dataclasses
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job, Reference
-from turbolens_server.rpc.errors import invalid
+from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
 from turbolens_server.rpc.validation.runs import check_references, check_sampling, check_seeds, check_source
@@ -39,13 +39,14 @@ def validate_generate(request: GenerateLike, info: EngineInfo, limits: RequestLi
         RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
     """
     checks = Checks(info, limits)
+    check_bounds(checks, "run", request.run)
     previews = isinstance(request, generation_service_pb2.StreamGenerateRequest) and request.previews
     if previews and not info.previews:
         checks.wrong("previews", f"the scheduler {info.scheduler} has no estimate of the picture before its last step")
     _check_request_id(checks, request.request_id)
     valid = _run(checks, request.run, picture=True, previews=previews)
     kind, quality = _image(checks, request.image)
-    _refuse(checks)
+    checks.refuse()
     return dataclasses.replace(valid, image_format=kind, image_quality=quality, return_latents=request.return_latents)
 
 
@@ -56,15 +57,11 @@ def validate_extract(request: ExtractLike, info: EngineInfo, limits: RequestLimi
         RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
     """
     checks = Checks(info, limits)
+    check_bounds(checks, "run", request.run)
     _check_request_id(checks, request.request_id)
     valid = _run(checks, request.run, picture=False, previews=False)
-    _refuse(checks)
+    checks.refuse()
     return valid
-
-
-def _refuse(checks: Checks) -> None:
-    if checks.violations:
-        raise invalid(checks.violations)
 
 
 def _check_request_id(checks: Checks, value: str) -> None:

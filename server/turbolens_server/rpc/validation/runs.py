@@ -67,8 +67,6 @@ def _timesteps(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tuple[
     last = info.train_timesteps - 1
     if not info.takes_timesteps:
         checks.wrong(field, f"the scheduler {info.scheduler} chooses its own; leave them out")
-    elif len(given) > info.max_steps:
-        checks.bad(field, f"{len(given)} timesteps", f"at most {info.max_steps} are allowed")
     elif sampling.HasField("steps") and sampling.steps != len(given):
         checks.bad(field, list(given), f"must be as many as sampling.steps, which is {sampling.steps}")
     elif not all(0 <= t <= last for t in given) or any(b >= a for a, b in itertools.pairwise(given)):
@@ -80,9 +78,6 @@ def _timesteps(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tuple[
 
 def check_seeds(checks: Checks, field: str, seeds: Sequence[int]) -> list[int]:
     """The seeds; one that is drawn here where there are none."""
-    if len(seeds) > checks.limits.max_seeds:
-        checks.bad(field, f"{len(seeds)} seeds", f"at most {checks.limits.max_seeds} are allowed")
-        return [0]
     for i, seed in enumerate(seeds):
         _seed(checks, f"{field}[{i}]", seed)
     return list(seeds) or [secrets.randbelow(2**31)]

@@ -14,7 +14,7 @@ from turbolens_proto.v1 import run_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_server.embedded import start
 from turbolens_server.engine.engine import Engine
-from turbolens_server.rpc.validation import MAX_MESSAGE_BYTES
+from turbolens_server.rpc.transport import MAX_MESSAGE_BYTES
 from turbolens_training.activations.stream import PromptStream, collect_updates
 from turbolens_training.sae.config import SaeConfig
 

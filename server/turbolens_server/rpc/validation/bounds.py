@@ -1,0 +1,40 @@
+"""Bounds that cost nothing to look at, before any part of a request is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from turbolens_proto.v1 import run_pb2
+from turbolens_server.rpc.validation.checks import Checks
+from turbolens_server.steering.masks import png_size
+
+
+def check_bounds(checks: Checks, field: str, run: run_pb2.Run) -> None:
+    """Refuse what is too much: lists by their length, masks by what their headers say.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT.
+    """
+    limits = checks.limits
+    lists: tuple[tuple[str, Sequence[Any], int], ...] = (
+        ("seeds", run.seeds, limits.max_seeds),
+        ("edits", run.edits, limits.max_edits),
+        ("sampling.timesteps", run.sampling.timesteps, checks.info.max_steps),
+        ("sae_options", run.sae_options, limits.max_saes),
+        ("features.saes", run.features.saes, limits.max_saes),
+        ("features.only", run.features.only, limits.max_selected),
+    )
+    for name, items, most in lists:
+        if len(items) > most:
+            checks.bad(f"{field}.{name}", f"{len(items)} {name.rpartition('.')[2]}", f"at most {most} are allowed")
+    checks.refuse()
+    pixels = 0
+    for i, edit in enumerate(run.edits):
+        pixels += math.prod(png_size(edit.mask.png) or (0, 0))
+        if pixels > limits.max_mask_pixels:
+            allowed = f"the PNG masks of a request may hold {limits.max_mask_pixels} pixels in all"
+            checks.bad(f"{field}.edits[{i}].mask.png", f"{pixels} pixels up to here", allowed)
+            break
+    checks.refuse()

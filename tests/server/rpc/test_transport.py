@@ -1,0 +1,115 @@
+"""What a connection may do before a call is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
+from serve import serve
+
+from tests import messages
+from turbolens_server.rpc import transport
+
+GENERATE = "/turbolens.v1.GenerationService/Generate"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+PING = b"\0\0\x08\x06\0\0\0\0\0" + b"harmless"
+
+
+def raw(running, method: str = GENERATE):
+    return running.channel.unary_unary(method)
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_compressed_call_is_refused_before_it_is_unpacked(running, compression):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await raw(running)(bytes(1000), compression=compression)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "disabled" in caught.value.details()
+    await running.generation.Generate(messages.generate(prompt=""))
+
+
+async def test_a_request_over_the_limit_is_refused(running):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await raw(running)(bytes(transport.MAX_REQUEST_BYTES + 1))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("message", [b"\xff", b"\x0a\xff\xff", b"\x0a\x02\xff\xfe"], ids=["tag", "length", "utf-8"])
+async def test_bytes_that_are_no_message_are_the_callers_fault(running, log_lines, message):
+    with pytest.raises(grpc.aio.AioRpcError, match=r"no turbolens\.v1\.GenerateRequest") as caught:
+        await raw(running)(message, metadata=[("x-request-id", "garbled")])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["x-request-id"] == "garbled"
+    (line,) = [line for line in log_lines if line["event"] == "rpc"]
+    assert (line["request_id"], line["code"], line["reason"]) == ("garbled", "INVALID_ARGUMENT", "MALFORMED_MESSAGE")
+
+
+async def test_one_connection_holds_so_many_calls_at_once(fake):
+    fake.gate.clear()
+    async with serve(fake, max_queue=500) as running:
+        request = messages.generate(prompt="", seeds=[1]).SerializeToString()
+        calls = [asyncio.ensure_future(ask_until_taken(running, request)) for _ in range(150)]
+        await asyncio.sleep(1)
+        assert running.serving._room.ready.queue.waiting + 1 <= transport.MAX_STREAMS  # one runs
+        fake.gate.set()
+        assert len(await asyncio.gather(*calls)) == 150
+
+
+async def ask_until_taken(running, request: bytes) -> bytes:
+    """What a caller's channel does by itself where it retries: calls that begin before it knows the bound are sent back
+    untouched."""
+    while True:
+        try:
+            return await raw(running)(request)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            await asyncio.sleep(0.1)
+
+
+async def test_connections_are_bounded(fake, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_CONNECTIONS", 3)
+    async with serve(fake) as running, contextlib.AsyncExitStack() as stack:
+        host, _, port = running.address.rpartition(":")
+        answered = []
+        for _ in range(6):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            stack.callback(writer.close)
+            writer.write(PREFACE)
+            answered.append(bool(await asyncio.wait_for(reader.read(9), 5)))
+        assert answered == [True] * 3 + [False] * 3
+
+
+async def test_who_pings_without_end_is_disconnected(running):
+    host, _, port = running.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(PREFACE + PING * 50)
+    seen = b""
+    async with asyncio.timeout(10):
+        while piece := await reader.read(4096):
+            seen += piece
+    assert b"too_many_pings" in seen
+    writer.close()
+    health = HealthStub(running.channel)
+    assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_tools_list_and_describe_the_services_in_both_versions_of_reflection(running, version):
+    ask = running.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    questions = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="turbolens.v1.GenerationService"),
+    ]
+    listed, described = [answer async for answer in ask(iter(questions))]
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"turbolens.v1.GenerationService", "grpc.health.v1.Health"} <= names
+    assert described.file_descriptor_response.file_descriptor_proto
