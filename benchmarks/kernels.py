@@ -35,7 +35,7 @@ FLUSH_BYTES: Final = 256 * 2**20
 TOLERANCE: Final = 2e-2
 """Largest difference to float32 of a value of some units: half-precision operands, in another order."""
 
-Run = Callable[[], Any]
+Launch = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +65,14 @@ def make_data(pictures: int) -> Data:
     )
 
 
-def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
+def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Launch]]:
     """What is compared, by kernel; the first of each is the baseline."""
     from turbolens_server.kernels import fused
 
     x, W_enc, bias, W_dec = data.x, data.W_enc, data.bias, data.W_dec
     every = dataclasses.replace(fused.TOPK_TILES, candidates=k)
 
-    def encode(tiles: Any) -> Run:
+    def encode(tiles: Any) -> Launch:
         return lambda: fused.encode_topk(x, W_enc, bias, k, tiles=tiles)
 
     topk = {
@@ -122,7 +122,7 @@ def contenders(data: Data, pictures: int, k: int) -> dict[str, dict[str, Run]]:
     }
 
 
-def check(name: str, run: Run, baseline: Run) -> int:
+def check(name: str, run: Launch, baseline: Launch) -> int:
     """Rows that a TopK encode did again; the result must be the baseline's.
 
     Raises:
@@ -136,7 +136,7 @@ def check(name: str, run: Run, baseline: Run) -> int:
     return int(ours[2].sum()) if name.startswith("encode_topk") else 0
 
 
-def capture(run: Run) -> torch.cuda.CUDAGraph:
+def capture(run: Launch) -> torch.cuda.CUDAGraph:
     """A graph of one run, warmed up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -150,7 +150,7 @@ def capture(run: Run) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(runs: dict[str, Run], rounds: int, *, cold: bool = True) -> dict[str, float]:
+def measure(runs: dict[str, Launch], rounds: int, *, cold: bool = True) -> dict[str, float]:
     """Median microseconds of each run, in interleaved rounds."""
     graphs = {name: capture(run) for name, run in runs.items()}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")

@@ -50,8 +50,8 @@ async def _serve(config: ServerConfig) -> int | None:
     log = get_logger()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sign, told.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
     serving = Serving(config)
     try:
         port = await serving.start(f"{config.host}:{config.port}")

@@ -32,7 +32,7 @@ from turbolens_server.rpc.calls import CallInterceptor, Writers
 from turbolens_server.rpc.errors import device_is_lost
 from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.rpc.reflection import enable_reflection
-from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Ready, Room
+from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Readiness, Ready
 from turbolens_server.rpc.transport import server_options
 from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
 from turbolens_server.unet.backend import BackendError
@@ -73,7 +73,7 @@ class Serving:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._room = Room(
+        self._readiness = Readiness(
             RequestLimits(max_seeds=config.max_seeds, max_references=min(MAX_REFERENCES, config.max_batch - 1))
         )
         self._health = health.HealthServicer()
@@ -81,12 +81,12 @@ class Serving:
         """The GPU answers this process no more: nothing but a new process can serve."""
         self._telling: asyncio.Task[None] | None = None
         self._ledger = Ledger(config.max_held_mib * 2**20)
-        self._calls = CallInterceptor(self._ledger, self._room.checks, Writers(config.stalled_s))
+        self._calls = CallInterceptor(self._ledger, self._readiness.checks, Writers(config.stalled_s))
         self._server = grpc.aio.server(interceptors=[self._calls], options=server_options())
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._room), self._server)
-        feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._room), self._server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._readiness), self._server)
+        feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._readiness), self._server)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(self._room), self._server
+            GenerationServicer(self._readiness), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
@@ -122,7 +122,7 @@ class Serving:
             if isinstance(error, FloatingPointError | BackendError):
                 raise LoadError(f"{engine.info.model}: {error}") from error
             raise
-        self._room.ready = Ready(engine, queue, catalog)
+        self._readiness.ready = Ready(engine, queue, catalog)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float) -> None:
@@ -130,9 +130,9 @@ class Serving:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         ended = await self._calls.drain(grace_s)
         await self._server.stop(_LAST_BYTES_S if ended else 0)
-        self._room.checks.close()
-        if self._room.ready is not None:
-            await self._room.ready.queue.close()
+        self._readiness.checks.close()
+        if self._readiness.ready is not None:
+            await self._readiness.ready.queue.close()
 
     def _on_error(self, error: Exception) -> None:
         if device_is_lost(error) and not self.device_lost.is_set():

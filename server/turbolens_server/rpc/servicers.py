@@ -54,7 +54,7 @@ class Ready:
     catalog: Catalog
 
 
-class Room:
+class Readiness:
     """Where the servicers find what serves; empty while the model loads."""
 
     def __init__(self, limits: RequestLimits) -> None:
@@ -95,24 +95,26 @@ async def _off_loop(function: Callable[..., T], *arguments: Any, **options: Any)
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """`turbolens.v1.ModelService`."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
 
     async def GetModel(self, request: models.GetModelRequest, context: Context) -> models.GetModelResponse:  # noqa: N802
-        ready = self._room.get()
-        model = convert.model(ready.engine.info, self._room.limits, ready.queue.limits, ready.catalog.label_counts())
+        ready = self._readiness.get()
+        model = convert.model(
+            ready.engine.info, self._readiness.limits, ready.queue.limits, ready.catalog.label_counts()
+        )
         return models.GetModelResponse(model=model)
 
 
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     """`turbolens.v1.GenerationService`."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
 
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
-        ready = self._room.get()
-        valid = await self._room.valid(validate_generate, request)
+        ready = self._readiness.get()
+        valid = await self._readiness.valid(validate_generate, request)
         results = await ready.queue.run(valid.jobs, current_deadline())
         pack = convert.Packer(valid, ready.catalog.labels_of)
         made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
@@ -126,8 +128,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def StreamGenerate(  # noqa: N802
         self, request: generation.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation.StreamGenerateResponse]:
-        ready = self._room.get()
-        valid = await self._room.valid(validate_generate, request)
+        ready = self._readiness.get()
+        valid = await self._readiness.valid(validate_generate, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
@@ -155,14 +157,14 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     """`turbolens.v1.FeatureService`."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
 
     async def ExtractFeatures(  # noqa: N802
         self, request: features.ExtractFeaturesRequest, context: Context
     ) -> features.ExtractFeaturesResponse:
-        ready = self._room.get()
-        valid = await self._room.valid(validate_extract, request)
+        ready = self._readiness.get()
+        valid = await self._readiness.valid(validate_extract, request)
         results = await ready.queue.run(valid.jobs, current_deadline())
         pack = convert.Packer(valid, ready.catalog.labels_of)
         return features.ExtractFeaturesResponse(
@@ -175,8 +177,8 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     async def StreamFeatures(  # noqa: N802
         self, request: features.StreamFeaturesRequest, context: Context
     ) -> AsyncIterator[features.StreamFeaturesResponse]:
-        ready = self._room.get()
-        valid = await self._room.valid(validate_extract, request)
+        ready = self._readiness.get()
+        valid = await self._readiness.valid(validate_extract, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
@@ -200,17 +202,17 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     async def ListFeatures(  # noqa: N802
         self, request: features.ListFeaturesRequest, context: Context
     ) -> features.ListFeaturesResponse:
-        return await _off_loop(questions.list_features, self._room.get().catalog, request)
+        return await _off_loop(questions.list_features, self._readiness.get().catalog, request)
 
     async def GetFeature(  # noqa: N802
         self, request: features.GetFeatureRequest, context: Context
     ) -> features.GetFeatureResponse:
-        return questions.get_feature(self._room.get().catalog, request)
+        return questions.get_feature(self._readiness.get().catalog, request)
 
     async def SearchFeatures(  # noqa: N802
         self, request: features.SearchFeaturesRequest, context: Context
     ) -> features.SearchFeaturesResponse:
-        ready = self._room.get()
+        ready = self._readiness.get()
         questions.check_search(request, ready.catalog.saes)
         query = request.query.strip()
         embedded = await ready.queue.call(lambda engine: engine.embed_text([query])[0])

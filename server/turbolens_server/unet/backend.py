@@ -17,7 +17,7 @@ PREDICTION: Final = "prediction"
 Affine = tuple[Tensor, Tensor]
 """Open-loop steering of one hook point, `gain * update + bias`: gain [B, 1, h, w], bias [B, d_model, h, w], float32."""
 
-Run = Callable[[Mapping[str, Affine], Sequence[str]], dict[str, Tensor]]
+GraphPass = Callable[[Mapping[str, Affine], Sequence[str]], dict[str, Tensor]]
 """(steering by hook point, where there is any; names of the outputs wanted) -> those outputs, by name."""
 
 
@@ -98,7 +98,7 @@ def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def steered_passes(
-    run: Run, grids: Mapping[str, tuple[int, int]], tap: Tap, wanted: Sequence[str]
+    run: GraphPass, grids: Mapping[str, tuple[int, int]], tap: Tap, wanted: Sequence[str]
 ) -> dict[str, Tensor]:
     """Run a graph whose steering is an input until every closed edit has seen the activations it depends on.
 

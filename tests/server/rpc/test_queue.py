@@ -41,7 +41,7 @@ async def until(condition) -> None:
 
 
 def waiting(running) -> int:
-    return running.serving._room.ready.queue.waiting
+    return running.serving._readiness.ready.queue.waiting
 
 
 async def test_a_full_queue_says_when_to_come_back_and_then_takes_more(running):

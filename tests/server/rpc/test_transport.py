@@ -55,7 +55,7 @@ async def test_one_connection_holds_so_many_calls_at_once(fake):
         request = messages.generate(prompt="", seeds=[1]).SerializeToString()
         calls = [asyncio.ensure_future(ask_until_taken(running, request)) for _ in range(150)]
         await asyncio.sleep(1)
-        assert running.serving._room.ready.queue.waiting + 1 <= transport.MAX_STREAMS  # one runs
+        assert running.serving._readiness.ready.queue.waiting + 1 <= transport.MAX_STREAMS  # one runs
         fake.gate.set()
         assert len(await asyncio.gather(*calls)) == 150
 
