@@ -100,6 +100,7 @@ bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/
 	@$(VENV)/bin/turbolens bench --device cpu --out benchmarks/results/mini-cpu.json
 	@$(PY) -m benchmarks.many_callers
 	@$(PY) -m benchmarks.served
+	@$(PY) -m benchmarks.references
 	@$(PY) -m benchmarks.report
 
 # With a GPU in half precision, each way in batches; without one in bfloat16, so that two copies fit in 24 GiB.
