@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
 
-.PHONY: help setup setup-dev demo test test-deploy test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
+.PHONY: help setup setup-dev demo test test-deploy rehearse fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
 	bench-train kernels bench-kernels clean
 
 help:            ## Say what there is
@@ -63,6 +63,13 @@ test: $(STAMP)dev        ## Pass the tests
 test-deploy: $(STAMP)deploy  ## Check the charts, the image and the alerts with helm, promtool and hadolint, without a cluster
 	@$(PY) -m pytest -n 2 --dist loadfile tests/deploy
 
+rehearse: $(STAMP)deploy  ## Kill a node of a training run from the chart; the fleet's simulation beside real servers
+	@$(PY) -m benchmarks.rehearsal.training
+	@$(PY) -m benchmarks.fleet check
+
+fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, losses, cold starts
+	@$(PY) -m benchmarks.fleet study
+
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
 
@@ -82,6 +89,7 @@ lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(VENV)/bin/buf breaking --against proto/baseline.binpb
 	@$(PY) tools/protos.py --check
 	@$(PY) tools/unasync.py --check
+	@$(PY) tools/chart.py --check
 
 unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
 	@$(PY) tools/unasync.py
