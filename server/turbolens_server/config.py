@@ -49,6 +49,9 @@ class ServerConfig:
     """Another VAE, by folder or hub id, such as a fast or a half-precision one."""
     size: int = 0
     """Edge of the pictures in pixels, which are square; 0: the model's own."""
+    lora: tuple[str, ...] = ()
+    """LoRAs to fuse into the model, `PATH` or `PATH=WEIGHT` each: a safetensors file in the layout of `diffusers` or of
+    kohya, a folder of one, or a hub id. SAEs of the model without them need --force-sae."""
     scheduler: str = ""
     """Another scheduler than the model's, by its class in `diffusers`: `LCM`, `TCD`, `DPMSolverMultistep`, ...; it must
     take one pass of the U-Net a step. Empty: the model's own."""

@@ -61,6 +61,7 @@ def load_from(config: ServerConfig) -> Engine:
         size=config.size or None,
         backend=config.backend,
         cache=Path(config.cache).expanduser() if config.cache else None,
+        loras=config.lora,
         scheduler=config.scheduler or None,
         timestep_spacing=config.timestep_spacing or None,
         timesteps=config.timesteps,

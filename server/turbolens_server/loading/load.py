@@ -22,6 +22,7 @@ from turbolens_server.loading.device import describe, pick_device, pick_dtype, v
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_components
 from turbolens_server.loading.hub import EMBEDDED, embedded_saes, resolve
+from turbolens_server.loading.lora import Fused, fuse_loras
 from turbolens_server.loading.memory import available_bytes, memory_need
 from turbolens_server.loading.model import folder_of, read_pipeline
 from turbolens_server.loading.random_sdxl import is_random, random_bundles
@@ -59,6 +60,7 @@ def load_engine(
     timestep_spacing: str | None = None,
     timesteps: Sequence[int] = (),
     embedded_guidance: float = 8.0,
+    loras: Sequence[str] = (),
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -83,6 +85,7 @@ def load_engine(
         timestep_spacing: "leading", "linspace" or "trailing"; None: as the model says.
         timesteps: those of runs of as many steps, falling; they are also the steps of a request that does not say.
         embedded_guidance: guidance scale of a U-Net that takes it as an embedding.
+        loras: each `PATH` or `PATH=WEIGHT`, fused into the model; SAEs of the model without them need `force_sae`.
 
     Raises:
         LoadError: with one clear line.
@@ -91,7 +94,7 @@ def load_engine(
     on = pick_device(device)
     precision = pick_dtype(dtype, on)
     available = available_bytes(on)
-    parts = _read_parts(model, on, precision, variant, vae)
+    parts = _read_parts(model, on, precision, variant, vae, loras)
     try:
         check_supported(parts.unet)
         sampler = choose_scheduler(parts.pipeline.scheduler, scheduler, timestep_spacing)
@@ -103,7 +106,8 @@ def load_engine(
     other = sampler is not parts.pipeline.scheduler
     components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
     points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
-    served = _open_saes(model, saes, points, parts.hash, force=force_sae, max_steps=max_steps)
+    changed = "unet" in parts.fused.parts
+    served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
     tapped = _tapped_points(model, hook_points, served, points)
     edge = parts.edge(size)
     need = memory_need(
@@ -160,6 +164,7 @@ def load_engine(
             takes_timesteps=able.timesteps,
             train_timesteps=int(sampler.config.num_train_timesteps),
             previews=able.previews,
+            loras=parts.fused.loras,
             embedded_guidance=1.0 if parts.unet.config.time_cond_proj_dim is None else embedded_guidance,
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
@@ -179,6 +184,7 @@ class _Parts:
     """Picture pixels for each pixel of a latent, each way."""
     hash: str
     components_hash: str
+    fused: Fused
 
     def edge(self, size: int | None) -> int:
         """A picture's edge: the model's own, or one that the U-Net can halve as often as it does.
@@ -194,18 +200,28 @@ class _Parts:
         return size
 
 
-def _read_parts(model: str, device: torch.device, dtype: torch.dtype, variant: str | None, vae: str | None) -> _Parts:
+def _read_parts(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: str | None,
+    vae: str | None,
+    loras: Sequence[str],
+) -> _Parts:
     folder = folder_of(model, variant)
     vae_folder = None if vae is None else resolve(vae, "--vae")
     pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
+    fused = fuse_loras(pipeline, loras)
+    components = unet_hash if folder is None else hash_components(folder, variant, vae_folder)
     return _Parts(
         pipeline=pipeline,
         unet=pipeline.unet.eval(),
         vae=load_vae(vae_folder, pipeline.vae, dtype).eval(),
         encoders=(pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()),
         downscale=pipeline.vae_scale_factor,
-        hash=unet_hash,
-        components_hash=unet_hash if folder is None else hash_components(folder, variant, vae_folder),
+        hash=fused.rehash(unet_hash) if "unet" in fused.parts else unet_hash,
+        components_hash=fused.rehash(components) if fused.parts - {"unet"} else components,
+        fused=fused,
     )
 
 
@@ -215,6 +231,7 @@ def _open_saes(
     points: Mapping[str, HookPoint],
     model_hash: str,
     *,
+    fused: bool,
     force: bool,
     max_steps: int,
 ) -> list[SaeInfo]:
@@ -227,7 +244,7 @@ def _open_saes(
         found = [SaeInfo(b.name, b.hook_point, b, forced=False) for b in random_bundles(model, points, model_hash)]
     else:
         named = [str(embedded_saes())] if sources is None and model == EMBEDDED else sources or ()
-        found = [sae for source in named for sae in load_saes(source, points.keys(), model_hash, force)]
+        found = [sae for source in named for sae in load_saes(source, points.keys(), model_hash, force, fused)]
     for sae in found:
         d_model = points[sae.hook_point].d_model
         if sae.bundle.d_model != d_model:

@@ -27,8 +27,8 @@ def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
     return name or None, block, path
 
 
-def load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[SaeInfo]:
-    """Every SAE that one `--sae` names."""
+def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: bool = False) -> list[SaeInfo]:
+    """Every SAE that one `--sae` names; `fused` says that the model is not the one of its folder."""
     name, hook_point, path = _parts_of(source, points)
     folder = resolve(path, "--sae", snapshot(SAE_PATTERNS))
     found = find_saes(folder)
@@ -50,8 +50,9 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool) -> list[Sa
             )
         foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
         if foreign and not force:
+            this = "this one, with --lora," if fused else "this one"
             raise LoadError(
-                f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but this one has "
+                f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but {this} has "
                 f"{model_hash[:12]}; pass --force-sae to serve it all the same (every result will say so)"
             )
         infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign))
