@@ -94,7 +94,14 @@ class ServerConfig:
     """Least severity that is logged."""
 
     def __post_init__(self) -> None:
-        least_of = {"port": 0, "max_steps": 1, "max_seeds": 1, "max_batch": 1, "batch_wait_ms": 0, "max_queue": 1}
+        least_of: dict[str, float] = {
+            "port": 0,
+            "max_steps": 1,
+            "max_seeds": 1,
+            "max_batch": 1,
+            "batch_wait_ms": 0,
+            "max_queue": 1,
+        }
         least_of |= {"max_queue_pictures": self.max_seeds, "grace_s": 0, "size": 0, "max_held_mib": 1, "stalled_s": 0.1}
         for name, least in least_of.items():
             if not getattr(self, name) >= least:  # not-a-number too
