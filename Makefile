@@ -29,12 +29,12 @@ $(STAMP)torch: constraints.txt | $(VENV)/bin/python
 
 $(STAMP)run: $(PROJECTS) $(STAMP)torch
 	@echo "Installing TurboLens and what it runs on"
-	@$(PIP) --editable ./server --editable '.[server]'
+	@$(PIP) --editable . --editable ./server
 	@touch $@
 
 $(STAMP)dev: $(PROJECTS) $(STAMP)run
 	@echo "Installing what training, tests and checks need"
-	@$(PIP) --editable ./server --editable ./training --editable '.[server,training,dev]'
+	@$(PIP) --editable . --editable ./server --editable ./training --editable '.[dev]'
 	@touch $@
 
 $(STAMP)deploy: $(PROJECTS) tools/deploy_tools.py $(STAMP)dev

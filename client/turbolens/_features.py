@@ -18,6 +18,7 @@ from turbolens_proto.v1 import feature_service_pb2, run_pb2
 if TYPE_CHECKING:
     from PIL import Image
 
+
 @runtime_checkable
 class HasImage(Protocol):
     """A picture of ours."""
