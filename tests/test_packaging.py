@@ -1,4 +1,4 @@
-"""What pip installs: three distributions from one repository, each with all of its files and nothing of the others."""
+"""What pip installs: four distributions from one repository, each with all of its files and nothing of the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROJECTS = (ROOT, ROOT / "server", ROOT / "training")
+PROJECTS = (ROOT, ROOT / "server", ROOT / "training", ROOT / "studio")
 
 
 def project(folder: Path) -> dict:
@@ -80,13 +80,13 @@ def test_every_extra_of_the_others_is_one_of_the_sdk():
 def wheels(tmp_path_factory) -> dict[str, Path]:
     """A wheel of each distribution, by its name; built from a copy, since a build leaves files where it runs."""
     copy, out = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("wheels")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for name in ("client", "server", "training"):
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "web")
+    for name in ("client", "server", "training", "studio"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-    command = [*pip, "--no-build-isolation", "--wheel-dir", str(out), ".", "./server", "./training"]
+    command = [*pip, "--no-build-isolation", "--wheel-dir", str(out), ".", "./server", "./training", "./studio"]
     subprocess.run(command, cwd=copy, check=True)
     return {path.name.split("-")[0]: path for path in out.glob("*.whl")}
 
@@ -116,7 +116,7 @@ def python(*paths: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_sdk_is_a_small_wheel_that_runs_alone(wheels, others, tmp_path):
-    assert wheels.keys() == {"turbolens", "turbolens_server", "turbolens_training"}
+    assert wheels.keys() == {"turbolens", "turbolens_server", "turbolens_studio", "turbolens_training"}
     assert wheels["turbolens"].stat().st_size < 2**18
     inside = {name.partition("/")[0] for name in zipfile.ZipFile(wheels["turbolens"]).namelist()}
     assert inside == {"turbolens", "turbolens_proto", "turbolens-0.1.0.dist-info"}
@@ -125,7 +125,7 @@ def test_the_sdk_is_a_small_wheel_that_runs_alone(wheels, others, tmp_path):
     helped = python(light, others, code=code.format(["--help"]))
     assert helped.stdout.startswith(f"{light}/turbolens/__init__.py False\n"), helped.stderr
     assert "turbolens generate" in helped.stdout
-    for argv, extra in ((["serve"], "server"), (["train"], "training")):
+    for argv, extra in ((["serve"], "server"), (["train"], "training"), (["studio"], "studio")):
         refused = python(light, others, code=code.format(argv))
         assert refused.returncode == 1
         assert refused.stderr == f"turbolens {argv[0]} is not installed: pip install 'turbolens[{extra}]'\n"
@@ -147,6 +147,13 @@ with tl.connect("embedded", warm_up=False) as lens:
     assert served.stdout.endswith("(128, 128)\n")
 
 
+def test_the_studio_is_a_wheel_that_brings_its_page(wheels):
+    inside = zipfile.ZipFile(wheels["turbolens_studio"]).namelist()
+    assert {name.partition("/")[0] for name in inside} == {"turbolens_studio", "turbolens_studio-0.1.0.dist-info"}
+    page = {name.rpartition("/")[2] for name in inside if name.startswith("turbolens_studio/static/")}
+    assert {"index.html", "studio.js", "studio.css", "icon.svg"} <= page
+
+
 def test_every_command_is_where_its_code_is(wheels):
     """An entry point names a function of its own distribution; the SDK's command knows which extra brings it."""
     from turbolens.cli import _EXTRAS
@@ -160,5 +167,5 @@ def test_every_command_is_where_its_code_is(wheels):
         found |= dict.fromkeys(
             re.findall(r"^(\w+) = ", text.partition("[turbolens.commands]")[2].partition("\n[")[0], re.M), name
         )
-    extras = {"turbolens_server": "server", "turbolens_training": "training"}
+    extras = {"turbolens_server": "server", "turbolens_studio": "studio", "turbolens_training": "training"}
     assert {command: extras[name] for command, name in found.items()} == _EXTRAS

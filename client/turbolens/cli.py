@@ -20,6 +20,7 @@ from turbolens._results import format_of
 COMMANDS: Final = "turbolens.commands"
 _EXTRAS: Final = {
     "serve": "server",
+    "studio": "studio",
     "engine": "server",
     "bench": "server",
     "sae": "server",
@@ -328,6 +329,7 @@ def _installed(command: str, argv: list[str]) -> None:
 _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, and steering by those features
 
   turbolens serve                       serve a model (see turbolens serve --help)
+  turbolens studio                      explore, paint and compare in a browser; with --embedded, on a model of its own
   turbolens generate "a blue ring ..."  make a picture, steered or not
   turbolens extract "a blue ring ..."   show the features behind a picture
   turbolens features search blue        find features by words; also: list, show

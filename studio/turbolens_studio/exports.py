@@ -1,0 +1,168 @@
+"""What leaves the studio and comes back: pictures that hold how they were made, steering files, Python, zips."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from importlib.metadata import version
+from typing import Any, Final
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import turbolens as tl
+from turbolens_studio.wire import BadRun, Run
+from turbolens_studio.workshop import Made
+
+SCHEMA: Final = "turbolens.steering/1"
+"""Kind and version of the JSON in files and pictures."""
+PNG_KEY: Final = "turbolens"
+"""Of the text chunk of a PNG."""
+_STEERING: Final = "steering.json"
+_MAX_TEXT: Final = 16 * 2**20
+
+
+class ForeignFile(ValueError):
+    """A file that the studio did not write, or that is broken or too new; the text says which."""
+
+
+def steering(run: Run, made: Made | None = None) -> dict[str, Any]:
+    """How a picture is made, as JSON; with what made it, where it was made."""
+    told: dict[str, Any] = {"schema": SCHEMA, **run.settings()}
+    if made is not None:
+        told["made"] = {
+            "studio": version("turbolens"),
+            "key": made.key,
+            "picture": made.name,
+            "provenance": made.provenance,
+        }
+    return told
+
+
+def as_json(run: Run, made: Made | None = None) -> bytes:
+    """A steering file."""
+    return (json.dumps(steering(run, made), indent=2) + "\n").encode()
+
+
+def as_png(run: Run, made: Made) -> bytes:
+    """The picture with its steering file in a text chunk."""
+    chunks, file = PngInfo(), io.BytesIO()
+    chunks.add_itxt(PNG_KEY, json.dumps(steering(run, made)))
+    Image.fromarray(made.pixels).save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def as_python(run: Run, target: str) -> str:
+    """A program that makes the picture again through the SDK."""
+    uses_png = any(edit.mask is not None and edit.mask.message.WhichOneof("shape") == "png" for edit in run.edits)
+    lines = (["import base64", ""] if uses_png else []) + ["import turbolens as tl", ""]
+    lines.append(f"with tl.connect({target!r}) as lens:")
+    settings = f"{run.prompt!r}, seed={run.seed}" + (f", steps={run.steps}" if run.steps is not None else "")
+    if not run.edits:
+        lines.append(f"    picture = lens.generate({settings})")
+    else:
+        lines.append("    steer = [")
+        lines += [f"        {_call(edit)}," for edit in run.edits]
+        lines += ["    ]", f"    picture = lens.generate({settings}, steer=steer)"]
+    lines.append('picture.save("picture.png")')
+    return "\n".join(lines) + "\n"
+
+
+def _call(edit: tl.Edit) -> str:
+    terms = [(str(ref), weight) for ref, weight in edit.features]
+    if any(weight is not None for _, weight in terms):
+        features = repr({name: 1.0 if weight is None else weight for name, weight in terms})
+    else:
+        features = repr(terms[0][0] if len(terms) == 1 else [name for name, _ in terms])
+    said = [features, repr(edit.amount)]
+    said += [f"unit={edit.unit!r}"] if edit.unit != "mean" else []
+    said += [f"mask={_mask(edit.mask)}"] if edit.mask is not None else []
+    said += [f"steps={edit.steps}"] if edit.steps is not None else []
+    return f"tl.{'set_to' if edit.kind == 'set' else edit.kind}({', '.join(said)})"
+
+
+def _mask(mask: tl.Mask) -> str:
+    message = mask.message
+    match message.WhichOneof("shape"):
+        case "boxes":
+            return f"tl.boxes({', '.join(str((b.left, b.top, b.right, b.bottom)) for b in message.boxes.boxes)})"
+        case "polygons" if len(message.polygons.polygons) == 1:
+            return f"tl.polygon({', '.join(str((p.x, p.y)) for p in message.polygons.polygons[0].points)})"
+        case "png":
+            return f"tl.mask(base64.b64decode({base64.b64encode(message.png).decode()!r}))"
+        case shape:
+            raise ValueError(f"a mask of {shape} has no words in the SDK")
+
+
+def as_zip(run: Run, made: Made, before: Made, target: str) -> bytes:
+    """Everything: steering file, edits for the command line, masks, pictures before and after, and the program."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_STEERING, as_json(run, made))
+        archive.writestr("edits.json", tl.edits_to_json(run.edits))
+        archive.writestr("replay.py", as_python(run, target))
+        archive.writestr("before.png", as_png(Run(run.prompt, run.seed, run.steps), before))
+        archive.writestr("after.png", as_png(run, made))
+        for at, edit in enumerate(run.edits):
+            if edit.mask is not None and edit.mask.message.WhichOneof("shape") == "png":
+                archive.writestr(f"masks/{at}.png", edit.mask.message.png)
+    return file.getvalue()
+
+
+def read_any(data: bytes) -> dict[str, Any]:
+    """The settings in a PNG, a zip or a steering file that the studio wrote.
+
+    Raises:
+        ForeignFile: it is none, or broken, or of a newer schema.
+    """
+    if data.startswith(b"\x89PNG"):
+        text = _text_of_png(data)
+    elif data.startswith(b"PK"):
+        text = _text_of_zip(data)
+    else:
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            raise ForeignFile("neither a PNG, a zip nor a steering file") from None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise ForeignFile("no steering file: not JSON") from None
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), str):
+        raise ForeignFile("no steering file: it names no schema")
+    kind, _, number = found["schema"].partition("/")
+    if kind != SCHEMA.partition("/")[0]:
+        raise ForeignFile(f"of schema {found['schema'][:60]!r}, expected {SCHEMA!r}")
+    if number != SCHEMA.partition("/")[2]:
+        raise ForeignFile(f"of version {number[:20]!r}; this studio reads version {SCHEMA.partition('/')[2]}")
+    try:
+        run = Run.from_json({name: found.get(name) for name in ("prompt", "seed", "steps", "edits")})
+    except BadRun as error:
+        raise ForeignFile(f"broken at {error}") from None
+    return {**run.settings(), "made": found.get("made")}
+
+
+def _text_of_png(data: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(PNG_KEY)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ForeignFile(f"a broken PNG ({str(error)[:80]})") from None
+    if text is None:
+        raise ForeignFile("a PNG that does not say how it was made; those that the studio saves do")
+    return str(text)
+
+
+def _text_of_zip(data: bytes) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if archive.getinfo(_STEERING).file_size > _MAX_TEXT:
+                raise ForeignFile(f"a zip whose {_STEERING} is too large")
+            return archive.read(_STEERING).decode()
+    except KeyError:
+        raise ForeignFile(f"a zip without {_STEERING}") from None
+    except (zipfile.BadZipFile, UnicodeDecodeError, OSError) as error:
+        raise ForeignFile(f"a broken zip ({error})") from None

@@ -1,0 +1,179 @@
+"""Runs on the server, and the pictures that came of them: what was made once is not made again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import io
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+
+import turbolens as tl
+from turbolens_studio.connection import Connection
+from turbolens_studio.wire import Run
+
+_KEPT_BYTES: Final = 256 * 2**20
+Tell = Callable[[dict[str, Any], bytes], Awaitable[None]]
+"""Told of what happens during a run: what, and a picture's PNG or nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A picture and how it came about."""
+
+    key: str
+    """Of the run."""
+    pixels: npt.NDArray[np.uint8]  # [height, width, 3]
+    png: bytes
+    name: str
+    """By its pixels: equal pictures have one name."""
+    features: tuple[tl.BlockFeatures, ...]
+    """One for each SAE and step."""
+    provenance: dict[str, Any]
+    warnings: tuple[tl.Warning, ...]
+    batch_size: int
+    server_ms: float
+    """From asking the server until its picture was there."""
+
+    def about(self) -> dict[str, Any]:
+        """What a page needs to know beside the pixels."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "width": self.pixels.shape[1],
+            "height": self.pixels.shape[0],
+            "provenance": self.provenance,
+            "warnings": [dataclasses.asdict(warning) for warning in self.warnings],
+            "batchSize": self.batch_size,
+            "serverMs": round(self.server_ms, 2),
+        }
+
+
+def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A lossless picture, coded for speed: it is looked at and sent no further than the next program."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+class Workshop:
+    """Makes pictures through a connection and remembers them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._kept: OrderedDict[str, Made] = OrderedDict()
+        self._bytes = 0
+        self._generation = connection.generation
+
+    def known(self, run: Run) -> Made | None:
+        """The picture of a run that was made before, on the server that is there now, with the features asked for."""
+        if self._generation != self.connection.generation:
+            self._kept.clear()
+            self._bytes, self._generation = 0, self.connection.generation
+        made = self._kept.get(_cache_key(run))
+        if made is not None:
+            self._kept.move_to_end(_cache_key(run))
+        return made
+
+    async def make(self, run: Run, tell: Tell | None = None) -> Made:
+        """The picture of a run.
+
+        Raises:
+            TurboLensError: the server refused it, or is lost.
+        """
+        if (known := self.known(run)) is not None:
+            return known
+        lens = self.connection.lens
+        blocks: list[tl.BlockFeatures] = []
+        picture: tl.Picture | None = None
+        done: tl.Done | None = None
+        began = time.perf_counter()
+        ended = began
+        wanted: dict[str, Any] = {"steps": run.steps, "steer": run.edits, "previews": run.previews, "format": "raw"}
+        if run.only:
+            wanted |= {"only": list(run.only), "float32": True}
+        elif run.features:
+            wanted |= {"features": True, "float32": True}
+        # An asynchronous generator, which its type does not say.
+        events = cast("AsyncGenerator[Any, None]", lens.stream_generate(run.prompt, seed=run.seed, **wanted))
+        try:
+            async with contextlib.aclosing(events) as stream:
+                async for event in stream:
+                    match event:
+                        case tl.Queued(position=position):
+                            if tell:
+                                await tell({"kind": "queued", "position": position}, b"")
+                        case tl.Step(step=step, steps=steps, preview=preview):
+                            if tell:
+                                png = b"" if preview is None else await asyncio.to_thread(encode_png, preview.array)
+                                await tell({"kind": "step", "step": step, "steps": steps}, png)
+                        case tl.Features(block=block):
+                            blocks.append(block)
+                        case tl.PictureReady(picture=ready):
+                            picture, ended = ready, time.perf_counter()
+                        case tl.Done():
+                            done = event
+        except tl.Unavailable as error:
+            self.connection.lost(error)
+            raise
+        self.connection.heard()
+        if picture is None or done is None:
+            raise tl.TurboLensError("the server ended the run without a picture", code="INTERNAL")
+        pixels = picture.array
+        made = Made(
+            run.key,
+            pixels,
+            await asyncio.to_thread(encode_png, pixels),
+            hashlib.sha256(pixels.tobytes()).hexdigest()[:24],
+            tuple(blocks),
+            _told(done.provenance),
+            done.warnings,
+            picture.batch_size,
+            (ended - began) * 1000,
+        )
+        self._keep(run, made)
+        return made
+
+    async def make_all(self, runs: Sequence[Run], at_once: int = 4) -> list[Made]:
+        """The pictures of several runs, in order; those of one server batch run together."""
+        room = asyncio.Semaphore(at_once)
+
+        async def one(run: Run) -> Made:
+            async with room:
+                return await self.make(run)
+
+        return list(await asyncio.gather(*map(one, runs)))
+
+    def _keep(self, run: Run, made: Made) -> None:
+        key = _cache_key(run)
+        if key in self._kept:
+            return
+        self._kept[key] = made
+        self._bytes += _size(made)
+        while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def _told(provenance: tl.Provenance) -> dict[str, Any]:
+    """What made a picture, beside its run."""
+    fields = {field.name: getattr(provenance, field.name) for field in dataclasses.fields(provenance)}
+    fields["loras"] = [dataclasses.asdict(lora) for lora in provenance.loras]
+    return {name: value for name, value in fields.items() if name != "run"}
+
+
+def _cache_key(run: Run) -> str:
+    return f"{run.key}:{run.features}:{','.join(map(str, run.only))}:{run.previews}"
+
+
+def _size(made: Made) -> int:
+    return made.pixels.nbytes + len(made.png) + sum(block.values.nbytes * 5 for block in made.features)
