@@ -18,6 +18,8 @@ def main(argv: list[str]) -> None:
     A start that fails is one line and exit code 1; so is a GPU that is lost, for whoever watches the process to start
     another.
     """
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, _end_at_once)  # until there is something to finish
     try:
         config = read_config(argv)
     except ConfigError as error:
@@ -38,6 +40,12 @@ def main(argv: list[str]) -> None:
         os._exit(code)
 
 
+def _end_at_once(sign: int, _: object = None) -> None:
+    """End without waiting for anything, with the exit code that says by which signal."""
+    logging.shutdown()
+    os._exit(128 + sign)
+
+
 async def _serve(config: ServerConfig) -> int | None:
     """Serve until told to stop, or until the GPU is lost.
 
@@ -50,8 +58,15 @@ async def _serve(config: ServerConfig) -> int | None:
     log = get_logger()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
+
+    def stop(sign: signal.Signals) -> None:
+        if told.is_set():
+            log.warning("ended", why="told to stop a second time")
+            _end_at_once(sign)
+        told.set()
+
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sign, stop, sign)
     serving = Serving(config)
     try:
         port = await serving.start(f"{config.host}:{config.port}")

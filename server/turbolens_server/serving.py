@@ -29,7 +29,8 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.admission import Ledger
 from turbolens_server.rpc.calls import CallInterceptor, Writers
-from turbolens_server.rpc.errors import device_is_lost
+from turbolens_server.rpc.errors import device_is_lost, says_out_of_memory
+from turbolens_server.rpc.metrics import Metrics
 from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.rpc.reflection import enable_reflection
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Readiness, Ready
@@ -42,6 +43,8 @@ SERVICES: Final = (
     feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
+_OF_GRACE: Final = 0.8
+"""Of the grace that may wait as work, so that all of it is finished within the grace of a stop."""
 _LAST_BYTES_S: Final = 0.5
 """For the last answers to reach their callers."""
 
@@ -82,7 +85,8 @@ class Serving:
         """The GPU answers this process no more: nothing but a new process can serve."""
         self._telling: asyncio.Task[None] | None = None
         self._ledger = Ledger(config.max_held_mib * 2**20)
-        self._calls = CallInterceptor(self._ledger, self._readiness.checks, Writers(config.stalled_s))
+        self.metrics = Metrics()
+        self._calls = CallInterceptor(self._ledger, self._readiness.checks, Writers(config.stalled_s), self.metrics)
         self._server = grpc.aio.server(interceptors=[self._calls], options=server_options())
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._readiness), self._server)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._readiness), self._server)
@@ -112,8 +116,14 @@ class Serving:
             LoadError: warming up, the model gave values that are not finite, or what runs its U-Net failed.
         """
         config = self._config
-        limits = QueueLimits(config.max_batch, config.batch_wait_ms / 1000, config.max_queue, config.max_queue_pictures)
-        queue = Queue(engine, limits, on_error=self._on_error)
+        limits = QueueLimits(
+            config.max_batch,
+            config.batch_wait_ms / 1000,
+            config.max_queue,
+            config.max_queue_pictures,
+            config.grace_s * _OF_GRACE,
+        )
+        queue = Queue(engine, limits, on_error=self._on_error, metrics=self.metrics)
         try:
             if config.warm_up:
                 await queue.call(lambda engine: engine.warm_up(config.max_batch))
@@ -122,18 +132,35 @@ class Serving:
             await queue.close()
             if isinstance(error, FloatingPointError | BackendError):
                 raise LoadError(f"{engine.info.model}: {error}") from error
+            if says_out_of_memory(error):
+                way_out = f"lower --max-batch, which is {config.max_batch}"
+                raise LoadError(f"{engine.info.model}: no memory for a batch to warm up with; {way_out}") from error
             raise
         self._readiness.ready = Ready(engine, queue, catalog)
+        self._watch(engine, queue)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Say that nothing serves, refuse what is new, let what runs finish within the grace, and end."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.metrics.ready.set(0)
+        if self._readiness.ready is not None and (refused := self._readiness.ready.queue.stop_within(grace_s)):
+            get_logger().warning("refused", requests=refused, why="they cannot be finished within the grace")
         ended = await self._calls.drain(grace_s)
         await self._server.stop(_LAST_BYTES_S if ended else 0)
         self._readiness.checks.close()
         if self._readiness.ready is not None:
             await self._readiness.ready.queue.close()
+
+    def _watch(self, engine: Engine, queue: Queue) -> None:
+        metrics, info = self.metrics, engine.info
+        metrics.ready.set(1)
+        metrics.build({"model": info.model, "backend": info.backend, "device": info.device, "dtype": info.dtype})
+        metrics.gauge("queue_requests", "Requests that wait", lambda: queue.waiting)
+        metrics.gauge("queue_pictures", "Pictures that wait", lambda: queue.waiting_pictures)
+        metrics.gauge("running_pictures", "Pictures in the engine", lambda: queue.running_pictures)
+        metrics.gauge("undelivered_bytes", "Made and not taken by callers", lambda: queue.undelivered_bytes)
+        metrics.gauge("held_bytes", "Held by requests, by estimate", lambda: self._ledger.held)
 
     def _on_error(self, error: Exception) -> None:
         if device_is_lost(error) and not self.device_lost.is_set():

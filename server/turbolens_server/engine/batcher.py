@@ -1,20 +1,25 @@
 """What to run next: jobs of many requests put together into batches. Pure policy; it knows neither threads nor clocks.
 
-Jobs that share a `BatchKey` can run together. Each job gets its *place* when it arrives and keeps it: the number of
-its request plus its position within it. The next batch starts with the job of the lowest place, and the jobs of the
-same key that follow in order of place fill it up. Hence
+Jobs that share a `BatchKey` can run together. *Between callers* the engine's work is shared evenly: who has had less of
+it comes first, so a caller with a hundred requests does not slow one that has a single one; who comes newly, or comes
+back, starts where those who wait stand, and gets nothing for the time it was away.
 
-- the first job of a request is never overtaken by a request that came later, whatever their shapes;
-- job i of a request is overtaken by at most i later requests: a large request shares the engine with small ones that
-  come after it, and still advances by one place with each of them;
-- how many jobs run before a job is bounded when it arrives, so no stream of newcomers can starve it.
+*Within a caller* each job gets its *place* when it arrives and keeps it: the number of its request plus its position
+within it. The caller's job of the lowest place is its next. Hence
+
+- the first job of a request is never overtaken by a later request of its caller, whatever their shapes;
+- job i of a request is overtaken by at most i later requests of its caller: a large request shares the engine with
+  small ones that come after it, and still advances by one place with each of them.
+
+The next batch starts with the job that is first in this order, and the jobs of the same key that follow fill it up.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from turbolens_server.engine.types import Job
@@ -50,7 +55,8 @@ class Slot(Generic[R]):
     """Position of the job in its request."""
     job: Job
     place: tuple[int, int]
-    """Order in the queue: the request's number plus `index`, then the request's number."""
+    """Order among its caller's: the request's number plus `index`, then the request's number."""
+    caller: str
 
 
 class Batcher(Generic[R]):
@@ -65,8 +71,14 @@ class Batcher(Generic[R]):
         """
         self._max_batch = max_batch
         self._wait_s = wait_s
-        self._slots: list[Slot[R]] = []  # in order of place
+        self._slots: list[Slot[R]] = []  # by place, of all callers
         self._requests = 0
+        self._had: dict[str, float] = {}
+        """Lanes' steps that each caller has had, on a scale on which all who wait are near each other."""
+        self._reached = 0.0
+        """Where on that scale the last batch began."""
+        self.first_come = False
+        """Strictly by arrival, request by request: what is begun is finished first."""
         self._shared_until: tuple[float, int] | None = None
         self._lane_s: dict[BatchKey, float] = {}
 
@@ -79,11 +91,15 @@ class Batcher(Generic[R]):
         """Requests with a job that waits."""
         return frozenset(slot.request for slot in self._slots)
 
-    def add(self, request: R, jobs: Sequence[Job]) -> None:
+    def add(self, request: R, jobs: Sequence[Job], caller: str = "") -> None:
         """Queue the jobs of a request, in order."""
         number, self._requests = self._requests, self._requests + 1
+        if not any(slot.caller == caller for slot in self._slots):
+            self._had = {name: had for name, had in self._had.items() if had > self._reached}
+            self._had[caller] = max(self._had.get(caller, 0.0), self._reached)
         for index, job in enumerate(jobs):
-            bisect.insort(self._slots, Slot(request, index, job, (number + index, number)), key=lambda slot: slot.place)
+            slot = Slot(request, index, job, (number + index, number), caller)
+            bisect.insort(self._slots, slot, key=lambda slot: slot.place)
 
     def drop(self, request: R) -> int:
         """Take out the jobs of a request that wait; returns how many there were."""
@@ -105,25 +121,47 @@ class Batcher(Generic[R]):
         return self._shared_until[0]
 
     def take(self) -> list[Slot[R]]:
-        """Take out the next batch, in order of place; empty where nothing waits."""
+        """Take out the next batch, in order; empty where nothing waits."""
         batch = self._next()
+        if batch:
+            self._reached = self._had.get(batch[0].caller, self._reached)
+        for slot in batch:
+            self._had[slot.caller] = self._had.get(slot.caller, self._reached) + _work(slot)
         taken = {slot.place for slot in batch}
         self._slots = [slot for slot in self._slots if slot.place not in taken]
         return batch
 
     def _next(self) -> list[Slot[R]]:
-        if not self._slots:
+        first = next(self._in_order(self._slots), None)
+        if first is None:
             return []
-        key = batch_key(self._slots[0].job)
+        key = batch_key(first.job)
         batch, free = [], self._max_batch
-        for slot in self._slots:
-            if batch_key(slot.job) != key:
-                continue
+        for slot in self._in_order([slot for slot in self._slots if batch_key(slot.job) == key], first):
             if slot.job.lanes > free:  # what fits would overtake it
                 break
             batch.append(slot)
             free -= slot.job.lanes
         return batch
+
+    def _in_order(self, slots: Sequence[Slot[R]], first: Slot[R] | None = None) -> Iterator[Slot[R]]:
+        """Slots in the order in which they are served if nothing else comes; `first`, one of them, before all."""
+        if self.first_come:
+            yield from sorted(slots, key=lambda slot: (slot.place[1], slot.index))
+            return
+        by_caller: dict[str, collections.deque[Slot[R]]] = collections.defaultdict(collections.deque)
+        for slot in slots:
+            by_caller[slot.caller].append(slot)
+        had = {caller: self._had.get(caller, self._reached) for caller in by_caller}
+        while by_caller:
+            caller = min(by_caller, key=lambda name: (had[name], by_caller[name][0].place))
+            if first is not None:
+                caller, first = first.caller, None
+            slot = by_caller[caller].popleft()
+            yield slot
+            had[caller] += _work(slot)
+            if not by_caller[caller]:
+                del by_caller[caller]
 
     def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
         """A batch that ran from `started` to `now` is done."""
@@ -135,11 +173,23 @@ class Batcher(Generic[R]):
 
     def drain_s(self, running: Iterable[Slot[R]] = ()) -> float | None:
         """About how long all that waits and runs will take, from the batches so far; None where no batch has ended."""
+        return self.takes_s([slot.job for slot in (*self._slots, *running)])
+
+    def takes_s(self, jobs: Iterable[Job]) -> float | None:
+        """About how long jobs take in full batches; None where no batch has ended."""
         if not self._lane_s:
             return None
         typical = sum(self._lane_s.values()) / len(self._lane_s)
-        jobs = (slot.job for slot in (*self._slots, *running))
         return sum(job.lanes * self._lane_s.get(batch_key(job), typical) for job in jobs)
+
+    def jobs_of(self, request: R) -> list[Job]:
+        """The jobs of a request that wait."""
+        return [slot.job for slot in self._slots if slot.request == request]
+
+
+def _work(slot: Slot[R]) -> int:
+    """What a job takes of the engine: steps of its lanes."""
+    return slot.job.lanes * slot.job.steps
 
 
 def _lanes(batch: Sequence[Slot[R]]) -> int:

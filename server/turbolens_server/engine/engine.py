@@ -242,6 +242,12 @@ class Engine:
         return results
 
     @_on_own_device
+    def free_memory(self) -> None:
+        """Give back what is kept for later batches, after one that found no room."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @_on_own_device
     def warm_up(self, max_batch: int) -> None:
         """Run what will be served once, so that the first caller does not wait for it.
 

@@ -17,9 +17,11 @@ from google.protobuf.message import DecodeError, Message
 
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.admission import Account, Ledger
+from turbolens_server.rpc.answers import Answers
 from turbolens_server.rpc.callers import Caller, anonymous
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import RpcError, Stalled, malformed, stopping
+from turbolens_server.rpc.metrics import Metrics
 
 _CALL: Final[contextvars.ContextVar[Call]] = contextvars.ContextVar("call")
 _OURS: Final = "/turbolens."
@@ -50,8 +52,9 @@ def _usable(asked: Any) -> bool:
 class Call:
     """One call from its first bytes to its line in the log."""
 
-    def __init__(self, method: str, caller: Caller, account: Account, context: Any) -> None:
+    def __init__(self, method: str, caller: Caller, account: Account, context: Any, metrics: Metrics) -> None:
         self._context = context
+        self._metrics = metrics
         self._start = time.perf_counter()
         # Read now: asking a context that the caller has left for its peer can bring the process down.
         self._peer = context.peer()
@@ -95,6 +98,12 @@ class Call:
         await self._context.abort(error.code, error.message, error.trailing_metadata(self.request_id))
 
     def _tell(self, code: grpc.StatusCode, **more: Any) -> None:
+        self._metrics.requests.labels(self.method, code.name).inc()
+        self._metrics.request_seconds.labels(self.method).observe(self._elapsed_s())
+        if code is grpc.StatusCode.CANCELLED:
+            self._metrics.cancellations.inc()
+        elif "reason" in more:
+            self._metrics.refusals.labels(more["reason"]).inc()
         logger = get_logger()
         log = logger.warning if code is grpc.StatusCode.INTERNAL else logger.info
         if self.messages is not None:
@@ -140,8 +149,10 @@ class Writers:
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio's stubs leave it untyped
     """Wraps every handler of our services; messages arrive here as bytes, so that nothing is parsed unasked."""
 
-    def __init__(self, ledger: Ledger, checks: CheckPool, writers: Writers) -> None:
+    def __init__(self, ledger: Ledger, checks: CheckPool, writers: Writers, metrics: Metrics) -> None:
         self._ledger = ledger
+        self._metrics = metrics
+        self._answers = Answers(metrics.answers_again.inc)
         self._checks = checks
         self._writers = writers
         self._active = 0
@@ -183,7 +194,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         async def wrapped(message: bytes, context: Any) -> Any:
             with self._call(name, context) as call:
                 request = await self._read(call, message, handler.request_deserializer)
-                answer = await handler.unary_unary(request, context)
+                if getattr(request, "request_id", ""):
+                    key = self._answers.key(call.caller.name, name, call.request_id, message)
+                    answer = await self._answers.once(key, lambda: handler.unary_unary(request, context))
+                else:
+                    answer = await handler.unary_unary(request, context)
             await call.end()
             return answer
 
@@ -211,7 +226,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._active += 1
         try:
             with self._ledger.account(caller) as account:
-                call = Call(name, caller, account, context)
+                call = Call(name, caller, account, context, self._metrics)
                 try:
                     yield call
                 except asyncio.CancelledError:

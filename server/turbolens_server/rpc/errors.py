@@ -21,6 +21,8 @@ _VIOLATIONS_BYTES: Final = 3000
 _OF_A_GPU: Final = ("CUDA error", "HIP error", "Triton Error [CUDA]")
 # Of those, what a smaller batch gets past.
 _PASSING: Final = ("out of memory", "ALLOC_FAILED")
+# Likewise, and what CPUs say.
+_OF_MEMORY: Final = (*_PASSING, "not enough memory", "can't allocate memory", "bad allocation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,19 @@ def device_is_lost(error: Exception) -> bool:
         and text.startswith(_OF_A_GPU)
         and not any(passing in text for passing in _PASSING)
     )
+
+
+def says_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the engine is about memory, which a smaller batch may do with."""
+    return isinstance(error, MemoryError | RuntimeError) and any(said in str(error) for said in _OF_MEMORY)
+
+
+def out_of_memory(pictures: int) -> RpcError:
+    """RESOURCE_EXHAUSTED: the device has not the memory, even for half of a batch."""
+    message = f"the device has no memory left for {pictures} pictures at once; try again, or lower --max-batch"
+    metadata = {"pictures": str(pictures)}
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    return RpcError(code, message, "OUT_OF_MEMORY", retry_after_s=5.0, metadata=metadata)
 
 
 def loading() -> RpcError:

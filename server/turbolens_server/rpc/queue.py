@@ -10,22 +10,36 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
-from turbolens_server.engine.batcher import Batcher, Slot
+from turbolens_server.engine.batcher import Batcher
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Event, Job, NotFinite, Result
-from turbolens_server.rpc.errors import expired, not_finite, overloaded
+from turbolens_server.rpc.admission import SHARE
+from turbolens_server.rpc.errors import (
+    expired,
+    not_finite,
+    out_of_memory,
+    overloaded,
+    says_out_of_memory,
+    stopping,
+)
+from turbolens_server.rpc.metrics import Metrics
+from turbolens_server.rpc.texts import Texts
+from turbolens_server.rpc.tickets import Batch, Queued, Ticket
 
 T = TypeVar("T")
 
 _RETRY_AFTER_S: Final = (0.1, 1.0, 60.0)
 """Least, where nothing has been measured yet, and most."""
+_STOP_MARGIN: Final = 1.25
+"""What a request must take at most of the time that is left, by estimate, to be finished before a stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +54,9 @@ class QueueLimits:
     """Requests that wait."""
     max_queue_pictures: int = 256
     """Pictures that wait, of all requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Queued:
-    """A request waits behind `position` others; told again as they go."""
-
-    position: int
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """One request from its arrival to its end."""
-
-    unfinished: int
-    """Jobs that wait or run."""
-    arrived: float
-    deadline: float | None
-    """On the loop's clock, like `arrived`; None: none."""
-    events: asyncio.Queue[Queued | Event | None] = dataclasses.field(default_factory=asyncio.Queue)
-    """Grows to the events of the request at most; None is the end."""
-    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    """Nobody waits for it any more; read by the engine's threads."""
-    position: int = -1
-    started: float | None = None
-    largest_batch: int = 0
-    error: Exception | None = None
-
-    def move(self, position: int) -> None:
-        """Say where it stands, where that is new."""
-        if position != self.position:
-            self.position = position
-            self.events.put_nowait(Queued(position))
-
-    def end(self, error: Exception | None = None) -> None:
-        """Say that nothing more comes."""
-        self.error = error
-        self.events.put_nowait(None)
+    max_queue_s: float = 24.0
+    """Seconds of work that wait, by estimate: no more than a stop leaves time to finish. What comes when nothing waits
+    is let in however long it takes."""
 
 
 class Queue:
@@ -89,6 +69,7 @@ class Queue:
         *,
         pipelined: bool | None = None,
         on_error: Callable[[Exception], None] = lambda _: None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Start the engine's threads.
 
@@ -97,8 +78,10 @@ class Queue:
             limits: of batches and of the queue.
             pipelined: decode a batch in a thread of its own while the next is denoised; None: as the engine says.
             on_error: told on the loop of every error that the engine raises, before its callers are.
+            metrics: where to count; None: nowhere that anybody reads.
         """
         self.limits = limits
+        self.metrics = metrics or Metrics()
         self._engine = engine
         self._on_error = on_error
         self._batcher: Batcher[Ticket] = Batcher(limits.max_batch, limits.batch_wait_s)
@@ -107,34 +90,60 @@ class Queue:
         self._decode = ThreadPoolExecutor(1, thread_name_prefix="decode") if self._pipelined else self._denoise
         self._decoding = asyncio.Lock()
         self._tickets: dict[Ticket, None] = {}  # those not at their end, in order of arrival
-        self._batches: dict[asyncio.Task[None], list[Slot[Ticket]]] = {}  # those that run
-        self._denoising = False
+        self._unread: set[Ticket] = set()  # those whose callers still read
+        self._batches: dict[asyncio.Task[None], Batch] = {}  # those that run
+        self._texts = Texts(limits.max_queue)
+        self._busy = False
+        """The engine's first thread has something to do."""
         self._timer: asyncio.TimerHandle | None = None
-        self._calls = 0
+        self._stopping = False
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._batcher.waiting)
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
-        """Run something short on the engine's thread, ahead of the queue and counted apart from it.
+    @property
+    def waiting_pictures(self) -> int:
+        """Pictures in the queue."""
+        return len(self._batcher)
 
-        Raises:
-            RpcError: RESOURCE_EXHAUSTED where as many wait as the queue may hold.
+    @property
+    def running_pictures(self) -> int:
+        """Pictures in the engine."""
+        return sum(len(batch.slots) for batch in self._batches.values())
+
+    @property
+    def undelivered_bytes(self) -> int:
+        """What the engine has made and callers have not taken."""
+        return sum(ticket.undelivered_bytes for ticket in self._unread)
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Run something on the engine's thread before anything is served.
+
+        What raises there is told to `on_error` too.
         """
-        if self._calls >= self.limits.max_queue:
-            raise overloaded(f"{self._calls} searches wait", self._retry_after_s())
-        self._calls += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._denoise, function, self._engine)
         except Exception as error:
             self._on_error(error)
             raise
-        finally:
-            self._calls -= 1
 
-    async def stream(self, jobs: Sequence[Job], deadline: float | None = None) -> AsyncGenerator[Queued | Event, None]:
+    async def embed(self, text: str) -> npt.NDArray[np.float32]:
+        """A text as the model's text encoder sees it. Texts that wait share a pass, and passes take turns with batches.
+
+        Raises:
+            RpcError: RESOURCE_EXHAUSTED where as many wait as requests may.
+        """
+        if self._texts.full:
+            raise overloaded(f"{self.limits.max_queue} searches wait", self._retry_after_s())
+        waiter = self._texts.add(text)
+        self._start_next()
+        return await waiter
+
+    async def stream(
+        self, jobs: Sequence[Job], deadline: float | None = None, caller: str = ""
+    ) -> AsyncGenerator[Queued | Event, None]:
         """Run jobs, yielding what happens as it happens; ends after the last job's result.
 
         Closing the iterator, or cancelling its task, takes the request out of the queue at once, and out of the
@@ -143,38 +152,40 @@ class Queue:
         Args:
             jobs: of one request, in order.
             deadline: on the loop's clock; a request that still waits then is dropped before it costs anything.
+            caller: who asks; callers share the engine.
 
         Raises:
-            RpcError: RESOURCE_EXHAUSTED where the queue is full, DEADLINE_EXCEEDED where the deadline passed in it.
+            RpcError: RESOURCE_EXHAUSTED where the queue is full, DEADLINE_EXCEEDED where the deadline passed in it,
+                UNAVAILABLE where the server stops.
         """
-        self._check_room(len(jobs))
-        ticket = Ticket(len(jobs), asyncio.get_running_loop().time(), deadline)
+        self._check_room(jobs, caller)
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(len(jobs), loop.time(), deadline, caller)
         self._tickets[ticket] = None
-        self._batcher.add(ticket, jobs)
+        self._unread.add(ticket)
+        self._batcher.add(ticket, jobs, caller)
         ticket.move(len(self._tickets) - 1)
         self._start_next()
         try:
-            while (event := await ticket.events.get()) is not None:
+            while (event := await ticket.next()) is not None:
                 yield event
             if ticket.error is not None:
                 raise ticket.error
         finally:
-            ticket.cancelled.set()
-            self._remove(ticket)
-            self._tell_positions()
-            started = ticket.started or asyncio.get_running_loop().time()
+            self._leave(ticket)
+            started = ticket.started or loop.time()
             structlog.contextvars.bind_contextvars(
                 queue_ms=round((started - ticket.arrived) * 1000, 1), batch_size=ticket.largest_batch
             )
 
-    async def run(self, jobs: Sequence[Job], deadline: float | None = None) -> list[Result]:
+    async def run(self, jobs: Sequence[Job], deadline: float | None = None, caller: str = "") -> list[Result]:
         """Run jobs to their end; results in order of the jobs. Arguments and errors as for `stream`.
 
         Raises:
             RpcError: INTERNAL where a job came to values that are not finite; the request's other jobs are left.
         """
         results = []
-        async with contextlib.aclosing(self.stream(jobs, deadline)) as events:
+        async with contextlib.aclosing(self.stream(jobs, deadline, caller)) as events:
             async for event in events:
                 if isinstance(event, NotFinite):
                     raise not_finite(event, jobs[event.job].seed)
@@ -182,33 +193,71 @@ class Queue:
                     results.append(event)
         return sorted(results, key=lambda result: result.job)
 
+    def stop_within(self, seconds: float) -> int:
+        """Take nothing new, finish by order of arrival what can be finished in time, and refuse the rest at once.
+
+        Returns:
+            How many requests were refused.
+        """
+        self._stopping = self._batcher.first_come = True
+        running = [slot.job for batch in self._batches.values() for slot in batch.slots]
+        ahead, refused = self._batcher.takes_s(running), 0
+        if ahead is None:
+            return 0
+        for ticket in list(self._tickets):
+            takes = self._batcher.takes_s(self._batcher.jobs_of(ticket)) or 0.0
+            if takes and (ahead + takes) * _STOP_MARGIN > seconds:
+                self._end(ticket, stopping())
+                refused += 1
+            else:
+                ahead += takes
+        return refused
+
     async def close(self) -> None:
         """End what runs at its next step, and the threads."""
         for ticket in list(self._tickets):
             ticket.cancelled.set()
             self._batcher.drop(ticket)
+        self._texts.drop()
         await asyncio.gather(*self._batches, return_exceptions=True)
         for thread in (self._denoise, self._decode):
             await asyncio.to_thread(thread.shutdown, wait=True, cancel_futures=True)
 
     # Admission
 
-    def _check_room(self, jobs: int) -> None:
-        requests, pictures = self.waiting, len(self._batcher)
-        if requests >= self.limits.max_queue or pictures + jobs > self.limits.max_queue_pictures:
+    def _check_room(self, jobs: Sequence[Job], caller: str) -> None:
+        if self._stopping:
+            raise stopping()
+        limits, requests, pictures = self.limits, self.waiting, len(self._batcher)
+        if requests >= limits.max_queue or pictures + len(jobs) > limits.max_queue_pictures:
             raise overloaded(f"{requests} requests with {pictures} pictures wait", self._retry_after_s())
+        own = [ticket for ticket in self._batcher.waiting if ticket.caller == caller]
+        own_pictures = sum(len(self._batcher.jobs_of(ticket)) for ticket in own)
+        if len(own) > SHARE * (limits.max_queue - requests) or own_pictures > SHARE * (
+            limits.max_queue_pictures - pictures
+        ):
+            raise overloaded(
+                f"{len(own)} requests of this caller wait, and others want room", self._retry_after_s(), "SHARE_FULL"
+            )
+        ahead = self._drain_s()
+        takes = self._batcher.takes_s(jobs)
+        if requests and ahead is not None and takes is not None and ahead + takes > limits.max_queue_s:
+            raise overloaded(f"{ahead:.0f} s of work wait", self._retry_after_s())
+
+    def _drain_s(self) -> float | None:
+        return self._batcher.drain_s(slot for batch in self._batches.values() for slot in batch.slots)
 
     def _retry_after_s(self) -> float:
         """When a request sent now would have had its turn: after all that waits and runs."""
         least, unknown, most = _RETRY_AFTER_S
-        known = self._batcher.drain_s(slot for batch in self._batches.values() for slot in batch)
+        known = self._drain_s()
         return unknown if known is None else min(max(known, least), most)
 
     # Batches
 
     def _start_next(self) -> None:
-        """Start the next batch where the engine is free and it is time."""
-        if self._denoising:
+        """Start the next batch, or pass of the text encoder, where the engine is free and it is time."""
+        if self._busy:
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -218,67 +267,117 @@ class Queue:
             if ticket.deadline is not None and ticket.deadline <= now:
                 self._end(ticket, expired())
         start_at = self._batcher.start_at()
+        if self._texts.are_next(batch_waits=start_at is not None):
+            self._busy = True
+            self._texts.start(self._embed, self._free)
+            return
         if start_at is None:
             return
         if start_at > now:
             self._timer = loop.call_at(start_at, self._start_next)
             return
-        batch = self._batcher.take()
-        self._denoising = True
-        for slot in batch:
-            slot.request.started = slot.request.started or now
-            slot.request.largest_batch = max(slot.request.largest_batch, len(batch))
+        batch = Batch(self._batcher.take())
+        self._busy = True
+        for ticket in batch.tickets:
+            if ticket.started is None:
+                ticket.started = now
+                self.metrics.queue_wait.observe(now - ticket.arrived)
+            ticket.largest_batch = max(ticket.largest_batch, len(batch.slots))
+        self.metrics.batch_size.observe(len(batch.slots))
         self._tell_positions()
         task = loop.create_task(self._run(batch))
         self._batches[task] = batch
         task.add_done_callback(self._batches.pop)
 
-    async def _run(self, batch: list[Slot[Ticket]]) -> None:
-        """One batch through both stages.
+    async def _embed(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        started = asyncio.get_running_loop().time()
+        embedded = await self.call(lambda engine: engine.embed_text(texts))
+        self.metrics.stage_seconds.labels("text").observe(asyncio.get_running_loop().time() - started)
+        return embedded
+
+    async def _run(self, batch: Batch) -> None:
+        """One batch to its end.
 
         The engine is free again once the batch is decoded, or, pipelined, once its decoding begins: then one batch
         decodes while one denoises, and a third waits in the queue, where it can still grow.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-
-        def forward(event: Event) -> None:
-            slot = batch[event.job]
-            loop.call_soon_threadsafe(slot.request.events.put_nowait, dataclasses.replace(event, job=slot.index))
-
-        def cancelled(row: int) -> bool:
-            return batch[row].request.cancelled.is_set()
-
-        denoise = functools.partial(self._engine.denoise, on_event=forward, cancelled=cancelled)
-        decode = functools.partial(self._engine.decode, on_event=forward, cancelled=cancelled)
         freed = False
+
+        def free() -> None:
+            nonlocal freed
+            if not freed:
+                freed = True
+                self._free()
+
         try:
-            denoised = await loop.run_in_executor(self._denoise, denoise, [slot.job for slot in batch])
-            async with self._decoding:
-                if self._pipelined:
-                    freed = True
-                    self._free()
-                await loop.run_in_executor(self._decode, decode, denoised)
+            await self._through_both_stages(batch, free)
         except Exception as error:
             self._on_error(error)
-            for ticket in {slot.request for slot in batch}:
+            for ticket in batch.tickets:
                 self._end(ticket, error)
         else:
-            self._batcher.ended(batch, started, loop.time())
-            for ticket, jobs in collections.Counter(slot.request for slot in batch).items():
+            self._batcher.ended(batch.slots, started, loop.time())
+            self._texts.batch_took(loop.time() - started)
+            for ticket, jobs in collections.Counter(slot.request for slot in batch.slots).items():
                 ticket.unfinished -= jobs
                 if not ticket.unfinished:
                     self._end(ticket)
         finally:
-            if not freed:
-                self._free()
+            batch.count_steps(self.metrics)
+            free()
             self._tell_positions()  # after the next batch has started: those in it stand nowhere any more
 
+    async def _through_both_stages(self, batch: Batch, free: Callable[[], None]) -> None:
+        """Run a batch; where memory does not suffice, its halves, once."""
+        try:
+            await self._stages(batch, free if self._pipelined else None)
+            return
+        except Exception as error:
+            if not says_out_of_memory(error) or len(batch.slots) == 1:
+                raise
+        self.metrics.batches_split.inc()
+        await self.call(lambda engine: engine.free_memory())
+        for half in batch.halves():
+            try:
+                await self._stages(half, None)
+            except Exception as error:
+                if says_out_of_memory(error):
+                    raise out_of_memory(len(half.slots)) from error
+                raise
+
+    async def _stages(self, batch: Batch, free: Callable[[], None] | None) -> None:
+        loop = asyncio.get_running_loop()
+        forward, cancelled = functools.partial(batch.forward, loop), batch.is_cancelled
+        denoise = functools.partial(self._engine.denoise, on_event=forward, cancelled=cancelled)
+        decode = functools.partial(self._engine.decode, on_event=forward, cancelled=cancelled)
+        seconds = self.metrics.stage_seconds
+        started = loop.time()
+        denoised = await loop.run_in_executor(self._denoise, denoise, [slot.job for slot in batch.slots])
+        seconds.labels("unet").observe(loop.time() - started)
+        async with self._decoding:
+            if free is not None:
+                free()
+            started = loop.time()
+            await loop.run_in_executor(self._decode, decode, denoised)
+            seconds.labels("vae").observe(loop.time() - started)
+
     def _free(self) -> None:
-        self._denoising = False
+        self._busy = False
         self._start_next()
 
     # Tickets
+
+    def _leave(self, ticket: Ticket) -> None:
+        """The caller reads no more of it."""
+        ticket.cancelled.set()
+        self._unread.discard(ticket)
+        if ticket in self._tickets:
+            for job in self._batcher.jobs_of(ticket):
+                self.metrics.steps.labels("saved").inc(job.steps)
+        self._remove(ticket)
+        self._tell_positions()
 
     def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
         ticket.end(error)

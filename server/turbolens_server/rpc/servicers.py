@@ -32,7 +32,8 @@ from turbolens_server.rpc.admission import answer_bytes
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import loading, not_finite
-from turbolens_server.rpc.queue import Queue, Queued
+from turbolens_server.rpc.queue import Queue
+from turbolens_server.rpc.tickets import Queued
 from turbolens_server.rpc.validation import (
     RequestLimits,
     ValidRequest,
@@ -115,7 +116,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._readiness.get()
         valid = await self._readiness.valid(validate_generate, request)
-        results = await ready.queue.run(valid.jobs, current_deadline())
+        results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
         return generation.GenerateResponse(
@@ -134,7 +135,9 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(ready.queue.stream(valid.jobs, current_deadline())) as events:
+        async with contextlib.aclosing(
+            ready.queue.stream(valid.jobs, current_deadline(), current_call().caller.name)
+        ) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -165,7 +168,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     ) -> features.ExtractFeaturesResponse:
         ready = self._readiness.get()
         valid = await self._readiness.valid(validate_extract, request)
-        results = await ready.queue.run(valid.jobs, current_deadline())
+        results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         return features.ExtractFeaturesResponse(
             request_id=current_request_id(),
@@ -183,7 +186,9 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(ready.queue.stream(valid.jobs, current_deadline())) as events:
+        async with contextlib.aclosing(
+            ready.queue.stream(valid.jobs, current_deadline(), current_call().caller.name)
+        ) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -215,7 +220,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         ready = self._readiness.get()
         questions.check_search(request, ready.catalog.saes)
         query = request.query.strip()
-        embedded = await ready.queue.call(lambda engine: engine.embed_text([query])[0])
+        embedded = await ready.queue.embed(query)
         return await _off_loop(questions.search, ready.catalog, request, embedded)
 
 

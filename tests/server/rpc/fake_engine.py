@@ -90,6 +90,9 @@ class FakeEngine:
         self.stopped = threading.Event()
         """A batch ended because all of its jobs were cancelled."""
         self.fails: Exception | None = None
+        self.room = 1000
+        """Jobs of a batch that memory suffices for."""
+        self.freed = 0
         self.warm_up_fails: Exception | None = None
         self.not_finite: set[int] = set()
         """Seeds that come to values that are not finite."""
@@ -105,6 +108,9 @@ class FakeEngine:
         vectors = np.array([[len(t), sum(map(ord, t)), ord((t or "a")[0])] for t in texts], np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
+    def free_memory(self):
+        self.freed += 1
+
     def warm_up(self, max_batch):
         if self.warm_up_fails:
             raise self.warm_up_fails
@@ -116,6 +122,9 @@ class FakeEngine:
         self.started.set()
         if self.fails:
             raise self.fails
+        if len(jobs) > self.room:
+            on_event(StepDone(0, 0, jobs[0].steps))
+            raise RuntimeError("CUDA error: out of memory")
         features = [[] for _ in jobs]
         live = [True] * len(jobs)
         for step in range(jobs[0].steps):

@@ -51,7 +51,7 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(running, log_line
 
 async def test_one_connection_holds_so_many_calls_at_once(fake):
     fake.gate.clear()
-    async with serve(fake, max_queue=500) as running:
+    async with serve(fake, max_queue=500, grace_s=10_000) as running:
         request = messages.generate(prompt="", seeds=[1]).SerializeToString()
         calls = [asyncio.ensure_future(ask_until_taken(running, request)) for _ in range(150)]
         await asyncio.sleep(1)

@@ -1,0 +1,63 @@
+"""How a server ends while there is work."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from serve import serve
+
+from tests import messages
+
+
+def ask(running, seed: int, count: int = 4):
+    return asyncio.ensure_future(running.generation.Generate(messages.generate(prompt="", seeds=[seed] * count)))
+
+
+async def busy(running, requests: int, seconds_each: float):
+    """Requests that wait behind one that runs, each a batch that takes so long by the queue's own measure."""
+    queue = running.serving._readiness.ready.queue
+    await ask(running, 0)
+    (key,) = queue._batcher._lane_s
+    queue._batcher._lane_s[key] = seconds_each / 4
+    running.engine.started.clear()
+    running.engine.gate.clear()
+    calls = [ask(running, 1)]
+    assert await asyncio.to_thread(running.engine.started.wait, 5)
+    for seed in range(2, requests + 1):
+        calls.append(ask(running, seed))
+        await asyncio.sleep(0.02)
+    return calls
+
+
+async def test_what_can_be_finished_is_and_the_rest_is_told_at_once_to_go_elsewhere(fake, log_lines):
+    async with serve(fake, max_batch=4, grace_s=100) as running:
+        calls = await busy(running, requests=8, seconds_each=10)
+        stopping = asyncio.create_task(running.serving.stop(50))
+        refused = await asyncio.gather(*calls[4:], return_exceptions=True)  # while the engine still stands
+        assert {error.code() for error in refused} == {grpc.StatusCode.UNAVAILABLE}
+        assert all(dict(error.trailing_metadata())["grpc-retry-pushback-ms"] for error in refused)
+        (line,) = [line for line in log_lines if line["event"] == "refused"]
+        assert line["requests"] == 4
+        fake.gate.set()
+        answers = await asyncio.gather(*calls[:4])
+        assert [answer.generations[0].seed for answer in answers] == [1, 2, 3, 4]
+        assert fake.batches[1:] == [[seed] * 4 for seed in (1, 2, 3, 4)]  # one after the other
+        await stopping
+
+
+async def test_no_more_is_let_in_than_a_stop_can_finish(fake):
+    async with serve(fake, max_batch=4, grace_s=50) as running:
+        calls = await busy(running, requests=4, seconds_each=10)
+        try:
+            await ask(running, 5)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "40 s of work wait" in error.details()
+        else:
+            raise AssertionError("it was let in")
+        stopping = asyncio.create_task(running.serving.stop(50))
+        await asyncio.sleep(0.1)
+        fake.gate.set()
+        assert len(await asyncio.gather(*calls)) == 4
+        await stopping
