@@ -15,6 +15,7 @@ from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.hub import EMBEDDED, model_folder
+from turbolens_server.loading.parts import read_parts
 from turbolens_server.loading.random_sdxl import is_random, random_pipeline
 
 
@@ -58,8 +59,10 @@ def read_pipeline(
     try:
         with _quiet(model == EMBEDDED):
             pipeline = StableDiffusionXLPipeline.from_pretrained(
-                folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+                folder, **read_parts(folder, dtype, variant), dtype=dtype, local_files_only=True
             )
+    except LoadError as error:
+        raise LoadError(f"{model}: {error}") from error
     except Exception as error:  # diffusers, transformers and safetensors raise many kinds
         raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({first_line(error)})") from error
     return pipeline, hash_unet(folder, variant)

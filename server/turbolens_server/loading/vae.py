@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.half_vae import UnknownDecoder, scale_stream
+from turbolens_server.loading.parts import STEMS, find_weights, read_part
 
 
 def load_vae(folder: Path | None, own: Any, dtype: torch.dtype) -> Any:
@@ -21,7 +22,9 @@ def load_vae(folder: Path | None, own: Any, dtype: torch.dtype) -> Any:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         loader = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind]
-        vae = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        vae = read_part(folder, loader, find_weights(folder, STEMS["vae"], None), dtype)
+    except LoadError as error:
+        raise LoadError(f"--vae {folder}: {error}") from error
     except Exception as error:
         raise LoadError(
             f"--vae {folder}: not an AutoencoderKL or AutoencoderTiny folder ({first_line(error)})"

@@ -334,6 +334,69 @@ def test_another_vae_is_told_by_the_hash_beside_the_unets(model_copy, tiny_folde
     assert other.components_hash == load_engine(model=str(model_copy)).info.components_hash
 
 
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_weights_that_are_missing_are_named_at_load(part, model_copy, tiny_folder):
+    """Text encoders would be drawn at random, another picture at each start, under one hash."""
+    file = model_copy / part / FILES[part]
+    tensors = load_file(file)
+    gone = sorted(tensors)[7]
+    del tensors[gone]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=rf"{part}/{FILES[part]} lacks 1 tensor: .*{re.escape(gone)}$") as caught:
+        load_engine(model=str(model_copy))
+    assert "\n" not in str(caught.value)
+    if part == "vae":
+        with pytest.raises(LoadError, match=rf"--vae .*{re.escape(gone)}$"):
+            load_engine(model=str(tiny_folder), vae=str(model_copy / part))
+
+
+def test_weights_under_other_names_are_missing(model_copy):
+    file = model_copy / "text_encoder_2" / "model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=r"text_encoder_2/model\.safetensors lacks \d+ tensors: .* and \d+ more$"):
+        load_engine(model=str(model_copy))
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_of_two_sets_of_weights_neither_is_hashed_while_the_other_is_loaded(part, model_copy):
+    """`transformers` would take the single file, `diffusers` the shards."""
+    stem = FILES[part].removesuffix(".safetensors")
+    shard = f"{stem}-00001-of-00001.safetensors"
+    tensors = load_file(model_copy / part / FILES[part])
+    save_file(tensors, model_copy / part / shard, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(tensors, shard)}
+    (model_copy / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=rf"{part}: holds both {FILES[part]} and .*; keep the one"):
+        load_engine(model=str(model_copy))
+    (model_copy / part / FILES[part]).unlink()
+    load_engine(model=str(model_copy))
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"unet": null}', '{"unet": ["os", "system"]}'])
+def test_a_model_index_of_another_form_is_one_line(index, model_copy):
+    (model_copy / "model_index.json").write_text(index)
+    with pytest.raises(LoadError, match=r"model_index\.json: does not say what unet") as caught:
+        load_engine(model=str(model_copy))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [f"{part}/{name}" for part, name in FILES.items()] + ["unet/config.json"])
+def test_a_cut_file_of_a_model_is_one_line(file, model_copy):
+    path = model_copy / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(LoadError, match=rf"copy: {file.partition('/')[0]}/.* cannot be loaded") as caught:
+        load_engine(model=str(model_copy))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_unet_without_weights_has_no_hash(model_copy):
     (model_copy / f"{UNET}.safetensors").unlink()
     with pytest.raises(LoadError, match="is missing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -44,6 +45,12 @@ def _without_vision(folder: Path) -> None:
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
+def _twice(folder: Path) -> None:
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+
+
 def _another_kind(folder: Path) -> None:
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **small)).save_pretrained(folder)
@@ -61,8 +68,9 @@ def _no_processor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_pickles_alone, "no model.safetensors"),
-        (_without_vision, "its weights lack"),
+        (_pickles_alone, "model.safetensors is missing"),
+        (_without_vision, "model.safetensors lacks"),
+        (_twice, "holds both model.safetensors and model.safetensors.index.json"),
         (_another_kind, "a BertModel does not embed both"),
         (_cut_off, "cannot be loaded"),
         (_no_processor, "does not embed a picture and a word"),

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from turbolens_server.engine.decode import Picture
 from turbolens_server.files import first_line, hash_files
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import resolve
+from turbolens_server.loading.parts import find_weights, read_part
 
 _BATCH: Final = 64
 _SIGLIP_TOKENS: Final = 64
@@ -92,43 +92,28 @@ def load_encoder(name: str) -> PretrainedEncoder:
         ValueError: it is no image-text encoder, or cannot be loaded.
     """
     folder = resolve(name, "--encoder")
-    weights = sorted(path for path in folder.glob("model*.safetensors") if _is_default(path))
-    if not weights:
-        raise ValueError(
-            f"--encoder {name}: holds no model.safetensors, and pickled weights are not loaded; take a model that has "
-            "it, or convert it by save_pretrained of transformers"
-        )
     try:
-        with _quiet():
-            model, report = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise ValueError(f"--encoder {name}: cannot be loaded ({first_line(error)})") from error
+        weights = find_weights(folder, "model", None)
+        model = read_part(folder, AutoModel, weights, torch.float32)
+    except LoadError as error:
+        raise ValueError(f"--encoder {name}: {error}") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(
             f"--encoder {name}: a {type(model).__name__} does not embed both pictures and texts; "
             "take CLIP, SigLIP or another image-text encoder"
         )
-    if missing := sorted(report["missing_keys"]):  # they would be random
-        raise ValueError(f"--encoder {name}: its weights lack {len(missing)} tensors, such as {missing[0]}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # The same arithmetic with and without torchvision.
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         local = Path(name).expanduser().is_dir()
         encoder = PretrainedEncoder(
-            folder.resolve().name if local else name, hash_files(weights), model, tokenizer, image_processor
+            folder.resolve().name if local else name, hash_files(weights.files), model, tokenizer, image_processor
         )
         _try(encoder)
     except Exception as error:
         raise ValueError(f"--encoder {name}: does not embed a picture and a word ({first_line(error)})") from error
     return encoder
-
-
-def _is_default(path: Path) -> bool:
-    """Whether it is the weights' file, or a part of it, and no variant such as `fp16`."""
-    return path.name == "model.safetensors" or "-of-" in path.name
 
 
 def _try(encoder: Encoder) -> None:
@@ -139,14 +124,3 @@ def _try(encoder: Encoder) -> None:
         raise ValueError(f"shapes {tuple(picture.shape)} and {tuple(text.shape)} have no cosine")
     if not (picture.isfinite().all() and text.isfinite().all()):
         raise ValueError("values that are not finite")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the table of missing tensors that `transformers` logs: it is told in one line."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
