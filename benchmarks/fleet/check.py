@@ -103,6 +103,6 @@ def case(servers: int, rate: float, seconds: float, curve: Curve, max_batch: int
         "overhead_s": extra,
         "mean_batch": told.mean_batch,
         "quantiles": rows,
-        "real_s": np.sort(real).round(5).tolist()[:: max(1, len(real) // 400)],
-        "simulated_s": np.sort(told.latencies_s).round(5).tolist()[:: max(1, len(told.latencies_s) // 400)],
+        "real_s": np.sort(real).round(5).tolist()[:: max(1, len(real) // 120)],
+        "simulated_s": np.sort(told.latencies_s).round(5).tolist()[:: max(1, len(told.latencies_s) // 120)],
     }

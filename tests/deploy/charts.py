@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "models": {"volume": {"kind": "image", "image": f"registry.example.com/models@{DIGEST}"}},
             "settings": {"model": "/models/mini", "sae": ["/models/saes"], "batch_wait_ms": 2.5, "warm_up": False},
-            "studio": {"enabled": True},
+            "studio": {"enabled": True, "tokenSecret": "studio", "hosts": ["lens.example.com"]},
             "nodeSelector": {"kind": "fast"},
             "tolerations": [{"key": "spot", "operator": "Exists"}],
             "priorityClassName": "high",

@@ -189,6 +189,24 @@ def test_the_test_makes_a_picture_as_the_command_line_does():
         assert target == f"{service['metadata']['name']}.ns.svc:{service['spec']['ports'][0]['port']}"
 
 
+def test_the_studio_takes_what_its_pod_says():
+    import tyro
+
+    from turbolens_studio import cli
+
+    name, verb, *flags = charts.entrypoints()["studio"]
+    assert (name, verb) == ("turbolens", "studio")
+    for variant in ("secure", "gateway"):
+        objects = charts.serving(variant)
+        pod = charts.one_of(objects, "Deployment", "tl-turbolens-studio")["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        made = tyro.cli(cli.StudioConfig, args=[*flags, *container["args"]])
+        assert (made.host, made.port, made.open) == ("0.0.0.0", container["ports"][0]["containerPort"], False)
+        variables = {one["name"] for one in container["env"]}
+        assert cli.TARGET_VARIABLE in variables
+        assert (cli.PAGE_TOKEN_VARIABLE in variables) == (made.allow_host == ("lens.example.com",))
+
+
 async def test_the_probes_see_a_server_that_loads_and_then_serves(tmp_path):
     probes = [charts.server(charts.serving("mini"))[name]["grpc"]["service"] for name in PROBES]
     up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

@@ -107,13 +107,18 @@ volumeMounts:
     mountPath: /dev/shm
 {{- end }}
 
+{{/* A word of a command line, in quotes only where it needs them: not everything between here and a shell reads them. */}}
+{{- define "training.word" -}}
+{{ ternary . (squote .) (regexMatch "^[\\w./:=@%+,-]+$" .) }}
+{{- end }}
+
 {{/* Settings as flags. */}}
 {{- define "training.flags" -}}
 {{- range $name, $value := . }}
 {{- $flag := replace "_" "-" $name }}
 {{- if kindIs "bool" $value }} {{ ternary "--" "--no-" $value }}{{ $flag }}
-{{- else if kindIs "slice" $value }} --{{ $flag }}{{ range $value }} {{ . | toString | squote }}{{ end }}
-{{- else if kindIs "string" $value }} --{{ $flag }} {{ squote $value }}
+{{- else if kindIs "slice" $value }} --{{ $flag }}{{ range $value }} {{ include "training.word" (toString .) }}{{ end }}
+{{- else if kindIs "string" $value }} --{{ $flag }} {{ include "training.word" $value }}
 {{- else }} --{{ $flag }} {{ toJson $value }}
 {{- end }}
 {{- end }}
