@@ -46,7 +46,7 @@ $(STAMP)deploy: $(PROJECTS) tools/deploy_tools.py $(STAMP)dev
 
 $(STAMP)studio: $(PROJECTS) $(STAMP)run
 	@echo "Installing what the studio runs on"
-	@$(PIP) --editable ./server --editable ./studio --editable '.[server,studio]'
+	@$(PIP) --editable . --editable ./server --editable ./studio
 	@touch $@
 
 $(STAMP)browser: $(PROJECTS) $(STAMP)dev

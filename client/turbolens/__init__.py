@@ -43,7 +43,7 @@ from turbolens._errors import (
     Unavailable,
     Unimplemented,
 )
-from turbolens._features import BlockFeatures, Example, Feature, Label, Match, RunFeatures, Table, TopFeature
+from turbolens._features import BlockFeatures, Example, Feature, Label, Match, Near, RunFeatures, Table, TopFeature
 from turbolens._provenance import Provenance
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
@@ -69,6 +69,7 @@ __all__ = [
     "Lens",
     "Mask",
     "Match",
+    "Near",
     "NotFound",
     "Overloaded",
     "PermissionDenied",

@@ -107,6 +107,20 @@ class Match:
         return self.feature.ref
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Near:
+    """A feature near to another; goes straight into an edit."""
+
+    feature: Feature
+    cosine: float
+    """Of the two decoder directions, -1 to 1."""
+
+    @property
+    def ref(self) -> FeatureRef:
+        """The feature."""
+        return self.feature.ref
+
+
 class Table(list[Any]):
     """A list of rows that notebooks show as a table."""
 

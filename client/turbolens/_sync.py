@@ -12,7 +12,7 @@ from turbolens._channel import TLS, sync_channel
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import from_rpc_error
-from turbolens._features import Feature, Match, Table
+from turbolens._features import Feature, Match, Near, Table
 from turbolens._labels import Labels
 from turbolens._numbers import whole
 from turbolens._provenance import Provenance
@@ -211,6 +211,28 @@ class Lens:
         answer = self._call(services.features.SearchFeatures, request, None)
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"))
+
+    def nearest_features(self, feature: FeatureLike, *, limit: int = 10) -> Table:
+        """The features of the same SAE that write most alike, nearest first.
+
+        Args:
+            feature: in any of its forms, such as `"up.0.1/202"`.
+            limit: at most so many, up to 100.
+
+        Returns:
+            A list of :class:`Near`.
+
+        Raises:
+            NotFound: there is no such SAE or feature.
+        """
+        ref = to_ref(feature)
+        request = feature_service_pb2.NearestFeaturesRequest(
+            name=f"saes/{ref.sae}/features/{ref.index}", page_size=whole(limit, "limit")
+        )
+        services = self._open()
+        answer = self._call(services.features.NearestFeatures, request, None)
+        near = [Near(Feature.from_proto(one.feature), one.cosine) for one in answer.features]
+        return Table(near, ("ref", "feature.label", "cosine"))
 
     def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
         """What is known of one feature, top examples included: `get_feature("up.0.1", 202)`, or any form of a feature.

@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket
 import turbolens as tl
 from turbolens_studio import compare, exports, uploads
 from turbolens_studio.connection import Connection
-from turbolens_studio.features import Atlas, Wanted, whole
+from turbolens_studio.features import Atlas, Wanted, brief, whole
 from turbolens_studio.guard import Access, Guard
 from turbolens_studio.sample import Sample
 from turbolens_studio.session import Session
@@ -82,6 +82,11 @@ class Studio:
     async def sampled(self, request: Request) -> Response:
         """What a sample of runs says of a feature."""
         return JSONResponse(await self.sample.of(_ref(request)))
+
+    async def nearest(self, request: Request) -> Response:
+        """The features that write most alike."""
+        near = await self.connection.lens.nearest_features(_ref(request), limit=12)
+        return JSONResponse({"features": [brief(one.feature) | {"cosine": one.cosine} for one in near]})
 
     async def contrast(self, request: Request) -> Response:
         """The features that tell a region of a picture from the rest."""
@@ -170,6 +175,7 @@ def build_app(connection: Connection, access: Access, on_ready: Callable[[], Non
         Route("/api/features/{sae}/{index:int}", told(studio.feature)),
         Route("/api/thumbs/{sae}/{index:int}", told(studio.thumb)),
         Route("/api/sampled/{sae}/{index:int}", told(studio.sampled)),
+        Route("/api/nearest/{sae}/{index:int}", told(studio.nearest)),
         Route("/api/contrast", told(studio.contrast), methods=["POST"]),
         Route("/api/compare", told(studio.compared), methods=["POST"]),
         Route("/api/difference", told(studio.difference), methods=["POST"]),

@@ -10,12 +10,15 @@ import turbolens as tl
 # What callers may rely on: a change here is a change of the product, and belongs in the changelog.
 NAMES = """
 TLS BlockFeatures Cancelled Coded DeadlineExceeded Done Edit Example Extraction Feature FeatureRef Features
-FieldViolation InternalError InvalidRequest Label Lens Mask Match NotFound Overloaded PermissionDenied Picture
+FieldViolation InternalError InvalidRequest Label Lens Mask Match Near NotFound Overloaded PermissionDenied Picture
 PictureReady Pictures Provenance Queued Reference Run RunFeatures Step Table TopFeature TurboLensError Unauthenticated
 Unavailable Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_json feature mask patch
 polygon reference replace scale set_to transfer
 """
-METHODS = "close extract generate get_feature list_features model search_features stream_features stream_generate"
+METHODS = """
+close extract generate get_feature list_features model nearest_features search_features stream_features
+stream_generate
+"""
 
 
 def test_importing_loads_the_wire_and_numpy_and_nothing_else():

@@ -157,6 +157,12 @@ def test_a_feature_with_all_that_is_known_and_one_that_is_not_there(page, lens):
     assert picture.size == (128, 128)
 
 
+def test_features_near_to_one_are_the_sdks(page, lens):
+    near = page.get("/api/nearest/up.0.0/123").json()["features"]
+    wanted = lens.nearest_features("up.0.0/123", limit=12)
+    assert [(one["index"], one["cosine"]) for one in near] == [(one.ref.index, one.cosine) for one in wanted]
+
+
 def test_a_region_finds_what_is_special_about_it(page):
     """The left half holds a circle, the right half a square."""
     left = page.post("/api/contrast", json={"run": PLAIN, "region": MASK}).json()["features"]

@@ -628,3 +628,81 @@ class FeatureMatch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FeatureMatch: _TypeAlias = FeatureMatch  # noqa: Y015
+
+@_typing.final
+class NearestFeaturesRequest(_message.Message):
+    """Asks for the features that are nearest to one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"saes/{sae}/features/{index}"."""
+    page_size: _builtins.int
+    """At most so many, 1 to 100; 0: 10. Larger is taken as 100."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearestFeaturesRequest: _TypeAlias = NearestFeaturesRequest  # noqa: Y015
+
+@_typing.final
+class NearestFeaturesResponse(_message.Message):
+    """Features near to one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearFeature]:
+        """Nearest first; the feature itself is left out."""
+
+    def __init__(
+        self,
+        *,
+        features: _abc.Iterable[Global___NearFeature] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearestFeaturesResponse: _TypeAlias = NearestFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class NearFeature(_message.Message):
+    """A feature near to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    cosine: _builtins.float
+    """Cosine of the two decoder directions, -1 to 1: how far they push the model the same way."""
+    @_builtins.property
+    def feature(self) -> Global___Feature:
+        """The feature."""
+
+    def __init__(
+        self,
+        *,
+        feature: Global___Feature | None = ...,
+        cosine: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine", "feature", b"feature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearFeature: _TypeAlias = NearFeature  # noqa: Y015

@@ -60,6 +60,11 @@ class FeatureServiceStub:
                 request_serializer=turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesRequest.SerializeToString,
                 response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesResponse.FromString,
                 _registered_method=True)
+        self.NearestFeatures = channel.unary_unary(
+                '/turbolens.v1.FeatureService/NearestFeatures',
+                request_serializer=turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesRequest.SerializeToString,
+                response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesResponse.FromString,
+                _registered_method=True)
 
 
 class FeatureServiceServicer:
@@ -101,6 +106,13 @@ class FeatureServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NearestFeatures(self, request, context):
+        """The features of the same SAE that write most alike, nearest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeatureServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
                     servicer.SearchFeatures,
                     request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesRequest.FromString,
                     response_serializer=turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesResponse.SerializeToString,
+            ),
+            'NearestFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.NearestFeatures,
+                    request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesRequest.FromString,
+                    response_serializer=turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class FeatureService:
             '/turbolens.v1.FeatureService/SearchFeatures',
             turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesRequest.SerializeToString,
             turbolens_dot_v1_dot_feature__service__pb2.SearchFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NearestFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turbolens.v1.FeatureService/NearestFeatures',
+            turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesRequest.SerializeToString,
+            turbolens_dot_v1_dot_feature__service__pb2.NearestFeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

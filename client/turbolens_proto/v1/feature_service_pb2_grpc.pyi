@@ -43,6 +43,8 @@ class FeatureServiceStub:
     """One feature."""
     SearchFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.SearchFeaturesRequest, _feature_service_pb2.SearchFeaturesResponse]
     """Features for words, best first."""
+    NearestFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.NearestFeaturesRequest, _feature_service_pb2.NearestFeaturesResponse]
+    """The features of the same SAE that write most alike, nearest first."""
 
 @_typing.type_check_only
 class FeatureServiceAsyncStub(FeatureServiceStub):
@@ -59,6 +61,8 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     """One feature."""
     SearchFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.SearchFeaturesRequest, _feature_service_pb2.SearchFeaturesResponse]  # type: ignore[assignment]
     """Features for words, best first."""
+    NearestFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.NearestFeaturesRequest, _feature_service_pb2.NearestFeaturesResponse]  # type: ignore[assignment]
+    """The features of the same SAE that write most alike, nearest first."""
 
 class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
     """The features behind pictures, and what is known of each feature."""
@@ -102,5 +106,13 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.SearchFeaturesResponse, _abc.Awaitable[_feature_service_pb2.SearchFeaturesResponse]]:
         """Features for words, best first."""
+
+    @_abc_1.abstractmethod
+    def NearestFeatures(
+        self,
+        request: _feature_service_pb2.NearestFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_service_pb2.NearestFeaturesResponse, _abc.Awaitable[_feature_service_pb2.NearestFeaturesResponse]]:
+        """The features of the same SAE that write most alike, nearest first."""
 
 def add_FeatureServiceServicer_to_server(servicer: FeatureServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

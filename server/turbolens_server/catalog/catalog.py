@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from turbolens_server.catalog.labels import FeatureLabels, read_labels
 from turbolens_server.catalog.query import Feature
@@ -33,6 +34,15 @@ class Match:
     """By which label, and how."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Near:
+    """A feature near to another."""
+
+    feature: Feature
+    cosine: float
+    """Of the two decoder directions."""
+
+
 class Catalog:
     """Statistics and labels of all features, in memory; immutable after construction."""
 
@@ -49,6 +59,7 @@ class Catalog:
             name: {label.value for known in by_feature.values() for label in known.labels}
             for name, by_feature in labels.items()
         }
+        self._decoders = {name: sae.bundle.weights.W_dec for name, sae in saes.items()}
         self._common = {name: _common(sae) for name, sae in saes.items()}
         """By SAE and feature: how far it can be relied on to be there, 1 where nobody measured."""
         values = sorted(set().union(*self._values.values()))
@@ -77,6 +88,15 @@ class Catalog:
             KeyError: there is no such SAE.
         """
         return self._features[sae]
+
+    def nearest(self, sae: str, index: int, most: int) -> list[Near]:
+        """The features of an SAE by the cosine of their decoder direction with one feature's, nearest first."""
+        directions = self._decoders[sae].float()
+        cosines = torch.nn.functional.cosine_similarity(directions, directions[index], dim=1)
+        cosines[index] = -torch.inf
+        best = torch.topk(cosines, min(most, len(cosines) - 1))
+        features = self._features[sae]
+        return [Near(features[int(i)], float(cosine)) for cosine, i in zip(best.values, best.indices, strict=True)]
 
     def search(self, words: str, saes: Iterable[str], most: int, embedded: npt.NDArray[np.float32]) -> list[Match]:
         """Features for words, best first: how near a label is to the words, times how sure the label is, times how

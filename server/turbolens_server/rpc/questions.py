@@ -41,13 +41,7 @@ def get_feature(catalog: Catalog, request: pb.GetFeatureRequest) -> pb.GetFeatur
     Raises:
         RpcError: NOT_FOUND.
     """
-    match = _NAME.fullmatch(request.name)
-    if match is None or match["index"] is None:
-        raise not_found(f"{request.name[:80]!r} is no feature; names look like saes/up.0.1/features/202")
-    features = _features_of(catalog, match["sae"])
-    if len(match["index"]) > 9 or int(match["index"]) >= len(features):
-        raise not_found(f"{match['sae']} has features 0 to {len(features) - 1}, not {match['index'][:20]}")
-    feature = features[int(match["index"])]
+    feature = _feature_of(catalog, request.name)
     message = _message(feature)
     message.examples.extend(pb.FeatureExample(**dataclasses.asdict(example)) for example in feature.examples)
     return pb.GetFeatureResponse(feature=message)
@@ -111,6 +105,34 @@ def search(
             pb.FeatureMatch(feature=_message(match.feature), score=match.score, reason=match.reason) for match in found
         ]
     )
+
+
+def nearest(catalog: Catalog, request: pb.NearestFeaturesRequest) -> pb.NearestFeaturesResponse:
+    """The features of the same SAE that write most alike.
+
+    Raises:
+        RpcError: NOT_FOUND for the feature, INVALID_ARGUMENT for the size.
+    """
+    feature = _feature_of(catalog, request.name)
+    if violations := _page_size(request.page_size):
+        raise invalid(violations)
+    most = min(request.page_size or _SEARCH_DEFAULT, MAX_FOUND)
+    return pb.NearestFeaturesResponse(
+        features=[
+            pb.NearFeature(feature=_message(near.feature), cosine=near.cosine)
+            for near in catalog.nearest(feature.sae, feature.index, most)
+        ]
+    )
+
+
+def _feature_of(catalog: Catalog, name: str) -> Feature:
+    match = _NAME.fullmatch(name)
+    if match is None or match["index"] is None:
+        raise not_found(f"{name[:80]!r} is no feature; names look like saes/up.0.1/features/202")
+    features = _features_of(catalog, match["sae"])
+    if len(match["index"]) > 9 or int(match["index"]) >= len(features):
+        raise not_found(f"{match['sae']} has features 0 to {len(features) - 1}, not {match['index'][:20]}")
+    return features[int(match["index"])]
 
 
 def _features_of(catalog: Catalog, sae: str) -> Sequence[Feature]:

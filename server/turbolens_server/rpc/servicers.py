@@ -223,6 +223,11 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         embedded = await ready.queue.embed(query)
         return await _off_loop(questions.search, ready.catalog, request, embedded)
 
+    async def NearestFeatures(  # noqa: N802
+        self, request: features.NearestFeaturesRequest, context: Context
+    ) -> features.NearestFeaturesResponse:
+        return await _off_loop(questions.nearest, self._readiness.get().catalog, request)
+
 
 def _features_event(event: FeaturesReady, valid: ValidRequest, pack: convert.Packer) -> features.FeaturesEvent:
     return features.FeaturesEvent(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 import turbolens as tl
@@ -29,6 +32,31 @@ def test_pages_hold_every_feature_once(catalog, engine):
         if not token:
             break
     assert seen == list(range(d_sae))
+
+
+def test_the_nearest_features_are_those_of_the_largest_cosine(lens, engine):
+    directions = engine.info.saes["up.0.0"].bundle.weights.W_dec.double().numpy()
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    cosines = directions @ directions[123]
+    cosines[123] = -2
+    near = lens.nearest_features("up.0.0/123", limit=20)
+    assert [one.ref.index for one in near] == list(np.argsort(-cosines)[:20])
+    assert [one.cosine for one in near] == pytest.approx(np.sort(cosines)[::-1][:20], abs=1e-6)
+    assert near[0].feature == dataclasses.replace(lens.get_feature(near[0]), examples=())
+    assert len(lens.nearest_features("up.0.0/0", limit=1000)) == 100
+    assert len(lens.nearest_features(("up.0.0", 255))) == 10
+
+
+@pytest.mark.parametrize(("name", "error"), [("up.0.0/256", tl.NotFound), ("elsewhere/0", tl.NotFound)])
+def test_nothing_is_near_to_a_feature_that_is_not_there(lens, name, error):
+    with pytest.raises(error):
+        lens.nearest_features(name)
+
+
+def test_a_size_below_zero_is_refused_by_its_field(lens):
+    with pytest.raises(tl.InvalidRequest) as refused:
+        lens.nearest_features("up.0.0/123", limit=-1)
+    assert refused.value.violations[0].field == "page_size"
 
 
 def test_filters_and_orders(lens):

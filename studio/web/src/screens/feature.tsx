@@ -4,7 +4,7 @@ import { useEffect, useRef } from "preact/hooks";
 import { colour, css, type Block } from "../lib/heat.ts";
 import { BlobImage, Empty, Go, percent, short } from "../parts/controls.tsx";
 import { Icon } from "../parts/icons.tsx";
-import { ApiError, getFeature, getNeighbours, getSampled, type Brief, type Example, type Known, type Sampled } from "../state/api.ts";
+import { ApiError, getFeature, getNearest, getSampled, type Brief, type Example, type Known, type Sampled } from "../state/api.ts";
 import { doc } from "../state/doc.ts";
 import { Lane, server, type Picture } from "../state/live.ts";
 import { route } from "../state/router.ts";
@@ -253,7 +253,7 @@ function Alike({ sae, index }: { sae: string; index: number }) {
   const near = useSignal<Brief[] | null>(null);
   useEffect(() => {
     if (server.value.state !== "ready") return;
-    getNeighbours(sae, index).then(({ features }) => (near.value = features)).catch(() => (near.value = []));
+    getNearest(sae, index).then(({ features }) => (near.value = features)).catch(() => (near.value = []));
   }, [sae, index, server.value.state]);
   if (near.value && !near.value.length) return null;
   return (

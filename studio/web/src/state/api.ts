@@ -113,8 +113,8 @@ export const getFeatures = (query: Record<string, string>, signal?: AbortSignal)
   json<Listing>(`features?${new URLSearchParams(query)}`, signal ? { signal } : undefined);
 export const getFeature = (sae: string, index: number) => json<Known>(`features/${encodeURIComponent(sae)}/${index}`);
 export const getSampled = (sae: string, index: number) => json<Sampled>(`sampled/${encodeURIComponent(sae)}/${index}`);
-export const getNeighbours = (sae: string, index: number) =>
-  json<{ features: Brief[] }>(`neighbours/${encodeURIComponent(sae)}/${index}`);
+export const getNearest = (sae: string, index: number) =>
+  json<{ features: Brief[] }>(`nearest/${encodeURIComponent(sae)}/${index}`);
 export const getThumb = async (sae: string, index: number, signal: AbortSignal) =>
   (await call(`thumbs/${encodeURIComponent(sae)}/${index}`, { signal })).blob();
 export const contrast = (run: Run, region: string) => json<{ features: Brief[] }>("contrast", post({ run, region }));
