@@ -26,7 +26,7 @@ from turbolens_proto.v1 import run_pb2 as turbolens_dot_v1_dot_run__pb2
 from turbolens_proto.v1 import steering_pb2 as turbolens_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"turbolens/v1/feature_service.proto\x12\x0cturbolens.v1\x1a\x16turbolens/v1/run.proto\x1a\x1bturbolens/v1/steering.proto\"\xec\x01\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x03ref\x18\x02 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0blabel_score\x18\x04 \x01(\x02\x12\x11\n\tfrequency\x18\x05 \x01(\x02\x12\x0c\n\x04mean\x18\x06 \x01(\x02\x12\x0b\n\x03max\x18\x07 \x01(\x02\x12*\n\x06labels\x18\x08 \x03(\x0b\x32\x1a.turbolens.v1.FeatureLabel\x12.\n\x08\x65xamples\x18\t \x03(\x0b\x32\x1c.turbolens.v1.FeatureExample\"u\n\x0e\x46\x65\x61tureExample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\t\n\x01y\x18\x05 \x01(\x05\x12\t\n\x01x\x18\x06 \x01(\x05\x12\x12\n\nactivation\x18\x07 \x01(\x02\"O\n\x0c\x46\x65\x61tureLabel\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\"L\n\x16\x45xtractFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\"\xb3\x01\n\x17\x45xtractFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0b\x65xtractions\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.Extraction\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x04 \x03(\x0b\x32\x15.turbolens.v1.Warning\"^\n\nExtraction\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12.\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x1c.turbolens.v1.SparseFeatures\x12\x12\n\nbatch_size\x18\x03 \x01(\x05\"K\n\x15StreamFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\"\xa8\x01\n\x16StreamFeaturesResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.turbolens.v1.QueuedEventH\x00\x12/\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x1b.turbolens.v1.FeaturesEventH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.DoneEventH\x00\x42\x07\n\x05\x65vent\"3\n\x0bQueuedEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\"a\n\rFeaturesEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12.\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1c.turbolens.v1.SparseFeatures\"b\n\tDoneEvent\x12,\n\nprovenance\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x02 \x03(\x0b\x32\x15.turbolens.v1.Warning\"n\n\x13ListFeaturesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"l\n\x14ListFeaturesResponse\x12\'\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Feature\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"!\n\x11GetFeatureRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetFeatureResponse\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\"G\n\x15SearchFeaturesRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"E\n\x16SearchFeaturesResponse\x12+\n\x07matches\x18\x01 \x03(\x0b\x32\x1a.turbolens.v1.FeatureMatch\"U\n\x0c\x46\x65\x61tureMatch\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06reason\x18\x03 \x01(\t\"9\n\x16NearestFeaturesRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"F\n\x17NearestFeaturesResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.turbolens.v1.NearFeature\"E\n\x0bNearFeature\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x02\x32\xb4\x04\n\x0e\x46\x65\x61tureService\x12^\n\x0f\x45xtractFeatures\x12$.turbolens.v1.ExtractFeaturesRequest\x1a%.turbolens.v1.ExtractFeaturesResponse\x12]\n\x0eStreamFeatures\x12#.turbolens.v1.StreamFeaturesRequest\x1a$.turbolens.v1.StreamFeaturesResponse0\x01\x12U\n\x0cListFeatures\x12!.turbolens.v1.ListFeaturesRequest\x1a\".turbolens.v1.ListFeaturesResponse\x12O\n\nGetFeature\x12\x1f.turbolens.v1.GetFeatureRequest\x1a .turbolens.v1.GetFeatureResponse\x12[\n\x0eSearchFeatures\x12#.turbolens.v1.SearchFeaturesRequest\x1a$.turbolens.v1.SearchFeaturesResponse\x12^\n\x0fNearestFeatures\x12$.turbolens.v1.NearestFeaturesRequest\x1a%.turbolens.v1.NearestFeaturesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"turbolens/v1/feature_service.proto\x12\x0cturbolens.v1\x1a\x16turbolens/v1/run.proto\x1a\x1bturbolens/v1/steering.proto\"\xec\x01\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x03ref\x18\x02 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0blabel_score\x18\x04 \x01(\x02\x12\x11\n\tfrequency\x18\x05 \x01(\x02\x12\x0c\n\x04mean\x18\x06 \x01(\x02\x12\x0b\n\x03max\x18\x07 \x01(\x02\x12*\n\x06labels\x18\x08 \x03(\x0b\x32\x1a.turbolens.v1.FeatureLabel\x12.\n\x08\x65xamples\x18\t \x03(\x0b\x32\x1c.turbolens.v1.FeatureExample\"u\n\x0e\x46\x65\x61tureExample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\t\n\x01y\x18\x05 \x01(\x05\x12\t\n\x01x\x18\x06 \x01(\x05\x12\x12\n\nactivation\x18\x07 \x01(\x02\"O\n\x0c\x46\x65\x61tureLabel\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\"L\n\x16\x45xtractFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\"\xb3\x01\n\x17\x45xtractFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0b\x65xtractions\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.Extraction\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x04 \x03(\x0b\x32\x15.turbolens.v1.Warning\"^\n\nExtraction\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12.\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x1c.turbolens.v1.SparseFeatures\x12\x12\n\nbatch_size\x18\x03 \x01(\x05\"K\n\x15StreamFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\"\xa8\x01\n\x16StreamFeaturesResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.turbolens.v1.QueuedEventH\x00\x12/\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x1b.turbolens.v1.FeaturesEventH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.DoneEventH\x00\x42\x07\n\x05\x65vent\"b\n\x1b\x45xtractFeaturesBatchRequest\x12\x0c\n\x04item\x18\x01 \x01(\x03\x12\x35\n\x07request\x18\x02 \x01(\x0b\x32$.turbolens.v1.ExtractFeaturesRequest\"\x9c\x01\n\x1c\x45xtractFeaturesBatchResponse\x12\x0c\n\x04item\x18\x01 \x01(\x03\x12\x39\n\x08response\x18\x02 \x01(\x0b\x32%.turbolens.v1.ExtractFeaturesResponseH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.ItemErrorH\x00\x42\t\n\x07outcome\"l\n\tItemError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x30\n\nviolations\x18\x04 \x03(\x0b\x32\x1c.turbolens.v1.FieldViolation\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"3\n\x0bQueuedEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\"a\n\rFeaturesEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12.\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1c.turbolens.v1.SparseFeatures\"b\n\tDoneEvent\x12,\n\nprovenance\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x02 \x03(\x0b\x32\x15.turbolens.v1.Warning\"n\n\x13ListFeaturesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"l\n\x14ListFeaturesResponse\x12\'\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Feature\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"!\n\x11GetFeatureRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetFeatureResponse\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\"G\n\x15SearchFeaturesRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"E\n\x16SearchFeaturesResponse\x12+\n\x07matches\x18\x01 \x03(\x0b\x32\x1a.turbolens.v1.FeatureMatch\"U\n\x0c\x46\x65\x61tureMatch\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06reason\x18\x03 \x01(\t\"9\n\x16NearestFeaturesRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"F\n\x17NearestFeaturesResponse\x12+\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x19.turbolens.v1.NearFeature\"E\n\x0bNearFeature\x12&\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x15.turbolens.v1.Feature\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x02\x32\xa7\x05\n\x0e\x46\x65\x61tureService\x12^\n\x0f\x45xtractFeatures\x12$.turbolens.v1.ExtractFeaturesRequest\x1a%.turbolens.v1.ExtractFeaturesResponse\x12]\n\x0eStreamFeatures\x12#.turbolens.v1.StreamFeaturesRequest\x1a$.turbolens.v1.StreamFeaturesResponse0\x01\x12q\n\x14\x45xtractFeaturesBatch\x12).turbolens.v1.ExtractFeaturesBatchRequest\x1a*.turbolens.v1.ExtractFeaturesBatchResponse(\x01\x30\x01\x12U\n\x0cListFeatures\x12!.turbolens.v1.ListFeaturesRequest\x1a\".turbolens.v1.ListFeaturesResponse\x12O\n\nGetFeature\x12\x1f.turbolens.v1.GetFeatureRequest\x1a .turbolens.v1.GetFeatureResponse\x12[\n\x0eSearchFeatures\x12#.turbolens.v1.SearchFeaturesRequest\x1a$.turbolens.v1.SearchFeaturesResponse\x12^\n\x0fNearestFeatures\x12$.turbolens.v1.NearestFeaturesRequest\x1a%.turbolens.v1.NearestFeaturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,32 +49,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMFEATURESREQUEST']._serialized_end=975
   _globals['_STREAMFEATURESRESPONSE']._serialized_start=978
   _globals['_STREAMFEATURESRESPONSE']._serialized_end=1146
-  _globals['_QUEUEDEVENT']._serialized_start=1148
-  _globals['_QUEUEDEVENT']._serialized_end=1199
-  _globals['_FEATURESEVENT']._serialized_start=1201
-  _globals['_FEATURESEVENT']._serialized_end=1298
-  _globals['_DONEEVENT']._serialized_start=1300
-  _globals['_DONEEVENT']._serialized_end=1398
-  _globals['_LISTFEATURESREQUEST']._serialized_start=1400
-  _globals['_LISTFEATURESREQUEST']._serialized_end=1510
-  _globals['_LISTFEATURESRESPONSE']._serialized_start=1512
-  _globals['_LISTFEATURESRESPONSE']._serialized_end=1620
-  _globals['_GETFEATUREREQUEST']._serialized_start=1622
-  _globals['_GETFEATUREREQUEST']._serialized_end=1655
-  _globals['_GETFEATURERESPONSE']._serialized_start=1657
-  _globals['_GETFEATURERESPONSE']._serialized_end=1717
-  _globals['_SEARCHFEATURESREQUEST']._serialized_start=1719
-  _globals['_SEARCHFEATURESREQUEST']._serialized_end=1790
-  _globals['_SEARCHFEATURESRESPONSE']._serialized_start=1792
-  _globals['_SEARCHFEATURESRESPONSE']._serialized_end=1861
-  _globals['_FEATUREMATCH']._serialized_start=1863
-  _globals['_FEATUREMATCH']._serialized_end=1948
-  _globals['_NEARESTFEATURESREQUEST']._serialized_start=1950
-  _globals['_NEARESTFEATURESREQUEST']._serialized_end=2007
-  _globals['_NEARESTFEATURESRESPONSE']._serialized_start=2009
-  _globals['_NEARESTFEATURESRESPONSE']._serialized_end=2079
-  _globals['_NEARFEATURE']._serialized_start=2081
-  _globals['_NEARFEATURE']._serialized_end=2150
-  _globals['_FEATURESERVICE']._serialized_start=2153
-  _globals['_FEATURESERVICE']._serialized_end=2717
+  _globals['_EXTRACTFEATURESBATCHREQUEST']._serialized_start=1148
+  _globals['_EXTRACTFEATURESBATCHREQUEST']._serialized_end=1246
+  _globals['_EXTRACTFEATURESBATCHRESPONSE']._serialized_start=1249
+  _globals['_EXTRACTFEATURESBATCHRESPONSE']._serialized_end=1405
+  _globals['_ITEMERROR']._serialized_start=1407
+  _globals['_ITEMERROR']._serialized_end=1515
+  _globals['_FIELDVIOLATION']._serialized_start=1517
+  _globals['_FIELDVIOLATION']._serialized_end=1569
+  _globals['_QUEUEDEVENT']._serialized_start=1571
+  _globals['_QUEUEDEVENT']._serialized_end=1622
+  _globals['_FEATURESEVENT']._serialized_start=1624
+  _globals['_FEATURESEVENT']._serialized_end=1721
+  _globals['_DONEEVENT']._serialized_start=1723
+  _globals['_DONEEVENT']._serialized_end=1821
+  _globals['_LISTFEATURESREQUEST']._serialized_start=1823
+  _globals['_LISTFEATURESREQUEST']._serialized_end=1933
+  _globals['_LISTFEATURESRESPONSE']._serialized_start=1935
+  _globals['_LISTFEATURESRESPONSE']._serialized_end=2043
+  _globals['_GETFEATUREREQUEST']._serialized_start=2045
+  _globals['_GETFEATUREREQUEST']._serialized_end=2078
+  _globals['_GETFEATURERESPONSE']._serialized_start=2080
+  _globals['_GETFEATURERESPONSE']._serialized_end=2140
+  _globals['_SEARCHFEATURESREQUEST']._serialized_start=2142
+  _globals['_SEARCHFEATURESREQUEST']._serialized_end=2213
+  _globals['_SEARCHFEATURESRESPONSE']._serialized_start=2215
+  _globals['_SEARCHFEATURESRESPONSE']._serialized_end=2284
+  _globals['_FEATUREMATCH']._serialized_start=2286
+  _globals['_FEATUREMATCH']._serialized_end=2371
+  _globals['_NEARESTFEATURESREQUEST']._serialized_start=2373
+  _globals['_NEARESTFEATURESREQUEST']._serialized_end=2430
+  _globals['_NEARESTFEATURESRESPONSE']._serialized_start=2432
+  _globals['_NEARESTFEATURESRESPONSE']._serialized_end=2502
+  _globals['_NEARFEATURE']._serialized_start=2504
+  _globals['_NEARFEATURE']._serialized_end=2573
+  _globals['_FEATURESERVICE']._serialized_start=2576
+  _globals['_FEATURESERVICE']._serialized_end=3255
 # @@protoc_insertion_point(module_scope)

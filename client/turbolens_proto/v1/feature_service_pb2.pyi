@@ -333,6 +333,132 @@ class StreamFeaturesResponse(_message.Message):
 Global___StreamFeaturesResponse: _TypeAlias = StreamFeaturesResponse  # noqa: Y015
 
 @_typing.final
+class ExtractFeaturesBatchRequest(_message.Message):
+    """One item of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    item: _builtins.int
+    """A number of the caller's own, by which it knows the answer."""
+    @_builtins.property
+    def request(self) -> Global___ExtractFeaturesRequest:
+        """As for ExtractFeatures."""
+
+    def __init__(
+        self,
+        *,
+        item: _builtins.int = ...,
+        request: Global___ExtractFeaturesRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtractFeaturesBatchRequest: _TypeAlias = ExtractFeaturesBatchRequest  # noqa: Y015
+
+@_typing.final
+class ExtractFeaturesBatchResponse(_message.Message):
+    """The answer to one item of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    item: _builtins.int
+    """As asked."""
+    @_builtins.property
+    def response(self) -> Global___ExtractFeaturesResponse:
+        """As of ExtractFeatures."""
+
+    @_builtins.property
+    def error(self) -> Global___ItemError:
+        """It came to nothing; the stream goes on."""
+
+    def __init__(
+        self,
+        *,
+        item: _builtins.int = ...,
+        response: Global___ExtractFeaturesResponse | None = ...,
+        error: Global___ItemError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "item", b"item", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ExtractFeaturesBatchResponse: _TypeAlias = ExtractFeaturesBatchResponse  # noqa: Y015
+
+@_typing.final
+class ItemError(_message.Message):
+    """What is wrong with one item of a batch: what a call of its own would have ended with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """gRPC's status code."""
+    message: _builtins.str
+    """For people."""
+    reason: _builtins.str
+    """UPPER_SNAKE_CASE, as in the details of a call's error."""
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]:
+        """Of INVALID_ARGUMENT, fields that are wrong; of very many, as many as fit."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        violations: _abc.Iterable[Global___FieldViolation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemError: _TypeAlias = ItemError  # noqa: Y015
+
+@_typing.final
+class FieldViolation(_message.Message):
+    """One field of an item that cannot be served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Its path in the item's request: "run.edits[0].features[1].feature.index"."""
+    description: _builtins.str
+    """What was received and what is allowed."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FieldViolation: _TypeAlias = FieldViolation  # noqa: Y015
+
+@_typing.final
 class QueuedEvent(_message.Message):
     """A run waits for the engine."""
 

@@ -45,6 +45,11 @@ class FeatureServiceStub:
                 request_serializer=turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesRequest.SerializeToString,
                 response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesResponse.FromString,
                 _registered_method=True)
+        self.ExtractFeaturesBatch = channel.stream_stream(
+                '/turbolens.v1.FeatureService/ExtractFeaturesBatch',
+                request_serializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.SerializeToString,
+                response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.FromString,
+                _registered_method=True)
         self.ListFeatures = channel.unary_unary(
                 '/turbolens.v1.FeatureService/ListFeatures',
                 request_serializer=turbolens_dot_v1_dot_feature__service__pb2.ListFeaturesRequest.SerializeToString,
@@ -80,6 +85,14 @@ class FeatureServiceServicer:
 
     def StreamFeatures(self, request, context):
         """The same, a message per picture, step and SAE, as each is computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtractFeaturesBatch(self, request_iterator, context):
+        """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
+        an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +138,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
                     servicer.StreamFeatures,
                     request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesRequest.FromString,
                     response_serializer=turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesResponse.SerializeToString,
+            ),
+            'ExtractFeaturesBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExtractFeaturesBatch,
+                    request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.FromString,
+                    response_serializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.SerializeToString,
             ),
             'ListFeatures': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFeatures,
@@ -202,6 +220,33 @@ class FeatureService:
             '/turbolens.v1.FeatureService/StreamFeatures',
             turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesRequest.SerializeToString,
             turbolens_dot_v1_dot_feature__service__pb2.StreamFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtractFeaturesBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/turbolens.v1.FeatureService/ExtractFeaturesBatch',
+            turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.SerializeToString,
+            turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class FeatureServiceStub:
     """Run the model and return the features that fire; no picture is decoded."""
     StreamFeatures: _grpc.UnaryStreamMultiCallable[_feature_service_pb2.StreamFeaturesRequest, _feature_service_pb2.StreamFeaturesResponse]
     """The same, a message per picture, step and SAE, as each is computed."""
+    ExtractFeaturesBatch: _grpc.StreamStreamMultiCallable[_feature_service_pb2.ExtractFeaturesBatchRequest, _feature_service_pb2.ExtractFeaturesBatchResponse]
+    """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
+    an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
+    """
     ListFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.ListFeaturesRequest, _feature_service_pb2.ListFeaturesResponse]
     """The features of an SAE, a page at a time."""
     GetFeature: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.GetFeatureRequest, _feature_service_pb2.GetFeatureResponse]
@@ -55,6 +59,10 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     """Run the model and return the features that fire; no picture is decoded."""
     StreamFeatures: _aio.UnaryStreamMultiCallable[_feature_service_pb2.StreamFeaturesRequest, _feature_service_pb2.StreamFeaturesResponse]  # type: ignore[assignment]
     """The same, a message per picture, step and SAE, as each is computed."""
+    ExtractFeaturesBatch: _aio.StreamStreamMultiCallable[_feature_service_pb2.ExtractFeaturesBatchRequest, _feature_service_pb2.ExtractFeaturesBatchResponse]  # type: ignore[assignment]
+    """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
+    an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
+    """
     ListFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.ListFeaturesRequest, _feature_service_pb2.ListFeaturesResponse]  # type: ignore[assignment]
     """The features of an SAE, a page at a time."""
     GetFeature: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.GetFeatureRequest, _feature_service_pb2.GetFeatureResponse]  # type: ignore[assignment]
@@ -82,6 +90,16 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_feature_service_pb2.StreamFeaturesResponse], _abc.AsyncIterator[_feature_service_pb2.StreamFeaturesResponse]]:
         """The same, a message per picture, step and SAE, as each is computed."""
+
+    @_abc_1.abstractmethod
+    def ExtractFeaturesBatch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_feature_service_pb2.ExtractFeaturesBatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_feature_service_pb2.ExtractFeaturesBatchResponse], _abc.AsyncIterator[_feature_service_pb2.ExtractFeaturesBatchResponse]]:
+        """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
+        an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
+        """
 
     @_abc_1.abstractmethod
     def ListFeatures(

@@ -9,8 +9,7 @@ requests that are let in or not, never memory that runs out.
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from turbolens_server.engine.info import EngineInfo
@@ -39,14 +38,13 @@ class Ledger:
         self.held = 0
         self._by_caller: collections.Counter[str] = collections.Counter()
 
-    @contextlib.contextmanager
-    def account(self, caller: Caller) -> Iterator[Account]:
-        """What one call holds, given back at its end whatever happens."""
-        account = Account(self, caller.name)
-        try:
-            yield account
-        finally:
-            self._change(caller.name, -account.held)
+    def account(self, caller: Caller) -> Account:
+        """What one call holds, or one item of a stream; closed at its end whatever happens."""
+        return Account(self, caller.name)
+
+    def give_back(self, caller: str, count: int) -> None:
+        """Hold less."""
+        self._change(caller, -count)
 
     def take(self, caller: str, count: int, *, shared: bool) -> None:
         """Hold more; `shared`: no more of it than a caller's share.
@@ -77,12 +75,17 @@ class Ledger:
 
 
 class Account:
-    """What one call holds."""
+    """What one call or item holds, until it is closed; a second time does nothing."""
 
     def __init__(self, ledger: Ledger, caller: str) -> None:
         self._ledger = ledger
         self._caller = caller
         self.held = 0
+
+    def close(self) -> None:
+        """Give it all back."""
+        held, self.held = self.held, 0
+        self._ledger.give_back(self._caller, held)
 
     def hold_message(self, count: int) -> None:
         """Hold a message of so many bytes on the wire, and what it is parsed to; raises as :meth:`Ledger.take`."""

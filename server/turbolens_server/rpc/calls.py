@@ -28,6 +28,8 @@ _OURS: Final = "/turbolens."
 _PARSED_AT_ONCE: Final = 64 * 1024
 """Bytes of a message that the event loop parses itself; a larger one waits for a thread."""
 _STALLED_WHILE_STOPPING_S: Final = 2.0
+_ROOM_AGAIN_S: Final = 0.2
+"""Between two looks for room for a stream's next message."""
 
 
 def current_call() -> Call:
@@ -157,14 +159,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._writers = writers
         self._active = 0
         self._idle = asyncio.Event()
-        self._stopping = False
+        self._stop = asyncio.Event()
 
     async def drain(self, within_s: float) -> bool:
         """Refuse what is new and wait for what is served; returns whether all of it ended in time.
 
         gRPC's own way waits for streams that nobody reads as well, though nothing of them is left here.
         """
-        self._stopping = True
+        self._stop.set()
         self._writers.hurry()
         try:
             async with asyncio.timeout(within_s):
@@ -188,6 +190,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         answer = {"response_serializer": handler.response_serializer}
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._unary(name, handler), **answer)
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(self._both_ways(name, handler), **answer)
         return grpc.unary_stream_rpc_method_handler(self._stream(name, handler), **answer)
 
     def _unary(self, name: str, handler: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
@@ -208,15 +212,56 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         async def wrapped(message: bytes, context: Any) -> None:
             with self._call(name, context) as call:
                 request = await self._read(call, message, handler.request_deserializer)
-                answers: AsyncIterator[Any] = handler.unary_stream(request, context)
-                call.messages = 0
-                async with contextlib.aclosing(answers):  # type: ignore[type-var]  # it is a generator
-                    async for answer in answers:
-                        await self._writers.write(context, answer)
-                        call.messages += 1
+                await self._write(call, handler.unary_stream(request, context), context)
             await call.end()
 
         return wrapped
+
+    def _both_ways(self, name: str, handler: Any) -> Callable[[AsyncIterator[bytes], Any], Awaitable[None]]:
+        async def wrapped(messages: AsyncIterator[bytes], context: Any) -> None:
+            with self._call(name, context) as call:
+                arrivals = self._arrivals(call, messages, handler.request_deserializer)
+                await self._write(call, handler.stream_stream(arrivals, context), context)
+            await call.end()
+
+        return wrapped
+
+    async def _write(self, call: Call, answers: AsyncIterator[Any], context: Any) -> None:
+        call.messages = 0
+        async with contextlib.aclosing(answers):  # type: ignore[type-var]  # it is a generator
+            async for answer in answers:
+                await self._writers.write(context, answer)
+                call.messages += 1
+
+    async def _arrivals(
+        self, call: Call, messages: AsyncIterator[bytes], parse: Callable[[bytes], Message]
+    ) -> AsyncIterator[tuple[Message, Account]]:
+        """A stream's requests, each with an account of its own; where there is no room for one, it waits.
+
+        Raises:
+            RpcError: UNAVAILABLE once the server stops, INVALID_ARGUMENT where one is none.
+        """
+        stops = asyncio.ensure_future(self._stop.wait())
+        try:
+            while True:
+                arrives = asyncio.ensure_future(anext(messages, None))
+                await asyncio.wait((arrives, stops), return_when=asyncio.FIRST_COMPLETED)
+                if self._stop.is_set():
+                    arrives.cancel()
+                    raise stopping()
+                if (message := await arrives) is None:
+                    return
+                account = self._ledger.account(call.caller)
+                try:
+                    while not _has_room(account, len(message)):
+                        await asyncio.sleep(_ROOM_AGAIN_S)
+                    request = await self._parse(message, parse)
+                except BaseException:
+                    account.close()
+                    raise
+                yield request, account
+        finally:
+            stops.cancel()
 
     @contextlib.contextmanager
     def _call(self, name: str, context: Any) -> Iterator[Call]:
@@ -225,7 +270,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         caller = anonymous(context.peer())
         self._active += 1
         try:
-            with self._ledger.account(caller) as account:
+            with contextlib.closing(self._ledger.account(caller)) as account:
                 call = Call(name, caller, account, context, self._metrics)
                 try:
                     yield call
@@ -247,15 +292,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             RpcError: UNAVAILABLE where the server stops, RESOURCE_EXHAUSTED where there is no room for it,
                 INVALID_ARGUMENT where it is none.
         """
-        if self._stopping:
+        if self._stop.is_set():
             raise stopping()
         call.account.hold_message(len(message))
-        try:
-            if len(message) <= _PARSED_AT_ONCE:
-                request = parse(message)
-            else:
-                request = await self._checks.run(parse, message)
-        except DecodeError:
-            raise malformed(getattr(parse, "__self__", Message).DESCRIPTOR.full_name) from None
+        request = await self._parse(message, parse)
         call.name_after(request)
         return request
+
+    async def _parse(self, message: bytes, parse: Callable[[bytes], Message]) -> Message:
+        try:
+            return parse(message) if len(message) <= _PARSED_AT_ONCE else await self._checks.run(parse, message)
+        except DecodeError:
+            raise malformed(getattr(parse, "__self__", Message).DESCRIPTOR.full_name) from None
+
+
+def _has_room(account: Account, count: int) -> bool:
+    """Whether a message of a stream is held now; raises where it never can be."""
+    try:
+        account.hold_message(count)
+    except RpcError as error:
+        if error.retry_after_s is None:
+            raise
+        return False
+    return True

@@ -70,7 +70,7 @@ class RpcError(Exception):
         )
         details = [info]
         if self.violations:
-            told = _bad_request(self.violations)
+            told = bad_request(self.violations)
             details.append(told)
             if left_out := len(self.violations) - len(told.field_violations):
                 info.metadata["violations_left_out"] = str(left_out)
@@ -88,7 +88,7 @@ class RpcError(Exception):
         return tuple(pairs)
 
 
-def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+def bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
     """As many violations as fit, in order; always the first."""
     told = error_details_pb2.BadRequest()
     room = _VIOLATIONS_BYTES

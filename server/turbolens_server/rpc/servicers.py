@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -27,8 +28,8 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
-from turbolens_server.rpc import convert, questions
-from turbolens_server.rpc.admission import answer_bytes
+from turbolens_server.rpc import bulk, convert, questions
+from turbolens_server.rpc.admission import Account, answer_bytes
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import loading, not_finite
@@ -167,7 +168,9 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.ExtractFeaturesRequest, context: Context
     ) -> features.ExtractFeaturesResponse:
         ready = self._readiness.get()
-        valid = await self._readiness.valid(validate_extract, request)
+        return await self._extract(ready, await self._readiness.valid(validate_extract, request))
+
+    async def _extract(self, ready: Ready, valid: ValidRequest) -> features.ExtractFeaturesResponse:
         results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         return features.ExtractFeaturesResponse(
@@ -204,6 +207,32 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         _check_finite(failed, valid)
         yield answer(done=_done(valid, results, ready))
 
+    async def ExtractFeaturesBatch(  # type: ignore[override]  # noqa: N802  # each arrives with its account
+        self, arrivals: bulk.Arrivals, context: Context
+    ) -> AsyncIterator[features.ExtractFeaturesBatchResponse]:
+        ready = self._readiness.get()
+        pictures = 0
+
+        async def serve(request: features.ExtractFeaturesRequest, account: Account) -> features.ExtractFeaturesResponse:
+            nonlocal pictures
+            check = functools.partial(
+                self._readiness.checks.run, validate_extract, request, ready.engine.info, self._readiness.limits
+            )
+            valid = await bulk.when_there_is_room(check)
+            size = answer_bytes(valid.jobs, ready.engine.info)
+            await bulk.when_there_is_room(functools.partial(_hold, account, size))
+            pictures += len(valid.jobs)
+            return await bulk.when_there_is_room(functools.partial(self._extract, ready, valid))
+
+        async def run(item: bulk.Item, account: Account) -> bulk.Answer:
+            return await bulk.answer_one(item, serve(item.request, account))
+
+        most = bulk.window(ready.queue.limits)
+        async with contextlib.aclosing(bulk.answer_all(arrivals, run, most)) as answers:
+            async for answer in answers:
+                yield answer
+        structlog.contextvars.bind_contextvars(pictures=pictures)
+
     async def ListFeatures(  # noqa: N802
         self, request: features.ListFeaturesRequest, context: Context
     ) -> features.ListFeaturesResponse:
@@ -227,6 +256,10 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.NearestFeaturesRequest, context: Context
     ) -> features.NearestFeaturesResponse:
         return await _off_loop(questions.nearest, self._readiness.get().catalog, request)
+
+
+async def _hold(account: Account, count: int) -> None:
+    account.hold_answer(count)
 
 
 def _features_event(event: FeaturesReady, valid: ValidRequest, pack: convert.Packer) -> features.FeaturesEvent:
