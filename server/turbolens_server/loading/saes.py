@@ -31,7 +31,10 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: boo
     """Every SAE that one `--sae` names; `fused` says that the model is not the one of its folder."""
     name, hook_point, path = _parts_of(source, points)
     folder = resolve(path, "--sae", snapshot(SAE_PATTERNS))
-    found = find_saes(folder)
+    try:
+        found = find_saes(folder)
+    except ValueError as error:
+        raise LoadError(f"--sae {source}: {error}") from error
     if not found:
         raise LoadError(f"--sae {source}: no SAE in {folder} (no cfg.json, and the weights of no known format)")
     if (name or hook_point) and len(found) > 1:

@@ -196,6 +196,23 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     assert "model_index.json" in refused(model=str(tmp_path))
 
 
+def test_links_to_folders_of_saes_are_followed_once(bundle, tmp_path, tiny_folder):
+    """Also where one leads back, or two lead to the same; the folder's own name counts."""
+    root = tmp_path / "root"
+    shutil.copytree(bundle, root / "own")
+    (root / "a-link").symlink_to(root / "own")
+    (root / "back").symlink_to(root)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(bundle, elsewhere / "deep")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked-too").symlink_to(elsewhere / "deep")
+    (root / ".own-1234").symlink_to(bundle)  # what a writer that was killed leaves
+    assert [path.relative_to(root).as_posix() for path in find_saes(root)] == ["linked/deep", "own"]
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(LoadError, match=r"gone: a link that leads nowhere"):
+        load_engine(model=str(tiny_folder), saes=[str(root)])
+
+
 def test_two_saes_of_one_name_are_refused(bundle, tmp_path, tiny_folder):
     shutil.copytree(bundle, tmp_path / "again")
     assert "mid.0" in refused(model=str(tiny_folder), saes=[str(bundle), str(tmp_path / "again")])

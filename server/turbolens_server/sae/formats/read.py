@@ -7,7 +7,7 @@ hold each to that formula. Pickles are read as tensors and plain values only: co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -46,8 +46,38 @@ _BY_WEIGHTS: Final = {
 
 
 def find_saes(root: Path) -> list[Path]:
-    """Every folder at or below `root` that holds an SAE of some format, whole or not, in order of path."""
-    return sorted({path.parent for name in ("cfg.json", *_BY_WEIGHTS) for path in root.rglob(name)})
+    """Every folder at or below `root` that holds an SAE of some format, whole or not, in order of path.
+
+    Links to folders are followed. A folder that is reached in several ways counts once, by its own name.
+
+    Raises:
+        BundleError: a link leads nowhere, or a folder cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for folder in sorted(_folders(root, frozenset()), key=lambda path: (_through_link(root, path), path)):
+        if any((folder / name).exists() for name in ("cfg.json", *_BY_WEIGHTS)):
+            found.setdefault(folder.resolve(), folder)
+    return sorted(found.values())
+
+
+def _folders(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """A folder and all below it, links to folders too; those that begin with a dot are not finished, or nobody's."""
+    real = folder.resolve()
+    if real in above:  # a link that leads back
+        return
+    yield folder
+    try:
+        for child in folder.iterdir():
+            if child.is_symlink() and not child.exists():
+                raise BundleError(f"{child}: a link that leads nowhere; remove it, or put back what it named")
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _folders(child, above | {real})
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _through_link(root: Path, folder: Path) -> bool:
+    return folder.resolve() != root.resolve() / folder.relative_to(root)
 
 
 def detect(folder: Path) -> str:
