@@ -128,7 +128,7 @@ def test_the_sdk_is_a_small_wheel_that_runs_alone(wheels, others, tmp_path):
     for argv, extra in ((["serve"], "server"), (["train"], "training"), (["studio"], "studio")):
         refused = python(light, others, code=code.format(argv))
         assert refused.returncode == 1
-        assert refused.stderr == f"turbolens {argv[0]} is not installed: pip install 'turbolens[{extra}]'\n"
+        assert refused.stderr == f"turbolens: {argv[0]} is not installed: pip install 'turbolens[{extra}]'\n"
     embedded = python(light, others, code="import turbolens as tl; tl.connect('embedded')")
     assert "pip install 'turbolens[server]'" in embedded.stderr
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
 GROUP: Final = "turbolens.embedded"
+_WAY_OUT: Final = "install it with: pip install 'turbolens[server]'"
 
 
 class EmbeddedServer(Protocol):
@@ -30,7 +32,7 @@ class Embedded:
         """
         found = list(entry_points(group=GROUP, name="server"))
         if not found:
-            raise RuntimeError("there is no server to embed; install it with: pip install 'turbolens[server]'")
+            raise RuntimeError(f"there is no server to embed; {_WAY_OUT}")
         self._entry_point = found[0]
         self._settings = settings
         self._lock = threading.Lock()
@@ -41,14 +43,23 @@ class Embedded:
         """The server's target; loads the model the first time.
 
         Raises:
-            RuntimeError: it was closed.
+            RuntimeError: it was closed, or something that it runs on is not installed.
         """
         with self._lock:
             if self._closed:
                 raise RuntimeError("this connection is closed")
             if self._server is None:
-                self._server = self._entry_point.load()(**self._settings)
+                self._server = self._load()(**self._settings)
             return self._server.target
+
+    def _load(self) -> Callable[..., EmbeddedServer]:
+        try:
+            start: Callable[..., EmbeddedServer] = self._entry_point.load()
+        except ModuleNotFoundError as error:
+            if (error.name or "turbolens").startswith("turbolens"):
+                raise
+            raise RuntimeError(f"the server needs {error.name}, which is not installed; {_WAY_OUT}") from None
+        return start
 
     def close(self) -> None:
         """Stop the server, after its start where that is under way; a second call does nothing."""

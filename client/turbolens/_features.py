@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -126,27 +127,29 @@ class Table(list[Any]):
 
     def __init__(self, rows: Sequence[Any], columns: Sequence[str]) -> None:
         super().__init__(rows)
-        self._columns = tuple(columns)
+        self._paths = tuple(columns)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(path.rpartition(".")[2] for path in self._paths)
+
+    def values(self) -> list[list[Any]]:
+        """What stands in each row, in order of the columns."""
+        return [[functools.reduce(getattr, path.split("."), row) for path in self._paths] for row in self]
 
     def cells(self) -> list[list[str]]:
-        """The rows as text."""
-
-        def text(row: Any, column: str) -> str:
-            value: Any = row
-            for part in column.split("."):
-                value = getattr(value, part)
-            return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-        return [[text(row, column) for column in self._columns] for row in self]
+        """The same as text."""
+        return [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in self.values()]
 
     def _repr_html_(self) -> str:
-        names = "".join(f"<th>{html.escape(c.rpartition('.')[2])}</th>" for c in self._columns)
+        names = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.cells())
         return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
     def __str__(self) -> str:
-        rows = [[c.rpartition(".")[2] for c in self._columns], *self.cells()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self._columns))]
+        rows = [self.columns, *self.cells()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 

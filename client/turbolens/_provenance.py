@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
 
+from turbolens._png import read_text
 from turbolens._run import Run
 from turbolens_proto.v1 import run_pb2
+
+PNG_KEYWORD: Final = "turbolens"
+"""Of the text in a PNG that is its provenance."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,3 +68,52 @@ class Provenance:
             dtype=message.dtype,
             loras=tuple(Lora(lora.name, lora.weight, lora.hash) for lora in message.loras),
         )
+
+    def to_proto(self) -> run_pb2.Provenance:
+        """As a message."""
+        return run_pb2.Provenance(
+            run=self.run.to_proto(),
+            model=self.model,
+            model_hash=self.model_hash,
+            components_hash=self.components_hash,
+            sae_hashes=self.sae_hashes,
+            forced_sae=self.forced_sae,
+            versions=self.versions,
+            backend=self.backend,
+            device=self.device,
+            dtype=self.dtype,
+            loras=[run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in self.loras],
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """From what :meth:`to_json` made.
+
+        Raises:
+            ValueError: the text is no provenance.
+        """
+        from google.protobuf import json_format
+
+        try:
+            return cls.from_proto(json_format.Parse(text, run_pb2.Provenance()))
+        except json_format.ParseError as error:
+            raise ValueError(f"no provenance: {error}") from None
+
+    def to_json(self) -> str:
+        """As JSON in ASCII, to keep or send: the contract's `Provenance`."""
+        from google.protobuf import json_format
+
+        return json_format.MessageToJson(self.to_proto(), indent=None, ensure_ascii=True)
+
+    @classmethod
+    def from_png(cls, file: str | Path) -> Provenance:
+        """Of a picture that :meth:`Picture.save` wrote as a PNG.
+
+        Raises:
+            ValueError: the file is no PNG, or holds no provenance.
+            OSError: it cannot be read.
+        """
+        text = read_text(Path(file), PNG_KEYWORD)
+        if text is None:
+            raise ValueError(f"{file}: holds no provenance; PNGs of finished pictures that TurboLens saved do")
+        return cls.from_json(text)

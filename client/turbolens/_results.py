@@ -6,13 +6,14 @@ import builtins
 import dataclasses
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from turbolens._features import BlockFeatures, LabelsOf, RunFeatures
-from turbolens._provenance import Provenance
+from turbolens._png import with_text
+from turbolens._provenance import PNG_KEYWORD, Provenance
 from turbolens._run import FORMATS
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 FileFormat = Literal["png", "jpeg", "webp"]
 
 
+_ENDINGS: Final[dict[str, FileFormat]] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
 def format_of(path: Path) -> FileFormat | None:
     """The format that a file's ending names, of those that a server codes; None: another."""
-    formats: dict[str, FileFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    return formats.get(path.suffix.lower())
+    return _ENDINGS.get(path.suffix.lower())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,20 +66,28 @@ class Coded:
         return np.asarray(self.image)
 
     def save(self, path: str | Path) -> None:
-        """Write the picture: the server's own bytes where the file's ending is their format, else coded anew."""
+        """Write the picture: the server's own bytes where the file's ending is their format, else coded anew.
+
+        Raises:
+            ValueError: the ending is no format that is known.
+        """
         path = Path(path)
-        named = format_of(path)
-        if named is not None and FORMATS[named] == self._message.format:
-            path.write_bytes(self._message.data)
-        else:
-            self.image.save(path)
+        path.write_bytes(self._coded_as(path.suffix.lower()))
+
+    def _coded_as(self, suffix: str) -> builtins.bytes:
+        """The picture in the format of a file's ending."""
+        from PIL import Image
+
+        if suffix in _ENDINGS and FORMATS[_ENDINGS[suffix]] == self._message.format:
+            return self._message.data
+        if suffix not in Image.registered_extensions():
+            raise ValueError(f"unknown file extension: {suffix}")
+        file = io.BytesIO()
+        self.image.save(file, Image.registered_extensions()[suffix])
+        return file.getvalue()
 
     def _repr_png_(self) -> builtins.bytes:
-        if self._message.format == run_pb2.IMAGE_FORMAT_PNG:
-            return self._message.data
-        file = io.BytesIO()
-        self.image.save(file, "PNG")
-        return file.getvalue()
+        return Coded._coded_as(self, ".png")
 
 
 class Picture(Coded):
@@ -108,6 +119,18 @@ class Picture(Coded):
         if self._latents is None:
             return None
         return np.frombuffer(self._latents.data, "<f4").reshape(tuple(self._latents.shape)).astype(np.float32)
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture, as :meth:`Coded.save` does; a PNG says how it was made: :meth:`Provenance.from_png`.
+
+        Of a stream, no picture knows that.
+        """
+        super().save(path)
+
+    def _coded_as(self, suffix: str) -> builtins.bytes:
+        coded = super()._coded_as(suffix)
+        told = self.provenance if _ENDINGS.get(suffix) == "png" else None
+        return coded if told is None else with_text(coded, PNG_KEYWORD, told.to_json())
 
     def __repr__(self) -> str:
         size = f"{self._message.width}x{self._message.height}"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 
 import grpc
 import pytest
 from fake_server import refuse
 from google.rpc import error_details_pb2 as details
+from PIL import Image
 
 import turbolens as tl
 from turbolens import cli
+from turbolens.cli import doctor
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
@@ -136,41 +142,100 @@ def test_a_refused_request_exits_with_2_and_no_traceback(turbolens, fake, capsys
     assert capsys.readouterr().err == "turbolens: seeds[0]: -1 must be at least 0\n"
 
 
+def refused(capsys, *argv: str) -> tuple[int, str]:
+    """The exit code of a command that fails, and its one line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(argv))
+    told = capsys.readouterr().err
+    assert told.startswith("turbolens: ")
+    assert told.count("\n") == 1
+    return caught.value.code, told
+
+
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("code", "argv", "says"),
     [
-        (["generate", "x", "--out", "/no/such/folder/a.png"], "/no/such/folder"),
-        (["generate", "x", "--out", "a.nonsense"], "nonsense"),
-        (["generate", "x", "--add", "up.0.1/3"], "BLOCK/INDEX=NUMBER"),
-        (["generate", "x", "--add", "up.0.1/3=much"], "much"),
-        (["generate", "x", "--mask", "0,0,1"], "LEFT,TOP,RIGHT,BOTTOM"),
-        (["generate", "x", "--edit-steps", "1"], "START,END"),
-        (["generate", "x", "--edits", "/no/such/file.json"], "/no/such/file.json"),
-        (["generate", "x", "--edits", __file__], "--edits"),
-        (["extract", "x", "--k", "4"], "SAE=NUMBER"),
-        (["extract", "x", "--prefix", "up.0.1=many"], "SAE=NUMBER"),
-        (["features", "show", "up.0.1/99"], "0 to 15"),
+        (1, ["generate", "x", "--out", "/no/such/folder/a.png"], "/no/such/folder"),
+        (1, ["generate", "x", "--edits", "/no/such/file.json"], "/no/such/file.json"),
+        (2, ["generate", "x", "--out", "a.nonsense"], "nonsense"),
+        (2, ["generate", "x", "--add", "up.0.1/3"], "BLOCK/INDEX=NUMBER"),
+        (2, ["generate", "x", "--add", "up.0.1/3=much"], "much"),
+        (2, ["generate", "x", "--mask", "0,0,1"], "LEFT,TOP,RIGHT,BOTTOM"),
+        (2, ["generate", "x", "--edit-steps", "1"], "START,END"),
+        (2, ["generate", "x", "--seeds", "1,x"], "such as 7,8 or 10-19"),
+        (2, ["generate", "x", "--seeds", "1", "--seed", "1"], "not both"),
+        (2, ["generate", "x", "--patch", "up.0.1"], "BLOCK=REFERENCE"),
+        (2, ["generate", "x", "--reference", "a star"], "NAME=PROMPT"),
+        (2, ["generate", "x", "--reference-seed", "other=3"], "no --reference has this name"),
+        (2, ["generate", "x", "--edits", __file__], "--edits"),
+        (2, ["extract", "x", "--k", "4"], "SAE=NUMBER"),
+        (2, ["extract", "x", "--prefix", "up.0.1=many"], "SAE=NUMBER"),
+        (2, ["features", "show", "up.0.1/99"], "0 to 15"),
     ],
 )
-def test_other_mistakes_are_one_line(turbolens, argv, says):
-    with pytest.raises(SystemExit) as caught:
-        turbolens(*argv)
-    told = caught.value.code  # sys.exit prints a text on stderr and exits with 1
-    assert isinstance(told, str)
-    assert told.startswith("turbolens: ")
-    assert says in told
-    assert "\n" not in told
+def test_mistakes_are_one_line_and_told_from_failures(code, argv, says, running, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, told = refused(capsys, *argv, "--server", running.target)
+    assert (found, says in told) == (code, True), told
 
 
-def test_nobody_there_is_one_line():
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["generate", "x", "--server", "localhost:1"])
-    assert "turbolens serve" in caught.value.code
-    assert "\n" not in caught.value.code
+def test_nobody_there_is_one_line(capsys):
+    code, told = refused(capsys, "generate", "x", "--server", "localhost:1")
+    assert code == 1
+    assert "turbolens serve" in told
+
+
+def test_who_reads_may_stop_reading(running):
+    """`turbolens extract ... | head -1` is no error that anybody should see."""
+    command = [sys.executable, "-m", "turbolens.cli", "extract", "x", "--server", running.target, "--top", "9999"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_several_seeds_are_several_files(turbolens, fake, tmp_path, capsys):
+    turbolens("generate", "x", "--seeds", "7,9-10", "--out", str(tmp_path / "a.png"), "--json")
+    assert list(fake.last(gs.GenerateRequest).run.seeds) == [7, 9, 10]
+    made = [{"file": str(tmp_path / f"a-{seed}.png"), "seed": seed} for seed in (7, 9, 10)]
+    assert json.loads(capsys.readouterr().out) == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-10.png", "a-7.png", "a-9.png"]
+    turbolens("extract", "x", "--seeds", "7,8", "--json", "--top", "1")
+    assert [run["seed"] for run in json.loads(capsys.readouterr().out)] == [7, 8]
+
+
+def test_a_png_says_how_it_was_made(turbolens, tmp_path, capsys):
+    file = tmp_path / "a.png"
+    turbolens("generate", "a star, \u00e9toile", "--seed", "7", "--add", "up.0.1/1=8", "--out", str(file))
+    capsys.readouterr()
+    cli.main(["provenance", str(file)])
+    told = capsys.readouterr().out
+    assert "a star, \u00e9toile" in told
+    assert "add('up.0.1/1', 8)" in told
+    cli.main(["provenance", str(file), "--json"])
+    assert tl.Provenance.from_json(capsys.readouterr().out) == tl.Provenance.from_png(file)
+    jpeg = tmp_path / "a.jpg"
+    turbolens("generate", "x", "--out", str(jpeg))
+    capsys.readouterr()
+    assert "no PNG" in refused(capsys, "provenance", str(jpeg))[1]
+    Image.new("L", (2, 2)).save(file)
+    assert refused(capsys, "provenance", str(file)) == (
+        2, f"turbolens: {file}: holds no provenance; PNGs of finished pictures that TurboLens saved do\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["features", "search", "blue"], ["features", "list", "up.0.1", "--limit", "2"], ["features", "show", "up.0.1/5"]],
+)
+def test_every_command_that_prints_prints_json(turbolens, argv, capsys):
+    turbolens(*argv, "--json")
+    told = json.loads(capsys.readouterr().out)
+    rows = told if isinstance(told, list) else [told]
+    assert all(row["ref"].startswith(("up.0.1/", "down.2.1/")) for row in rows)
 
 
 def test_doctor(turbolens, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_gpu", lambda: "a GPU")
+    monkeypatch.setattr(doctor, "_gpu", lambda: "a GPU")
     turbolens("doctor")
     told = capsys.readouterr().out
     assert "serves fake on cpu" in told
@@ -185,8 +250,8 @@ def test_doctor_on_a_broken_torch(turbolens, capsys, monkeypatch):
     def broken():
         raise OSError("libcudart.so is missing")
 
-    monkeypatch.setattr(cli, "_gpu", broken)
-    monkeypatch.setattr(cli, "version", lambda package: "1.0")
+    monkeypatch.setattr(doctor, "_gpu", broken)
+    monkeypatch.setattr(doctor, "version", lambda package: "1.0")
     with pytest.raises(SystemExit) as caught:
         turbolens("doctor")
     assert caught.value.code == 1
@@ -211,10 +276,58 @@ def test_commands_of_other_packages_get_their_words_untouched(monkeypatch, comma
 
 
 @pytest.mark.parametrize(("command", "extra"), [("serve", "server"), ("train", "training")])
-def test_commands_that_are_missing_say_what_to_install(monkeypatch, command, extra):
+def test_commands_that_are_missing_say_what_to_install(monkeypatch, capsys, command, extra):
     monkeypatch.setattr(cli, "entry_points", lambda **_: [])
-    with pytest.raises(SystemExit, match=rf"pip install 'turbolens\[{extra}\]'"):
-        cli.main([command])
+    told = f"turbolens: {command} is not installed: pip install 'turbolens[{extra}]'\n"
+    assert refused(capsys, command, "--help") == (1, told)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_command_without_what_it_runs_on_says_so_in_one_line(monkeypatch, capsys, late):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'scipy.stats'", name="scipy.stats")
+
+    class EntryPoint:
+        def load(self):
+            return missing if late else missing()
+
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [EntryPoint()])
+    told = "turbolens: train needs scipy.stats, which is not installed: pip install 'turbolens[training]'\n"
+    assert refused(capsys, "train") == (1, told)
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault_and_shows(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError(name="turbolens_server.gone")
+
+    class EntryPoint:
+        load = staticmethod(missing)
+
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [EntryPoint()])
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["serve"])
+
+
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last word."""
+    code = """
+source <({python} -m turbolens.cli completion bash)
+turbolens() {{ {python} -m turbolens.cli "$@"; }}
+COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _turbolens; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    quoted = " ".join(map(shlex.quote, ("turbolens", *words)))
+    script = code.format(python=sys.executable, words=quoted)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_shell_completes_commands_and_flags():
+    assert complete("gen") == ["generate"]
+    assert complete("generate", "--re") == ["--reference", "--reference-seed", "--replace"]
+    assert complete("features", "s") == ["search", "show"]
+    assert complete("features", "list", "--or") == ["--order-by"]
+    assert complete("serve", "--max-b") == ["--max-batch"]
 
 
 @pytest.mark.parametrize(
@@ -242,5 +355,3 @@ def test_references_and_what_reads_them_are_sent(turbolens, fake, tmp_path, monk
         tl.patch("up.0.1", "other", mask=where),
         tl.transfer("down.2.1/4", "seeded", multiplier=2, mask=where),
     )
-    with pytest.raises(SystemExit, match="no --reference has this name"):
-        turbolens("generate", "a star", "--reference-seed", "other=3")

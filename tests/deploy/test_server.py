@@ -176,7 +176,7 @@ def test_fetched_folders_are_those_of_the_settings():
 def test_the_test_makes_a_picture_as_the_command_line_does():
     import tyro
 
-    from turbolens.cli import Generate
+    from turbolens.cli.pictures import Generate
 
     for variant in charts.VARIANTS:
         objects = charts.serving(variant)

@@ -1,0 +1,87 @@
+"""`turbolens features`: find and look up features."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+import turbolens as tl
+from turbolens.cli.server import Calls, rows_of
+
+_COLUMNS = ("ref", "label", "label_score", "frequency", "mean", "max")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(Calls):
+    """Find features by words.
+
+    Example: turbolens features search blue --block up.0.1
+    """
+
+    words: Positional[str]
+    """What the feature should stand for."""
+    block: str | None = None
+    """Only this SAE."""
+    limit: int = 10
+    """At most so many."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            found = lens.search_features(self.words, block=self.block, limit=self.limit)
+        self.show(rows_of(found), found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class List(Calls):
+    """List the features of an SAE.
+
+    Example: turbolens features list up.0.1 --filter 'attribute = "color" AND frequency > 0.01' --limit 20
+    """
+
+    sae: Positional[str]
+    """The SAE's name."""
+    filter: str = ""
+    """Comparisons joined by AND."""
+    order_by: str = "label_score desc"
+    """Fields with an optional "desc"."""
+    limit: int = 50
+    """At most so many."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            every = lens.list_features(self.sae, filter=self.filter, order_by=self.order_by)
+            found = tl.Table(list(itertools.islice(every, self.limit)), _COLUMNS)
+        self.show(rows_of(found), found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show(Calls):
+    """Show what is known of one feature.
+
+    Example: turbolens features show up.0.1/202
+    """
+
+    feature: Positional[str]
+    """BLOCK/INDEX."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            feature = lens.get_feature(self.feature)
+        tables = [tl.Table([feature], _COLUMNS)]
+        if feature.labels:
+            tables.append(tl.Table(feature.labels, ("attribute", "value", "region", "score")))
+        if feature.examples:
+            tables.append(tl.Table(feature.examples, ("activation", "y", "x", "step", "steps", "seed", "prompt")))
+        self.show(dataclasses.asdict(feature) | {"ref": str(feature.ref)}, "\n\n".join(map(str, tables)))
+
+
+FeatureCommands = Annotated[
+    Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")],
+    tyro.conf.subcommand("features", description="Find and look up features."),
+]

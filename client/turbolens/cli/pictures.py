@@ -1,0 +1,180 @@
+"""`turbolens generate` and `turbolens extract`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import tyro
+from tyro.conf import Positional
+
+import turbolens as tl
+from turbolens._results import format_of
+from turbolens.cli.server import Calls, numbers, pairs, rows_of
+
+_MAKE: Final[Mapping[str, Callable[..., tl.Edit]]] = {"add": tl.add, "set": tl.set_to, "replace": tl.replace}
+# One value a flag: a flag that takes many would swallow the prompt after it, and given twice would forget the first.
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OfARun(Calls):
+    prompt: Positional[str]
+    """What to draw."""
+    seed: int | None = None
+    """Seed; left out: the server draws one and says which."""
+    seeds: str | None = None
+    """Several seeds, such as 7,8 or 10-19."""
+    steps: int | None = None
+    """Denoising steps; left out: the server's default."""
+    add: Repeated = ()
+    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit; may be repeated."""
+    scale: Repeated = ()
+    """Edit BLOCK/INDEX=FACTOR; 0 removes the feature; may be repeated."""
+    set: Repeated = ()
+    """Edit BLOCK/INDEX=VALUE, in the unit; may be repeated."""
+    replace: Repeated = ()
+    """Edit BLOCK/INDEX=STRENGTH, in the unit, in place of all that the block would have written; may be repeated."""
+    patch: Repeated = ()
+    """Edit BLOCK=REFERENCE: what the block writes in a reference, in place of its own; may be repeated."""
+    transfer: Repeated = ()
+    """Edit BLOCK/INDEX=REFERENCE: the feature fires as it does in a reference; may be repeated."""
+    reference: Repeated = ()
+    """NAME=PROMPT: another run for patch and transfer to read, of the picture's seed; may be repeated."""
+    reference_seed: Repeated = ()
+    """NAME=SEED: of a reference that has a seed of its own; may be repeated."""
+    multiplier: float = 1.0
+    """Of the activations that transfer takes."""
+    unit: Literal["mean", "raw", "norm"] = "mean"
+    """What 1 is in add, set and replace: the feature's mean, an activation of 1, or the block's update norm."""
+    mask: str | None = None
+    """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where these edits act."""
+    edit_steps: str | None = None
+    """START,END: these edits act from step START, counted from 0, up to and not including END; left out: always."""
+    edits_file: Annotated[Path | None, tyro.conf.arg(name="edits")] = None
+    """JSON that `tl.edits_to_json` made, for weights, polygons and all else; comes before the edits named here."""
+    k: Repeated = ()
+    """SAE=K: so many features active at a position, where the SAE allows it; may be repeated."""
+    prefix: Repeated = ()
+    """SAE=PREFIX: only so many first features exist, where the SAE allows it; may be repeated."""
+
+    def edits(self) -> list[tl.Edit]:
+        """The edits, in the order of the file, then add, scale, set, replace, patch, transfer."""
+        made = [] if self.edits_file is None else _edits_of(self.edits_file)
+        where = None if self.mask is None else _box(self.mask)
+        when = None if self.edit_steps is None else _range(self.edit_steps)
+        for kind, texts in (("add", self.add), ("scale", self.scale), ("set", self.set), ("replace", self.replace)):
+            for text in texts:
+                name, equals, amount = text.partition("=")
+                if not equals:
+                    raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/202=8")
+                if kind == "scale":
+                    made.append(tl.scale(name, float(amount), mask=where, steps=when))
+                else:
+                    made.append(_MAKE[kind](name, float(amount), unit=self.unit, mask=where, steps=when))
+        for block, reference in pairs("patch", self.patch, "BLOCK=REFERENCE"):
+            made.append(tl.patch(block, reference, mask=where, steps=when))
+        for name, reference in pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):
+            made.append(tl.transfer(name, reference, multiplier=self.multiplier, mask=where, steps=when))
+        return made
+
+    def options(self) -> dict[str, Any]:
+        """What both calls take beside the prompt."""
+        seeds = numbers("reference-seed", self.reference_seed, "NAME")
+        prompts = dict(pairs("reference", self.reference, "NAME=PROMPT"))
+        if unknown := seeds.keys() - prompts.keys():
+            raise ValueError(f"--reference-seed {unknown.pop()}: no --reference has this name")
+        return {
+            "seed": self.seed,
+            "seeds": None if self.seeds is None else _seeds(self.seeds),
+            "steps": self.steps,
+            "steer": self.edits(),
+            "references": {name: tl.reference(text, seed=seeds.get(name)) for name, text in prompts.items()},
+            "k": numbers("k", self.k, "SAE"),
+            "prefix": numbers("prefix", self.prefix, "SAE"),
+        }
+
+
+def _edits_of(file: Path) -> list[tl.Edit]:
+    try:
+        return tl.edits_from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--edits {file}: {error}") from None
+
+
+def _seeds(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--seeds {text}: write numbers and ranges, such as 7,8 or 10-19")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _box(text: str) -> tl.Mask:
+    corners = [float(part) for part in text.split(",")]
+    if len(corners) != 4:
+        raise ValueError(f"--mask {text}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
+    return tl.box(*corners)
+
+
+def _range(text: str) -> tuple[int, int]:
+    start, _, end = text.partition(",")
+    if not start.isdecimal() or not end.isdecimal():
+        raise ValueError(f"--edit-steps {text}: write START,END, such as 0,1 for the first step")
+    return int(start), int(end)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(_OfARun):
+    """Make a picture, or several.
+
+    Example: turbolens generate "a big red star on the left, night background" --seed 7 --add up.0.1/202=8
+    """
+
+    out: Path = Path("picture.png")
+    """File to write; its ending says the format: .png, .jpg and .webp come so from the server, others are made here.
+    Of several seeds each file has its own after the name: picture-7.png. A PNG says how it was made: see `turbolens
+    provenance`."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            made = lens.generate(self.prompt, **self.options(), format=format_of(self.out) or "png")
+        pictures = made if isinstance(made, tl.Pictures) else [made]
+        files = [self.out.with_stem(f"{self.out.stem}-{p.seed}") if self.seeds else self.out for p in pictures]
+        for picture, file in zip(pictures, files, strict=True):
+            picture.save(file)
+        for warning in pictures[0].warnings:
+            print(f"note: {warning.message}", file=sys.stderr)
+        self.show(
+            [{"file": str(file), "seed": picture.seed} for picture, file in zip(pictures, files, strict=True)],
+            "\n".join(f"{file}  seed {picture.seed}" for picture, file in zip(pictures, files, strict=True)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extract(_OfARun):
+    """Show the strongest features behind a picture, or several.
+
+    Example: turbolens extract "a big red star on the left, night background" --seed 7 --top 5
+    """
+
+    top: int = 10
+    """Features of each SAE."""
+    sae: Repeated = ()
+    """Only this SAE; may be repeated; left out: all."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            found = lens.extract(self.prompt, **self.options(), saes=self.sae or None)
+        every = found if isinstance(found, list) else [found]
+        told = [
+            {"seed": one.seed, "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
+            for one in every
+        ]
+        tables = [f"\n{sae}  (seed {one.seed})\n{block.top(self.top)}" for one in every for sae, block in one.items()]
+        self.show(told if self.seeds else told[0], "\n".join(tables))
