@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any, Final
 
 from turbolens_server.engine.info import EngineInfo
@@ -86,6 +87,14 @@ class Account:
         """Give it all back."""
         held, self.held = self.held, 0
         self._ledger.give_back(self._caller, held)
+
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def hold_message(self, count: int) -> None:
         """Hold a message of so many bytes on the wire, and what it is parsed to; raises as :meth:`Ledger.take`."""

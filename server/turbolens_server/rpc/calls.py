@@ -270,7 +270,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         caller = anonymous(context.peer())
         self._active += 1
         try:
-            with contextlib.closing(self._ledger.account(caller)) as account:
+            with self._ledger.account(caller) as account:
                 call = Call(name, caller, account, context, self._metrics)
                 try:
                     yield call
