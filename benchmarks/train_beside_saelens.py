@@ -112,7 +112,7 @@ class Ours:
         self._trainer = SaeTrainer(config, tokens, 0, Normalizer.fit(tokens))
 
     def step(self, x: Tensor, step: int) -> None:
-        """As :class:`turbolens_training.sae.trainer.SaeRun` does it."""
+        """As :class:`turbolens_training.sae.trainer.SaeTraining` does it."""
         self._trainer.step(x, step)
 
     def weights(self) -> SaeWeights:

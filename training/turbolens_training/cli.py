@@ -131,7 +131,7 @@ def run(command: Command) -> None:
 
             mini.run(command)
         case SaeConfig():
-            from turbolens_training.sae.run import train_saes
+            from turbolens_training.sae.train import train_saes
 
             train_saes(command)
         case SweepConfig():

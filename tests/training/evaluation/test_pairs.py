@@ -18,7 +18,7 @@ from turbolens_training.evaluation.scene_edit import (
     push,
     with_series,
 )
-from turbolens_training.evaluation.transfer import EncodedRun
+from turbolens_training.evaluation.transfer import EncodedPictures
 
 NAMES = ("color=blue", "background=night", "position=left")
 
@@ -105,7 +105,7 @@ def test_mean_directions_are_those_of_each_concept(sae_engine: Engine, groups: l
 def test_a_push_is_a_direction_times_its_strength_in_the_batchs_rows() -> None:
     directions = torch.arange(12.0).reshape(1, 4, 3)  # [1, N, d_model]
     updates = torch.ones(2, 2, 5, 3)
-    run = EncodedRun({"mid.0": updates}, {}, {})
+    run = EncodedPictures({"mid.0": updates}, {}, {})
     intervene = push({"mid.0": directions}, 2.0)(Material({}, slice(1, 3), run, run))
     for step in range(2):
         moved = intervene(step, "mid.0", updates[step])

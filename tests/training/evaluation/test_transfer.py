@@ -20,7 +20,7 @@ from turbolens_training.evaluation.edits import (
 )
 from turbolens_training.evaluation.sampling import saes_by_block, sample
 from turbolens_training.evaluation.transfer import (
-    EncodedRun,
+    EncodedPictures,
     choose_features,
     choose_random_active,
     dense_deltas,
@@ -38,28 +38,28 @@ def random_sae(seed: int) -> Sae:
     return Sae(Bundle("x", "mid.0", "topk", K, weights, None, "", None, {}), torch.device("cpu"))
 
 
-def random_runs(seed: int, *, masked: bool) -> tuple[dict[str, Sae], EncodedRun, EncodedRun]:
+def random_runs(seed: int, *, masked: bool) -> tuple[dict[str, Sae], EncodedPictures, EncodedPictures]:
     g = torch.Generator().manual_seed(seed)
     saes = {block: random_sae(seed + i) for i, block in enumerate(BLOCKS)}
 
-    def run() -> EncodedRun:
+    def run() -> EncodedPictures:
         updates = {block: torch.randn(STEPS, PICTURES, POSITIONS, D_MODEL, generator=g) for block in BLOCKS}
         masks = {block: torch.rand(PICTURES, POSITIONS, generator=g) for block in BLOCKS} if masked else None
-        return EncodedRun.of(saes, updates, masks)
+        return EncodedPictures.of(saes, updates, masks)
 
     return saes, run(), run()
 
 
-def dense(run: EncodedRun, block: str) -> torch.Tensor:
+def dense(run: EncodedPictures, block: str) -> torch.Tensor:
     """Activations written out, [T, N, P, d_sae]."""
     codes = run.codes[block]
     return torch.zeros(*codes.values.shape[:-1], D_SAE).scatter(-1, codes.indices, codes.values)
 
 
-def slow_scores(reference: EncodedRun, base: EncodedRun, picture: int) -> list[float]:
+def slow_scores(reference: EncodedPictures, base: EncodedPictures, picture: int) -> list[float]:
     """The definition, picture by picture and feature by feature."""
 
-    def means(run: EncodedRun) -> list[float]:
+    def means(run: EncodedPictures) -> list[float]:
         found = []
         for block in BLOCKS:
             z, m = dense(run, block)[0, picture], run.masks[block][picture]
@@ -100,7 +100,7 @@ def test_random_features_are_active_ones_and_no_more_than_asked_for() -> None:
 def test_masks_hold_edits_back() -> None:
     _, reference, base = random_runs(2, masked=False)
     half = {block: torch.tensor([1.0, 0, 1, 0, 1, 0]).expand(PICTURES, -1) for block in BLOCKS}
-    reference, base = (EncodedRun(run.updates, run.codes, half) for run in (reference, base))
+    reference, base = (EncodedPictures(run.updates, run.codes, half) for run in (reference, base))
     for delta in dense_deltas(reference, base, 1.0).values():
         assert (delta[:, :, 1::2] == 0).all()
         assert (delta[:, :, ::2] != 0).any()
@@ -136,7 +136,7 @@ def test_the_server_edits_as_the_definition_says(sae_engine: Engine, masks, meth
         return torch.stack([torch.from_numpy(side).flatten() for side in sides])
 
     of = [None if masks is None else {block: on_grid(which, block) for block in saes} for which in (0, 1)]
-    runs = [EncodedRun.of(saes, run.updates, own) for run, own in zip((base, other), of, strict=True)]
+    runs = [EncodedPictures.of(saes, run.updates, own) for run, own in zip((base, other), of, strict=True)]
     steered = method(Material(saes, slice(0, 2), *runs, masks))
 
     def definition(step: int, block: str, update: torch.Tensor) -> torch.Tensor:

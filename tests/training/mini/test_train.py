@@ -13,7 +13,7 @@ from turbolens_training.mini.config import MiniConfig
 from turbolens_training.mini.evaluate import HeldOut, counterfactuals, psnr, score_attributes
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import decode_scenes, jitter_from_noise, sample_codes
-from turbolens_training.mini.train import Run, anchored_latent, draw_batch, train_text, x0_from_v
+from turbolens_training.mini.train import Training, anchored_latent, draw_batch, train_text, x0_from_v
 
 
 def test_the_latent_is_the_averaged_picture_and_cover():
@@ -74,27 +74,27 @@ def test_counterfactuals_start_with_the_scene_itself_and_differ_in_one_attribute
 
 def test_a_stopped_run_resumes_bit_equal(tmp_path):
     whole = MiniConfig(out=tmp_path / "whole", precision="fp32", text_steps=4, text_batch=4)
-    at_once = train_text(Run(whole)).state_dict()
+    at_once = train_text(Training(whole)).state_dict()
 
     halves = dataclasses.replace(whole, out=tmp_path / "halves")
 
     class StoppedError(RuntimeError):
         pass
 
-    run = Run(halves)
-    save = run.save
+    training = Training(halves)
+    save = training.save
 
     def stop_after_first_checkpoint(stage, state):
         save(stage, state)
         raise StoppedError
 
-    run.save = stop_after_first_checkpoint
+    training.save = stop_after_first_checkpoint
     # A checkpoint after every step: the second step's is never reached.
-    run.config = dataclasses.replace(halves, checkpoint_minutes=0.0)
+    training.config = dataclasses.replace(halves, checkpoint_minutes=0.0)
     with pytest.raises(StoppedError):
-        train_text(run)
+        train_text(training)
     assert torch.load(tmp_path / "halves" / "text.pt", weights_only=True)["step"] == 1
-    resumed = train_text(Run(halves)).state_dict()
+    resumed = train_text(Training(halves)).state_dict()
     assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
     rows = [json.loads(line) for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 4

@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from turbolens_server.sae.bundle import load_bundle
-from turbolens_training.sae import run as sae_run
+from turbolens_training.sae import train as sae_train
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource
 from turbolens_training.sae.export.gates import BelowGatesError
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.trainer import SaeTraining
 
 CPU = torch.device("cpu")
 CONFIG = SaeConfig(
@@ -52,7 +52,7 @@ def train(rank: int, world: int, folder: str, steps: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{steps}", rank=rank, world_size=world)
     try:
         source, ranks = Uneven(), Ranks(rank, world)
-        run = SaeRun(CONFIG, SharedSource(source, ranks), CPU, ranks=ranks)
+        run = SaeTraining(CONFIG, SharedSource(source, ranks), CPU, ranks=ranks)
         checkpoint = Path(folder) / f"state-{rank}.pt"
         if checkpoint.exists():
             run.resume(checkpoint)
@@ -65,7 +65,7 @@ def train(rank: int, world: int, folder: str, steps: int) -> None:
 def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
     for steps in (9, 24):  # stopped between, in the middle of a round of chunks
         mp.spawn(train, (2, str(tmp_path), steps), nprocs=2)
-    alone = SaeRun(CONFIG, Uneven(), CPU)
+    alone = SaeTraining(CONFIG, Uneven(), CPU)
     alone.train(24)
     ours = alone.state_dict()
     together = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=True) for rank in range(2)]
@@ -83,7 +83,7 @@ def resume_apart(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         ranks = Ranks(rank, 2)
-        run = SaeRun(CONFIG, SharedSource(Uneven(), ranks), CPU, ranks=ranks)
+        run = SaeTraining(CONFIG, SharedSource(Uneven(), ranks), CPU, ranks=ranks)
         run.step = 3 + rank
         checkpoint = Path(folder) / f"state-{rank}.pt"
         run.save(checkpoint)
@@ -111,7 +111,7 @@ def free_port() -> str:
 def train_and_export(rank: int, ports: tuple[str, str], model: str, folder: Path) -> None:
     """One rank of `torchrun turbolens train sae`, whose last SAE is below a gate: held back first, then let through."""
     torch.set_num_threads(1)
-    sae_run.failures = lambda *_, **__: ["is bad"] if rank == 1 else []
+    sae_train.failures = lambda *_, **__: ["is bad"] if rank == 1 else []
     for port, allow in zip(ports, (False, True), strict=True):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         config = SaeConfig(
@@ -119,10 +119,10 @@ def train_and_export(rank: int, ports: tuple[str, str], model: str, folder: Path
             batch=16, reservoir=40, warm_up=2, out=folder / "bundles", work=folder / "work", allow_below_gates=allow,
         )  # fmt: skip
         if allow:
-            sae_run.train_saes(config)
+            sae_train.train_saes(config)
             continue
         with pytest.raises(BelowGatesError, match=r"^not exported: up\.0\.1: is bad \("):
-            sae_run.train_saes(config)
+            sae_train.train_saes(config)
         assert not config.out.exists()
 
 

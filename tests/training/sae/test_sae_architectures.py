@@ -24,7 +24,7 @@ from turbolens_training.sae.architectures.jump_relu import JumpReLU, jump_relu
 from turbolens_training.sae.architectures.matryoshka import Matryoshka
 from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import SaeConfig
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.trainer import SaeTraining
 
 CPU = torch.device("cpu")
 D_MODEL, D_SAE = 6, 20
@@ -168,7 +168,7 @@ class Source:
 @functools.cache
 def trained(variant: str) -> Export:
     """A variant trained for a moment."""
-    run = SaeRun(VARIANTS[variant], Source(), CPU)
+    run = SaeTraining(VARIANTS[variant], Source(), CPU)
     run.train(SMALL.steps)
     return run.trainers["a"].export()
 
@@ -243,7 +243,7 @@ def test_a_matryoshka_is_served_at_any_k_and_every_prefix(tmp_path: Path) -> Non
     ("change", "nesting"), [({"nested_k": ()}, Nesting(4, (16, 32, 64))), ({"prefixes": ()}, Nesting(6, (64,)))]
 )
 def test_a_matryoshka_may_be_of_prefixes_or_of_several_k_alone(change: dict, nesting: Nesting, tmp_path: Path) -> None:
-    run = SaeRun(dataclasses.replace(VARIANTS["matryoshka"], steps=2, **change), Source(), CPU)
+    run = SaeTraining(dataclasses.replace(VARIANTS["matryoshka"], steps=2, **change), Source(), CPU)
     run.train(2)
     assert bundled(run.trainers["a"].export(), tmp_path).nesting == nesting
 

@@ -48,7 +48,7 @@ from turbolens_training.sae.architectures.batch_topk import batch_top_k
 from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
-from turbolens_training.sae.trainer import SaeRun, SaeTrainer
+from turbolens_training.sae.trainer import SaeTrainer, SaeTraining
 
 CPU = torch.device("cpu")
 D_MODEL, D_SAE, K = 8, 24, 4
@@ -219,7 +219,7 @@ class Source:
 )
 def test_every_architectures_state_is_whole(config: SaeConfig, tmp_path: Path) -> None:
     """Bit-equal after a stop, thresholds included."""
-    whole, first, second = (SaeRun(config, Source(), CPU) for _ in range(3))
+    whole, first, second = (SaeTraining(config, Source(), CPU) for _ in range(3))
     whole.train(14)
     first.train(9, checkpoint=tmp_path / "state.pt")
     second.resume(tmp_path / "state.pt")
@@ -230,7 +230,7 @@ def test_every_architectures_state_is_whole(config: SaeConfig, tmp_path: Path) -
 
 
 def test_looking_changes_nothing() -> None:
-    run = SaeRun(CONFIG, Source(), CPU)
+    run = SaeTraining(CONFIG, Source(), CPU)
     run.train(5)
     trainer = run.trainers["a"]
     before = _copy(run.state_dict())

@@ -22,15 +22,15 @@ from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training import cli
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream
-from turbolens_training.activations.runs import RunSource, sample_runs
 from turbolens_training.activations.stream import SceneStream
+from turbolens_training.activations.temporal import TemporalSource, sample_temporal
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.measures.quality import measure
 from turbolens_training.sae import reference
 from turbolens_training.sae.architectures.temporal import Temporal
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.trainer import SaeTraining
 
 CPU = torch.device("cpu")
 STEPS, D_MODEL, D_SAE, K = 3, 6, 24, 4
@@ -122,14 +122,14 @@ class Source:
 
 
 @pytest.fixture(scope="module")
-def whole() -> SaeRun:
+def whole() -> SaeTraining:
     """A run that never stopped."""
-    run = SaeRun(CONFIG, Source(), CPU)
+    run = SaeTraining(CONFIG, Source(), CPU)
     run.train(CONFIG.steps)
     return run
 
 
-def test_a_trained_one_explains_every_steps_changes_in_runs_it_never_saw(whole: SaeRun) -> None:
+def test_a_trained_one_explains_every_steps_changes_in_runs_it_never_saw(whole: SaeTraining) -> None:
     export = whole.trainers["a"].export()
     assert (export.architecture, export.k) == ("turbolens-temporal", 4)
     assert (export.weights.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
@@ -141,10 +141,10 @@ def test_a_trained_one_explains_every_steps_changes_in_runs_it_never_saw(whole: 
         assert (changed - ours).square().sum() < 0.5 * (changed - changed.mean(0)).square().sum()
 
 
-def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(whole: SaeRun, tmp_path: Path) -> None:
-    first = SaeRun(CONFIG, Source(), CPU)
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(whole: SaeTraining, tmp_path: Path) -> None:
+    first = SaeTraining(CONFIG, Source(), CPU)
     first.train(CONFIG.steps, checkpoint=tmp_path / "state.pt", stop=lambda: first.step == 137)
-    second = SaeRun(CONFIG, Source(), CPU)
+    second = SaeTraining(CONFIG, Source(), CPU)
     second.resume(tmp_path / "state.pt")
     assert second.step == 137
     second.train(CONFIG.steps)
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(whole: SaeRun, tmp
 
 def test_a_token_is_one_position_with_all_of_its_steps(tiny_engine) -> None:
     stream = SceneStream(tiny_engine, seed=1, split="training", images=2, one_step_share=0.0, multi_steps=(STEPS,))
-    source = RunSource(stream, STEPS)
+    source = TemporalSource(stream, STEPS)
     assert source.widths == {name: STEPS * width for name, width in stream.widths.items()}
     updates = stream.updates(3).by_block
     for name, tokens in source.tokens(3, 5).items():
@@ -174,15 +174,15 @@ def test_a_token_is_one_position_with_all_of_its_steps(tiny_engine) -> None:
 def test_runs_from_a_cache_are_those_of_the_stream_and_others_are_refused(tiny_engine, tmp_path: Path) -> None:
     stream = SceneStream(tiny_engine, seed=1, split="training", images=2, one_step_share=0.0, multi_steps=(STEPS,))
     cached = CachedStream(stream, tmp_path)
-    fresh, read = (RunSource(source, STEPS).tokens(0, 4) for source in (stream, cached))
+    fresh, read = (TemporalSource(source, STEPS).tokens(0, 4) for source in (stream, cached))
     for name, tokens in fresh.items():
         assert torch.allclose(tokens, read[name], rtol=2e-3, atol=1e-2)
     assert isinstance(cached.cache, ShardCache)
     with pytest.raises(ValueError, match="chunk 0 is of 3 steps, and these SAEs read 4"):
-        RunSource(cached, 4).tokens(0, 4)
+        TemporalSource(cached, 4).tokens(0, 4)
 
 
-def test_quality_counts_a_code_once_and_tells_every_step(whole: SaeRun) -> None:
+def test_quality_counts_a_code_once_and_tells_every_step(whole: SaeTraining) -> None:
     @dataclasses.dataclass
     class Runs:
         timesteps = (999, 666, 333)
@@ -210,7 +210,7 @@ def test_quality_counts_a_code_once_and_tells_every_step(whole: SaeRun) -> None:
 
 def test_sampled_runs_take_every_position_where_there_are_few() -> None:
     updates = random_updates(0, 8).float().unflatten(1, (2, 4))
-    taken = sample_runs({"a": updates}, 0, 64)["a"]
+    taken = sample_temporal({"a": updates}, 0, 64)["a"]
     assert taken.shape == (8, STEPS * D_MODEL)
     assert torch.equal(taken.sum(0).round(decimals=3), side_by_side(updates).sum((0, 1)).round(decimals=3))
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
-from turbolens_training.sae.run import dead_share, terminated
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.train import dead_share, terminated
+from turbolens_training.sae.trainer import SaeTraining
 
 CPU = torch.device("cpu")
 CONFIG = SaeConfig(
@@ -49,20 +49,20 @@ def flat(state: object) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> SaeRun:
+def whole() -> SaeTraining:
     """A run that never stopped."""
-    run = SaeRun(CONFIG, Sparse(), CPU)
+    run = SaeTraining(CONFIG, Sparse(), CPU)
     run.train(60)
     return run
 
 
 @pytest.mark.parametrize("stop", random.Random(0).sample(range(1, 60), 3))
 def test_a_run_resumed_at_any_step_is_bit_equal_to_one_that_never_stopped(
-    whole: SaeRun, stop: int, tmp_path: Path
+    whole: SaeTraining, stop: int, tmp_path: Path
 ) -> None:
-    first = SaeRun(CONFIG, Sparse(), CPU)
+    first = SaeTraining(CONFIG, Sparse(), CPU)
     first.train(60, checkpoint=tmp_path / "state.pt", stop=lambda: first.step == stop)
-    second = SaeRun(CONFIG, Sparse(), CPU)
+    second = SaeTraining(CONFIG, Sparse(), CPU)
     second.resume(tmp_path / "state.pt")
     assert second.step == stop
     second.train(60, checkpoint=tmp_path / "state.pt")
@@ -78,10 +78,10 @@ def test_a_run_resumed_at_any_step_is_bit_equal_to_one_that_never_stopped(
 
 
 def test_the_log_loses_what_a_resumed_run_does_again(tmp_path: Path) -> None:
-    run = SaeRun(CONFIG, Sparse(), CPU)
+    run = SaeTraining(CONFIG, Sparse(), CPU)
     run.train(20, checkpoint=tmp_path / "state.pt")
     (tmp_path / "log.jsonl").write_text('{"step": 10}\n{"step": 30}\n')
-    SaeRun(CONFIG, Sparse(), CPU).resume(tmp_path / "state.pt")
+    SaeTraining(CONFIG, Sparse(), CPU).resume(tmp_path / "state.pt")
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
 
 
@@ -102,7 +102,7 @@ class Signalling(Sparse):
 def test_sigterm_leaves_a_checkpoint(chunk: int, steps: int, tmp_path: Path) -> None:
     """Also while the reservoirs fill, when there is nothing to keep yet."""
     checkpoint = tmp_path / "state.pt"
-    run = SaeRun(CONFIG, Signalling(chunk), CPU)
+    run = SaeTraining(CONFIG, Signalling(chunk), CPU)
     before = signal.getsignal(signal.SIGTERM)
     with terminated() as stop:
         run.train(60, checkpoint=checkpoint, stop=stop)
@@ -110,7 +110,7 @@ def test_sigterm_leaves_a_checkpoint(chunk: int, steps: int, tmp_path: Path) -> 
     assert run.step == steps
     assert checkpoint.exists() == (steps > 0)
     if steps:
-        second = SaeRun(CONFIG, Sparse(), CPU)
+        second = SaeTraining(CONFIG, Sparse(), CPU)
         second.resume(checkpoint)
         assert second.step == steps
 
@@ -126,7 +126,7 @@ class Broken(Sparse):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path: Path) -> None:
-    run = SaeRun(CONFIG, Broken(), CPU)
+    run = SaeTraining(CONFIG, Broken(), CPU)
     with pytest.raises(ArithmeticError, match=r"b, step \d+: the loss is not finite; its batch is in .*safetensors"):
         run.train(60, checkpoint=tmp_path / "state.pt")
     (path,) = tmp_path.glob("not-finite-b-*.safetensors")
@@ -138,18 +138,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path: 
 
 
 def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path: Path) -> None:
-    run = SaeRun(CONFIG, Sparse(), CPU)
+    run = SaeTraining(CONFIG, Sparse(), CPU)
     run.train(3, checkpoint=tmp_path / "state.pt")
     with pytest.raises(ValueError, match="another k"):
-        SaeRun(dataclasses.replace(CONFIG, k=5), Sparse(), CPU).resume(tmp_path / "state.pt")
+        SaeTraining(dataclasses.replace(CONFIG, k=5), Sparse(), CPU).resume(tmp_path / "state.pt")
     other = Sparse()
     other.identity = "another model"
     with pytest.raises(ValueError, match="another source"):
-        SaeRun(CONFIG, other, CPU).resume(tmp_path / "state.pt")
+        SaeTraining(CONFIG, other, CPU).resume(tmp_path / "state.pt")
 
 
 def test_training_explains_the_data_with_unit_rows_and_k_features() -> None:
-    run = SaeRun(CONFIG, Sparse(), CPU)
+    run = SaeTraining(CONFIG, Sparse(), CPU)
     run.train(1)
     start = run.trainers["a"].progress().explained
     run.train(60)
@@ -166,7 +166,7 @@ def test_training_explains_the_data_with_unit_rows_and_k_features() -> None:
 
 
 def test_the_dead_clock_counts_tokens() -> None:
-    run = SaeRun(CONFIG, Sparse(), CPU)
+    run = SaeTraining(CONFIG, Sparse(), CPU)
     run.train(7)
     idle = run.trainers["a"].idle
     assert set(idle.tolist()) <= {64 * n for n in range(8)}

@@ -20,7 +20,7 @@ from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.sampling import Walked, device_of, sample
 from turbolens_training.evaluation.transfer import (
     Choice,
-    EncodedRun,
+    EncodedPictures,
     choose_features,
     choose_random_active,
     dense_deltas,
@@ -63,8 +63,8 @@ class Material:
     saes: Mapping[str, Sae]
     rows: slice
     """Of the batch in all pairs."""
-    base: EncodedRun
-    reference: EncodedRun
+    base: EncodedPictures
+    reference: EncodedPictures
     masks: Sequence[tuple[Mask, Mask]] | None = None
     """Of the batch, as in `CaptionPairs`."""
 
@@ -161,7 +161,7 @@ def edit_pictures(
 
             base, reference = run(some.captions), run(some.edited)
             masks = (None, None) if some.masks is None else (_grids(engine, m) for m in zip(*some.masks, strict=True))
-            own, other = (EncodedRun.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True))
+            own, other = (EncodedPictures.of(saes, r.updates, m) for r, m in zip((base, reference), masks, strict=True))
             material = Material(saes, rows, own, other, some.masks)
             latents[NOTHING].append(base.latents.cpu())
             latents[PROMPT].append(reference.latents.cpu())

@@ -24,7 +24,7 @@ from turbolens_server.sae.sae import Codes, Sae
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedRun:
+class EncodedPictures:
     """One run of a batch: its updates, their codes, and where it counts; each by hook point."""
 
     updates: dict[str, Tensor]  # [T, N, P, d_model]
@@ -34,7 +34,7 @@ class EncodedRun:
     @classmethod
     def of(
         cls, saes: Mapping[str, Sae], updates: dict[str, Tensor], masks: dict[str, Tensor] | None = None
-    ) -> EncodedRun:
+    ) -> EncodedPictures:
         """Encode a run's updates; without masks all of it counts."""
         kept = {block: updates[block] for block in saes}
         everywhere = {block: x.new_ones(x.shape[1:3]) for block, x in kept.items()}
@@ -49,10 +49,10 @@ def mean_activations(codes: Codes, mask: Tensor, d_sae: int) -> Tensor:
     return sums / mask.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-def normalized_mean_difference(saes: Mapping[str, Sae], reference: EncodedRun, base: EncodedRun) -> Tensor:
+def normalized_mean_difference(saes: Mapping[str, Sae], reference: EncodedPictures, base: EncodedPictures) -> Tensor:
     """How much larger each feature's share of the mean activation is in the reference: [N, all features by block]."""
 
-    def shares(run: EncodedRun) -> Tensor:
+    def shares(run: EncodedPictures) -> Tensor:
         means = []
         for block, sae in saes.items():
             first = Codes(run.codes[block].values[0], run.codes[block].indices[0])
@@ -86,11 +86,11 @@ def choose_features(scores: Tensor, n: int) -> Choice:
 
 
 def choose_random_active(
-    saes: Mapping[str, Sae], reference: EncodedRun, base: EncodedRun, n: int, generator: torch.Generator
+    saes: Mapping[str, Sae], reference: EncodedPictures, base: EncodedPictures, n: int, generator: torch.Generator
 ) -> Choice:
     """A baseline: n random features of those active in the reference to give, of those active in the base to take."""
 
-    def draw(run: EncodedRun) -> Tensor:
+    def draw(run: EncodedPictures) -> Tensor:
         active = []
         for block, sae in saes.items():
             first = Codes(run.codes[block].values[0], run.codes[block].indices[0])
@@ -103,7 +103,7 @@ def choose_random_active(
     return Choice(draw(reference), draw(base))
 
 
-def dense_deltas(reference: EncodedRun, base: EncodedRun, multiplier: float) -> dict[str, Tensor]:
+def dense_deltas(reference: EncodedPictures, base: EncodedPictures, multiplier: float) -> dict[str, Tensor]:
     """The dense baseline: all of the reference's update is given and all of the base's taken, SAEs or not."""
     return {
         block: multiplier * (x * reference.masks[block][..., None] - base.updates[block] * base.masks[block][..., None])

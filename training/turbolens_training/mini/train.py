@@ -128,7 +128,7 @@ class Ema:
         self.count, self.shadow = state["count"], state["shadow"]
 
 
-class Run:
+class Training:
     """The folder of one training run: checkpoints written whole or not at all, and a JSONL log."""
 
     def __init__(self, config: MiniConfig) -> None:
@@ -176,7 +176,7 @@ def cosine(step: int, total: int, warm_up: int) -> float:
 
 
 def run_stage(
-    run: Run,
+    training: Training,
     stage: str,
     total: int,
     modules: dict[str, torch.nn.Module],
@@ -192,7 +192,7 @@ def run_stage(
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     step = 0
-    if state := run.load(stage):
+    if state := training.load(stage):
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         step = state["step"]
@@ -204,8 +204,8 @@ def run_stage(
     def checkpoint() -> None:
         state = {"step": step, "modules": {name: module.state_dict() for name, module in modules.items()}}
         state |= {"optimizer": optimizer.state_dict(), "ema": ema.state_dict() if ema else {}}
-        run.save(stage, state)
-        run.log(stage=stage, step=step, loss=average, **(on_checkpoint(step) if on_checkpoint else {}))
+        training.save(stage, state)
+        training.log(stage=stage, step=step, loss=average, **(on_checkpoint(step) if on_checkpoint else {}))
 
     if step >= total:
         return
@@ -218,7 +218,9 @@ def run_stage(
                 group["lr"] = rate * cosine(step, total, 100)
             loss = train_step(step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{stage} step {step}: loss is {loss.item()}; last checkpoint: {run.folder}")
+                raise FloatingPointError(
+                    f"{stage} step {step}: loss is {loss.item()}; last checkpoint: {training.folder}"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -230,36 +232,36 @@ def run_stage(
             average = value if math.isnan(average) else 0.98 * average + 0.02 * value
             bar.update()
             bar.set_postfix(loss=f"{average:.4f}")
-            if time.monotonic() - saved > 60 * run.config.checkpoint_minutes:
+            if time.monotonic() - saved > 60 * training.config.checkpoint_minutes:
                 checkpoint()
                 saved = time.monotonic()
     checkpoint()
 
 
-def train_text(run: Run) -> parts.TextEncoders:
+def train_text(training: Training) -> parts.TextEncoders:
     """Stage 1: the encoders learn to name every attribute, each from the output that the U-Net will see."""
-    torch.manual_seed(run.config.seed)
-    text = parts.TextEncoders(*parts.build_text_encoders()).to(run.device)
+    torch.manual_seed(training.config.seed)
+    text = parts.TextEncoders(*parts.build_text_encoders()).to(training.device)
     heads = torch.nn.ModuleList(torch.nn.Linear(d, sum(CODE_SIZES)) for d in (parts.TEXT_DIM, parts.POOLED_DIM))
-    heads = heads.to(run.device)
+    heads = heads.to(training.device)
     optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
     accuracy: list[float] = []
 
     def step_loss(step: int) -> Tensor:
-        rng = random.Random(f"{run.config.seed}/text/{step}")
+        rng = random.Random(f"{training.config.seed}/text/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        codes = sample_codes(run.config.text_batch, generator)
+        codes = sample_codes(training.config.text_batch, generator)
         # Captions are short: the first four fifths of the steps need not carry all 77 positions.
-        length = 40 if step < 0.8 * run.config.text_steps else CONTEXT_LENGTH
+        length = 40 if step < 0.8 * training.config.text_steps else CONTEXT_LENGTH
         ids = text.tokenize([describe(scene, rng) for scene in decode_scenes(codes)], length)
-        codes = codes.to(run.device)
-        with run.autocast():
-            hidden, pooled = text((ids[0].to(run.device), ids[1].to(run.device)))
+        codes = codes.to(training.device)
+        with training.autocast():
+            hidden, pooled = text((ids[0].to(training.device), ids[1].to(training.device)))
             # The padding after the end token has read the whole caption too; the U-Net attends to it, so it must say.
             place = torch.randint(length // 2, length, (len(codes),), generator=generator)
             read = hidden[torch.arange(len(codes)), place, : parts.TEXT_DIM]
             both = (heads[0](read).float(), heads[1](pooled).float())
-        loss = torch.zeros((), device=run.device)
+        loss = torch.zeros((), device=training.device)
         right = []
         for logits in both:
             for column, scores in enumerate(logits.split(CODE_SIZES, 1)):
@@ -269,7 +271,7 @@ def train_text(run: Run) -> parts.TextEncoders:
         return loss
 
     run_stage(
-        run, "text", run.config.text_steps, {"text": text, "heads": heads}, optimizer, step_loss,
+        training, "text", training.config.text_steps, {"text": text, "heads": heads}, optimizer, step_loss,
         on_checkpoint=lambda _: {"accuracy": [round(a, 3) for a in accuracy]},
     )  # fmt: skip
     return text.eval().requires_grad_(False)
@@ -321,20 +323,20 @@ class Denoiser(torch.nn.Module):
         return prediction
 
 
-def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
+def train_unet(training: Training, text: parts.TextEncoders) -> UNet2DConditionModel:
     """Stage 2: the U-Net, at half the resolution first. Returns the averaged weights."""
-    config = run.config
-    alpha_bars = parts.build_scheduler().alphas_cumprod.to(run.device)
+    config = training.config
+    alpha_bars = parts.build_scheduler().alphas_cumprod.to(training.device)
     others = torch.tensor(OTHER_TIMESTEPS)
-    time_ids = torch.tensor(parts.TIME_IDS, dtype=torch.float32, device=run.device)
-    unet: UNet2DConditionModel = parts.build_unet().to(run.device)
+    time_ids = torch.tensor(parts.TIME_IDS, dtype=torch.float32, device=training.device)
+    unet: UNet2DConditionModel = parts.build_unet().to(training.device)
     previous: dict[str, Any] | None = None
     for stage, steps, size, factor in (
         ("half", config.half_steps, 16, 1.0),
         ("full", config.full_steps, 32, config.full_rate),
     ):
         torch.manual_seed(config.seed)
-        unet = parts.build_unet().to(run.device)
+        unet = parts.build_unet().to(training.device)
         if previous:
             unet.load_state_dict(previous)
         optimizer = Muon(muon_groups(unet, config, factor))
@@ -343,37 +345,39 @@ def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
         ema = Ema(unet, 0.998)
 
         def step_loss(step: int, stage: str = stage, size: int = size, forward: Any = forward) -> Tensor:
-            batch = draw_batch(config.seed, stage, step, size, config.batch, config.foreground_weight, run.device)
+            batch = draw_batch(config.seed, stage, step, size, config.batch, config.foreground_weight, training.device)
             generator = torch.Generator().manual_seed(step)
             n = len(batch.codes)
             one_step = torch.rand(n, generator=generator) < config.one_step_share
             pick = others[torch.randint(len(others), (n,), generator=generator)]
             t = torch.where(one_step, 999, pick)
-            fresh = torch.randn(batch.noise.shape, generator=generator).to(run.device)
+            fresh = torch.randn(batch.noise.shape, generator=generator).to(training.device)
             # At t=999 the input is the coupled noise, as in the sampler; later steps see fresh noise, as ancestral
             # sampling adds it.
-            noise = torch.where(one_step.to(run.device)[:, None, None, None], batch.noise, fresh)
-            alpha_bar = torch.where(t.to(run.device) == 999, 0.0, alpha_bars[t])[:, None, None, None]
+            noise = torch.where(one_step.to(training.device)[:, None, None, None], batch.noise, fresh)
+            alpha_bar = torch.where(t.to(training.device) == 999, 0.0, alpha_bars[t])[:, None, None, None]
             x_t = alpha_bar.sqrt() * batch.target + (1 - alpha_bar).sqrt() * noise
             ids = text.tokenize(batch.captions)
-            with run.autocast():
+            with training.autocast():
                 with torch.no_grad():
-                    hidden, _ = text((ids[0].to(run.device), ids[1].to(run.device)))
+                    hidden, _ = text((ids[0].to(training.device), ids[1].to(training.device)))
                 keep = torch.rand(n, len(parts.SPARE_BLOCKS), generator=generator) >= config.block_dropout
-                v = forward(x_t, t.to(run.device), hidden, time_ids.expand(n, -1), keep.to(run.device)).float()
+                v = forward(
+                    x_t, t.to(training.device), hidden, time_ids.expand(n, -1), keep.to(training.device)
+                ).float()
             error = x0_from_v(v, x_t, alpha_bar) - batch.target
             loss: Tensor = (batch.weight * (error.square() + 0.5 * error.abs())).sum()
             return loss / (4 * batch.weight.sum())
 
         def report(step: int, size: int = size, ema: Ema = ema) -> dict[str, Any]:
-            averaged = parts.build_unet().to(run.device)
+            averaged = parts.build_unet().to(training.device)
             averaged.load_state_dict(ema.shadow)
-            scores, sheet = quick_scores(one_step_latents(run, text, averaged.eval()), size)
-            write_file(run.folder / "progress.png", as_png(progress_sheet(sheet)))
+            scores, sheet = quick_scores(one_step_latents(training, text, averaged.eval()), size)
+            write_file(training.folder / "progress.png", as_png(progress_sheet(sheet)))
             tqdm.write(f"step {step}: {scores}")
             return scores
 
-        run_stage(run, stage, steps, {"unet": unet}, optimizer, step_loss, ema=ema, on_checkpoint=report)
+        run_stage(training, stage, steps, {"unet": unet}, optimizer, step_loss, ema=ema, on_checkpoint=report)
         previous = ema.shadow
     if previous is None:
         raise AssertionError("no stage ran")
@@ -382,28 +386,28 @@ def train_unet(run: Run, text: parts.TextEncoders) -> UNet2DConditionModel:
 
 
 def one_step_latents(
-    run: Run, text: parts.TextEncoders, unet: UNet2DConditionModel
+    training: Training, text: parts.TextEncoders, unet: UNet2DConditionModel
 ) -> Callable[[list[str], Tensor], Tensor]:
     """The one-step generator as a function: (captions, noise [B, 4, h, w]) -> scaled latents [B, 4, h, w]."""
-    time_ids = torch.tensor(parts.TIME_IDS, dtype=torch.float32, device=run.device)
+    time_ids = torch.tensor(parts.TIME_IDS, dtype=torch.float32, device=training.device)
 
     @torch.no_grad()
     def generate(captions: list[str], noise: Tensor) -> Tensor:
         ids = text.tokenize(captions)
-        hidden, pooled = text((ids[0].to(run.device), ids[1].to(run.device)))
+        hidden, pooled = text((ids[0].to(training.device), ids[1].to(training.device)))
         added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(noise), -1)}
-        t = torch.full((len(noise),), 999, device=run.device)
-        v: Tensor = unet(noise.to(run.device), t, hidden, added_cond_kwargs=added, return_dict=False)[0]
+        t = torch.full((len(noise),), 999, device=training.device)
+        v: Tensor = unet(noise.to(training.device), t, hidden, added_cond_kwargs=added, return_dict=False)[0]
         return -v
 
     return generate
 
 
-def scene_batches(run: Run, stage: str, batch: int) -> Callable[[int], tuple[Batch, Tensor]]:
+def scene_batches(training: Training, stage: str, batch: int) -> Callable[[int], tuple[Batch, Tensor]]:
     """Full-size pictures for the VAE's stages, with exact latents: step -> (batch, pictures [B, 3, 128, 128])."""
 
     def draw(step: int) -> tuple[Batch, Tensor]:
-        drawn = draw_batch(run.config.seed, stage, step, parts.LATENT_SIZE, batch, 0.0, run.device)
+        drawn = draw_batch(training.config.seed, stage, step, parts.LATENT_SIZE, batch, 0.0, training.device)
         picture, cover = render(drawn.codes, jitter_from_noise(drawn.noise), parts.PICTURE_SIZE)
         exact = anchored_latent(picture, cover, parts.LATENT_SIZE)
         return dataclasses.replace(drawn, target=exact), picture
@@ -422,12 +426,12 @@ def picture_loss(drawn: Tensor, picture: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(run: Run) -> Any:
+def train_vae(training: Training) -> Any:
     """Stage 3: an encoder that finds the anchored latent, a decoder that draws from it."""
-    torch.manual_seed(run.config.seed)
-    vae = parts.build_vae().to(run.device)
+    torch.manual_seed(training.config.seed)
+    vae = parts.build_vae().to(training.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    draw = scene_batches(run, "vae", 16)
+    draw = scene_batches(training, "vae", 16)
 
     def step_loss(step: int) -> Tensor:
         batch, picture = draw(step)
@@ -437,10 +441,10 @@ def train_vae(run: Run) -> Any:
         half = parts.PICTURE_SIZE // 2
         picture = picture[..., rows : rows + half, columns : columns + half]
         target = batch.target[..., rows // 4 : (rows + half) // 4, columns // 4 : (columns + half) // 4]
-        with run.autocast():
+        with training.autocast():
             posterior = vae.encode(picture).latent_dist
             # Latents that are slightly wrong, as the U-Net's are, must still be drawn cleanly.
-            wrong = torch.randn(target.shape, generator=generator).to(run.device)
+            wrong = torch.randn(target.shape, generator=generator).to(training.device)
             latent = posterior.sample(generator) + 0.03 * wrong
             drawn = vae.decode(latent).sample.float()
         anchor = functional.mse_loss(posterior.mean.float(), target)
@@ -450,41 +454,41 @@ def train_vae(run: Run) -> Any:
         loss: Tensor = picture_loss(drawn, picture) + anchor + 1e-4 * spread
         return loss
 
-    run_stage(run, "vae", run.config.vae_steps, {"vae": vae}, optimizer, step_loss)
+    run_stage(training, "vae", training.config.vae_steps, {"vae": vae}, optimizer, step_loss)
     return vae.eval().requires_grad_(False)
 
 
-def polish_decoder(run: Run, text: parts.TextEncoders, unet: UNet2DConditionModel, vae: Any) -> Any:
+def polish_decoder(training: Training, text: parts.TextEncoders, unet: UNet2DConditionModel, vae: Any) -> Any:
     """Stage 4: the decoder learns to draw the true picture from the U-Net's latents as well as from true ones."""
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    draw = scene_batches(run, "polish", 8)
-    generate = one_step_latents(run, text, unet)
+    draw = scene_batches(training, "polish", 8)
+    generate = one_step_latents(training, text, unet)
 
     def step_loss(step: int) -> Tensor:
         batch, picture = draw(step)
-        with run.autocast():
+        with training.autocast():
             if step % 2:
                 latent = generate(batch.captions, batch.noise).float() / parts.SCALING_FACTOR
             else:
                 wrong = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(step))
-                latent = batch.target + 0.02 * wrong.to(run.device)
+                latent = batch.target + 0.02 * wrong.to(training.device)
             drawn = vae.decode(latent).sample.float()
         return picture_loss(drawn, picture)
 
-    run_stage(run, "polish", run.config.polish_steps, {"vae": vae}, optimizer, step_loss)
+    run_stage(training, "polish", training.config.polish_steps, {"vae": vae}, optimizer, step_loss)
     return vae.eval().requires_grad_(False)
 
 
 def train_mini(config: MiniConfig) -> Path:
     """Train every stage that is not finished and write the model; returns its folder."""
-    run = Run(config)
-    run.log(device=run.device, dtype=str(run.dtype), threads=torch.get_num_threads())
-    text = train_text(run)
-    unet = train_unet(run, text)
-    vae = polish_decoder(run, text, unet, train_vae(run))
+    training = Training(config)
+    training.log(device=training.device, dtype=str(training.dtype), threads=torch.get_num_threads())
+    text = train_text(training)
+    unet = train_unet(training, text)
+    vae = polish_decoder(training, text, unet, train_vae(training))
     folder = config.out / "model"
     with whole_folder(folder, replace=True) as whole:
         parts.save_pipeline(whole, text, unet, vae, torch.float16)

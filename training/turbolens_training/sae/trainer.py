@@ -155,7 +155,7 @@ def _summary(progress: Mapping[str, Progress]) -> str:
     return ", ".join(f"{name} EV {p.explained:.3f} L0 {p.l0:.1f} dead {p.dead:.1%}" for name, p in progress.items())
 
 
-class SaeRun:
+class SaeTraining:
     """The whole run: the SAEs, their reservoirs, the position in the data and the generator of every draw.
 
     Each SAE has its own generator, so that it does not depend on which others are trained beside it.

@@ -15,7 +15,7 @@ from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.trainer import SaeTraining
 
 
 def synonyms() -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def synonyms() -> dict[str, list[str]]:
 def write_bundles(
     folder: Path,
     info: EngineInfo,
-    run: SaeRun,
+    run: SaeTraining,
     *,
     stats: Mapping[str, FeatureStats] | None = None,
     quality: Sequence[Mapping[str, object]] = (),

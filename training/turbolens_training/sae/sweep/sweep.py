@@ -25,10 +25,10 @@ from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.probes import measure_probes
 from turbolens_training.evaluation.splice import measure_splice
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
-from turbolens_training.sae.run import train_saes
 from turbolens_training.sae.sweep.config import Point, SweepConfig
 from turbolens_training.sae.sweep.report import write_sweep
 from turbolens_training.sae.sweep.served import compare_served
+from turbolens_training.sae.train import train_saes
 
 RESULT: Final = "result.json"
 """In a point's folder: its recipe, and its quality."""

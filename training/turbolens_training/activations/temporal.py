@@ -11,7 +11,9 @@ from turbolens_server.sae.temporal import side_by_side
 from turbolens_training.activations.sources import ChunkSource
 
 
-def sample_runs(by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int, per_image: int) -> dict[str, Tensor]:
+def sample_temporal(
+    by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int, per_image: int
+) -> dict[str, Tensor]:
     """Updates as training data: `per_image` positions of each picture, with all steps of each, by hook point.
 
     Args:
@@ -31,7 +33,7 @@ def sample_runs(by_block: Mapping[str, Tensor | tuple[Tensor, ...]], index: int,
     return taken
 
 
-class RunSource:
+class TemporalSource:
     """The runs of a source whose pictures all take the same number of steps."""
 
     def __init__(self, source: ChunkSource, steps: int) -> None:
@@ -42,7 +44,7 @@ class RunSource:
         self.kind = source.kind
 
     def tokens(self, index: int, per_image: int) -> dict[str, Tensor]:
-        """Chunk `index` as training data, see :func:`sample_runs`.
+        """Chunk `index` as training data, see :func:`sample_temporal`.
 
         Raises:
             ValueError: it is of another number of steps, as a cache's may be.
@@ -50,4 +52,4 @@ class RunSource:
         updates = self._source.updates(index)
         if len(updates.timesteps) != self._steps:
             raise ValueError(f"chunk {index} is of {len(updates.timesteps)} steps, and these SAEs read {self._steps}")
-        return sample_runs(updates.by_block, index, per_image)
+        return sample_temporal(updates.by_block, index, per_image)

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_training.activations.runs import RunSource
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
+from turbolens_training.activations.temporal import TemporalSource
 from turbolens_training.measures.quality import measure
 from turbolens_training.measures.report import write_table
 from turbolens_training.sae.config import SaeConfig
@@ -22,7 +22,7 @@ from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
 from turbolens_training.sae.export.bundles import read_saes, write_bundles
 from turbolens_training.sae.export.gates import failures, pass_gates, record
 from turbolens_training.sae.maths import dead_features
-from turbolens_training.sae.trainer import SaeRun
+from turbolens_training.sae.trainer import SaeTraining
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def train_saes(config: SaeConfig) -> Path:
     with join_ranks(config.device) as (ranks, device):
         engine = open_model(config, device)
         chunks, held_out = open_sources(engine, config, config.shards)
-        training = RunSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
+        training = TemporalSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
         _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)
     return config.out
 
@@ -73,7 +73,7 @@ def train_saes(config: SaeConfig) -> Path:
 def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSource, held_out: ChunkSource) -> None:
     """What one rank does."""
     device = next(engine.components.unet.parameters()).device
-    run = SaeRun(config, training, device, ranks=ranks)
+    run = SaeTraining(config, training, device, ranks=ranks)
     folder = config.work if ranks.world == 1 else config.work / f"rank-{ranks.rank}-of-{ranks.world}"
     checkpoint = folder / "state.pt"
     if run.resume(checkpoint) and ranks.rank == 0:
