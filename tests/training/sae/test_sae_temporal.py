@@ -303,7 +303,7 @@ def test_edits_that_need_activations_are_refused_by_name(lens, edit, kind: str) 
     with pytest.raises(tl.InvalidRequest) as caught:
         lens.generate(PROMPT, seed=7, steps=4, steer=[edit])
     (violation,) = caught.value.violations
-    assert violation.field == f"edits[0].{kind}"
+    assert violation.field == f"run.edits[0].{kind}"
     assert f"{kind} needs activations" in violation.description
     assert "temporal SAE up.0.1" in violation.description
     assert "add and replace" in violation.description
@@ -318,7 +318,7 @@ def test_another_number_of_steps_is_refused_with_the_one_that_is_served(lens, st
         with pytest.raises(tl.InvalidRequest) as caught:
             call()
         (violation,) = caught.value.violations
-        assert violation.field == "sampling.steps"
+        assert violation.field == "run.sampling.steps"
         assert f"got {steps or 1}; the temporal SAE up.0.1 serves runs of 4 steps alone" in violation.description
     assert lens.generate(PROMPT, seed=7, steps=steps).seed == 7
 
