@@ -29,6 +29,7 @@ from turbolens_server.loading.random_sdxl import is_random, random_bundles
 from turbolens_server.loading.saes import load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
 from turbolens_server.loading.vae import load_vae
+from turbolens_server.logs import get_logger
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.backend import BackendError
@@ -103,6 +104,13 @@ def load_engine(
         raise LoadError(f"{model}: {error}") from error
     if max_steps < len(timesteps):
         raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
+    if sampler.config.get("timestep_spacing") == "leading" and not timesteps:
+        get_logger().warning(
+            "few steps from little noise",
+            model=model,
+            reason="timesteps are spaced as for models of many steps with guidance, which is not served",
+            way_out="--timestep-spacing trailing, if the model is distilled",
+        )
     other = sampler is not parts.pipeline.scheduler
     components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
     points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
@@ -193,7 +201,11 @@ class _Parts:
             LoadError: it cannot, or the exported graph would not take it.
         """
         if size is None:
-            return int(self.unet.config.sample_size * self.downscale)
+            own = self.unet.config.sample_size
+            own = own[0] if isinstance(own, list | tuple) and len({*own}) == 1 else own
+            if not isinstance(own, int):
+                raise LoadError(f"the U-Net says sample_size={own!r}, and pictures are square; give --size in pixels")
+            return own * self.downscale
         cell = self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if size % cell or size < 2 * cell:
             raise LoadError(f"--size {size}: must be a multiple of {cell}, from {2 * cell}")
@@ -213,6 +225,12 @@ def _read_parts(
     pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
     fused = fuse_loras(pipeline, loras)
     components = unet_hash if folder is None else hash_components(folder, variant, vae_folder)
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        # A tokenizer that does not say has a limit beyond all bounds; the encoder reads no more than this.
+        tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return _Parts(
         pipeline=pipeline,
         unet=pipeline.unet.eval(),
@@ -271,6 +289,10 @@ def _tapped_points(
     """
     if unknown := [name for name in asked if name not in points]:
         raise LoadError(f"{model}: no hook point {', '.join(unknown)}; it has {list_points(points)}")
-    published = DEFAULT_HOOK_POINTS if set(DEFAULT_HOOK_POINTS) <= points.keys() else ()
+    published = [name for name in DEFAULT_HOOK_POINTS if name in points]
     used = {*(asked or published), *(sae.hook_point for sae in saes)}
+    if not used:
+        get_logger().warning(
+            "no hook points", model=model, published=list(DEFAULT_HOOK_POINTS), has=list_points(points)
+        )
     return tuple(point for name, point in points.items() if name in used)

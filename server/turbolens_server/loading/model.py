@@ -12,6 +12,7 @@ import transformers
 from diffusers import StableDiffusionXLPipeline
 
 from turbolens_server.files import first_line
+from turbolens_server.loading.checks import check_folder
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.hub import EMBEDDED, model_folder
@@ -56,6 +57,7 @@ def read_pipeline(
             return random_pipeline(model, device, dtype)
         except ValueError as error:
             raise LoadError(f"--model {error}") from error
+    check_folder(folder, variant)
     try:
         with _quiet(model == EMBEDDED):
             pipeline = StableDiffusionXLPipeline.from_pretrained(

@@ -24,8 +24,10 @@ TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 2e-2}
 """Most that an output may differ from PyTorch's, as a share of the largest magnitude in it."""
 MAX_BATCH: Final = 63
 """From 64 rows on, diffusers' upsampler takes another path."""
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Of the graph's inputs, outputs and meaning: raise it when one of them changes."""
+_OFFSET: Final = 64.0
+"""Added to the latents of one row when a graph is checked: groups of channels with means far above their spread."""
 _MAX_ROWS: Final = 64  # of the coarsest grid: pictures of 2,048 pixels
 
 
@@ -102,11 +104,37 @@ def write_graph(unet: UNet2DConditionModel, spec: GraphSpec, path: Path, opset: 
         input_names=list(spec.input_names()),
         output_names=list(spec.output_names()),
         opset_version=opset,
+        custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
         verbose=False,
     )
     if program is None:
         raise AssertionError("a dynamo export gives a program")
     program.save(path, external_data=True)
+
+
+def _group_norm(
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001, part of the operator
+) -> Any:
+    """Group normalization as ONNX has it up to opset 20.
+
+    The node of opset 21 takes variances as differences of large numbers in ONNX Runtime's CPU code: where a group's
+    mean is 1,000 times its spread, errors reach 1, and 5e-4 so (`findings/onnx-group-normalization.sh`).
+    """
+    from onnxscript import opset20 as op
+
+    def per_group(value: float) -> Any:
+        number = op.CastLike(op.Constant(value_float=value), input)
+        return op.Expand(number, op.Constant(value_ints=[num_groups]))
+
+    groups = op.Reshape(input, op.Constant(value_ints=[0, num_groups, -1]))
+    normed = op.Reshape(op.InstanceNormalization(groups, per_group(1.0), per_group(0.0), epsilon=eps), op.Shape(input))
+    axes = op.Constant(value_ints=[1, 2])
+    return op.Add(op.Mul(normed, op.Unsqueeze(weight, axes)), op.Unsqueeze(bias, axes))
 
 
 @torch.no_grad()
@@ -121,6 +149,7 @@ def check_graph(path: Path, unet: UNet2DConditionModel, spec: GraphSpec) -> dict
     """
     dtype = next(unet.parameters()).dtype
     inputs = random_inputs(spec, dtype, batch=3, rows=2, columns=4)
+    inputs["sample"][-1] += _OFFSET
     expected = dict(zip(spec.output_names(), SteerableUNet(unet, spec)(*_as_arguments(inputs, spec)), strict=True))
     given = {name: tensor.new_empty(tensor.shape) for name, tensor in expected.items()}
     # As written, without ONNX Runtime's own rewriting: less memory, and it is the graph that is on trial.
@@ -150,7 +179,8 @@ def _as_arguments(inputs: dict[str, Tensor], spec: GraphSpec) -> tuple[Any, ...]
     """Named inputs as the arguments of :class:`SteerableUNet`."""
     values = tuple(inputs[name] for name in spec.input_names())
     points = len(spec.points)
-    return *values[: -2 * points], values[-2 * points : -points], values[-points:]
+    first = len(values) - 2 * points  # there may be none
+    return *values[:first], values[first : first + points], values[first + points :]
 
 
 def _difference(given: Tensor, expected: Tensor) -> float:

@@ -55,7 +55,7 @@ def attention_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, int, Tra
         *(("up", i, levels - 1 - i, block) for i, block in enumerate(unet.up_blocks)),
     ]
     for side, i, halvings, block in sides:
-        for j, attention in enumerate(getattr(block, "attentions", ())):
+        for j, attention in enumerate(getattr(block, "attentions", None) or ()):
             yield block_name(side, i, j), halvings, attention
 
 
@@ -78,7 +78,7 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
         "center_input_sample": config.center_input_sample,
         "time_embedding_act_fn": unet.time_embed_act is not None,
-        "mid_block_type": config.mid_block_type != "UNetMidBlock2DCrossAttn",
+        "mid_block_type": config.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
         "down_block_types": not set(config.down_block_types) <= {"DownBlock2D", "CrossAttnDownBlock2D"},
         "up_block_types": not set(config.up_block_types) <= {"UpBlock2D", "CrossAttnUpBlock2D"},
     }
@@ -140,12 +140,14 @@ def tapped_forward(
             hidden = downsampler(hidden)
             skips.append(hidden)
 
-    hidden = blocks.resnet(unet.mid_block.resnets[0], hidden, embedding)
-    for j, (attention, resnet) in enumerate(zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True)):
-        hidden = attend(block_name("mid", 0, j), attention, hidden)
-        if stop_after == block_name("mid", 0, j):
-            return None
-        hidden = blocks.resnet(resnet, hidden, embedding)
+    if unet.mid_block is not None:
+        hidden = blocks.resnet(unet.mid_block.resnets[0], hidden, embedding)
+        pairs = zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True)
+        for j, (attention, resnet) in enumerate(pairs):
+            hidden = attend(block_name("mid", 0, j), attention, hidden)
+            if stop_after == block_name("mid", 0, j):
+                return None
+            hidden = blocks.resnet(resnet, hidden, embedding)
 
     for i, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None)
