@@ -95,7 +95,8 @@ def write_graph(unet: UNet2DConditionModel, spec: GraphSpec, path: Path, opset: 
     # Shapes of the trace: no two dynamic dimensions alike, or the graph could take one for the other.
     inputs = random_inputs(spec, next(unet.parameters()).dtype, batch=2, rows=4, columns=3)
     at_points = tuple(grid_dims(point.stride) for point in spec.points)
-    shapes = (grid_dims(1), *({0: batch},) * 4, at_points, at_points)
+    steered = (at_points, at_points) if at_points else ()
+    shapes = (grid_dims(1), *({0: batch},) * 4, *steered)
     program = torch.onnx.export(
         SteerableUNet(unet, spec).eval(),
         _as_arguments(inputs, spec),
@@ -179,7 +180,9 @@ def _as_arguments(inputs: dict[str, Tensor], spec: GraphSpec) -> tuple[Any, ...]
     """Named inputs as the arguments of :class:`SteerableUNet`."""
     values = tuple(inputs[name] for name in spec.input_names())
     points = len(spec.points)
-    first = len(values) - 2 * points  # there may be none
+    if not points:  # the exporter takes no empty tuples
+        return values
+    first = len(values) - 2 * points
     return *values[:first], values[first : first + points], values[first + points :]
 
 

@@ -123,8 +123,8 @@ class SteerableUNet(nn.Module):
         text: Tensor,
         pooled: Tensor,
         time_ids: Tensor,
-        gains: tuple[Tensor, ...],
-        biases: tuple[Tensor, ...],
+        gains: tuple[Tensor, ...] = (),
+        biases: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """One pass.
 
