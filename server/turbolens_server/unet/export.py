@@ -126,7 +126,9 @@ def _group_norm(
     The node of opset 21 takes variances as differences of large numbers in ONNX Runtime's CPU code: where a group's
     mean is 1,000 times its spread, errors reach 1, and 5e-4 so (`findings/onnx-group-normalization.sh`).
     """
-    from onnxscript import opset20 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset20
 
     def per_group(value: float) -> Any:
         number = op.CastLike(op.Constant(value_float=value), input)
