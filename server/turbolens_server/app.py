@@ -9,24 +9,29 @@ import signal
 import sys
 
 from turbolens_server.config import ConfigError, ServerConfig, read_config
+from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.places import problems
 from turbolens_server.logs import configure_logging, get_logger
 
 
 def main(argv: list[str]) -> None:
     """Entry point: serve until told to stop.
 
-    A start that fails is one line and exit code 1; so is a GPU that is lost, for whoever watches the process to start
-    another.
+    A setting that cannot be is one line and exit code 2. A start that fails is a line for each reason that can be seen
+    before anything is loaded, or else one, and exit code 1; so is a GPU that is lost, for whoever watches the process
+    to start another.
     """
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, _end_at_once)  # until there is something to finish
     try:
         config = read_config(argv)
     except ConfigError as error:
-        sys.exit(f"turbolens serve: {error}")
+        print(f"turbolens serve: {error}", file=sys.stderr)
+        sys.exit(2)
+    if wrong := problems(config):
+        sys.exit("\n".join(f"turbolens serve: {line}" for line in wrong))
     configure_logging(config.log_format, config.log_level)
     # Imported late: a command's help and a mistyped setting must not wait for torch.
-    from turbolens_server.loading.errors import LoadError
     from turbolens_server.sae.bundle import BundleError
 
     try:

@@ -12,9 +12,8 @@ from huggingface_hub import snapshot_download
 
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.places import EMBEDDED, local
 
-EMBEDDED: Final = "mini"
-"""The name of the model that ships with the package."""
 _FILE_PATTERNS: Final = ("*.json", "*.txt", "*.safetensors", "*.model")
 SAE_PATTERNS: Final = (
     "*.json",
@@ -73,11 +72,11 @@ def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> 
     Raises:
         LoadError: it is neither.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = local(name, flag)
+    if path is not None:
+        if not path.is_dir():
+            raise LoadError(f"{flag} {name}: is a file; give its folder")
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
     try:
         return Path((fetch or snapshot(_FILE_PATTERNS))(name))
     except Exception as error:  # offline, gated, missing: the hub's client raises many kinds

@@ -21,10 +21,11 @@ from turbolens_server.engine.text import TextEncoder
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_components
-from turbolens_server.loading.hub import EMBEDDED, embedded_saes, resolve
+from turbolens_server.loading.hub import embedded_saes, resolve
 from turbolens_server.loading.lora import Fused, fuse_loras
 from turbolens_server.loading.memory import available_bytes, memory_need
 from turbolens_server.loading.model import folder_of, read_pipeline
+from turbolens_server.loading.places import EMBEDDED
 from turbolens_server.loading.random_sdxl import is_random, random_bundles
 from turbolens_server.loading.saes import load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with

@@ -15,8 +15,9 @@ from turbolens_server.files import first_line
 from turbolens_server.loading.checks import check_folder
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
-from turbolens_server.loading.hub import EMBEDDED, model_folder
+from turbolens_server.loading.hub import model_folder
 from turbolens_server.loading.parts import read_parts
+from turbolens_server.loading.places import EMBEDDED
 from turbolens_server.loading.random_sdxl import is_random, random_pipeline
 
 

@@ -22,11 +22,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from turbolens_server.loading.hub import embedded_model
+from turbolens_server.loading.places import RANDOM
 from turbolens_server.sae.bundle import Bundle, FeatureStats, SaeWeights
 from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint
 
-PREFIX: Final = "random:"
-"""What the name of a random model begins with."""
 _TIMESTEPS: Final = (999, 749, 499, 249)
 """Where trailing spacing puts four steps."""
 
@@ -103,7 +102,7 @@ SDXL_TURBO: Final = Architecture(
 
 def is_random(model: str) -> bool:
     """Whether a model's name asks for random weights."""
-    return model.startswith(PREFIX)
+    return model.startswith(RANDOM)
 
 
 def architecture(model: str) -> Architecture:
@@ -112,7 +111,7 @@ def architecture(model: str) -> Architecture:
     Raises:
         ValueError: no such model.
     """
-    match model.removeprefix(PREFIX):
+    match model.removeprefix(RANDOM):
         case "sdxl-turbo":
             return SDXL_TURBO
         case "mini":
@@ -121,7 +120,7 @@ def architecture(model: str) -> Architecture:
             scheduler = json.loads((embedded_model() / "scheduler" / "scheduler_config.json").read_text())
             return Architecture(**configs, scheduler=scheduler, d_sae=1024, k=10)
         case _:
-            raise ValueError(f"{model}: no such model; there are {PREFIX}sdxl-turbo and {PREFIX}mini")
+            raise ValueError(f"{model}: no such model; there are {RANDOM}sdxl-turbo and {RANDOM}mini")
 
 
 def random_pipeline(
@@ -183,7 +182,7 @@ def _fill(module: Any, device: torch.device, dtype: torch.dtype, generator: torc
 
 def _tokenizer(model: str, part: str, pad_token: str) -> CLIPTokenizer:
     """CLIP's tokenizer without its merges: one token a byte, with CLIP's ids for bytes and for both ends."""
-    if model == f"{PREFIX}mini":
+    if model == f"{RANDOM}mini":
         return CLIPTokenizer.from_pretrained(embedded_model() / part)
     # In CLIP's order the printable bytes come first, then those that stand in for the others.
     alphabet = sorted(ByteLevel.alphabet())

@@ -1,0 +1,74 @@
+"""Where what is served should be: what can be said before anything heavy is imported."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+from typing import Final
+
+from turbolens_server.config import ServerConfig
+from turbolens_server.loading.errors import LoadError
+
+EMBEDDED: Final = "mini"
+"""The name of the model that ships with the package."""
+RANDOM: Final = "random:"
+"""What the name of an architecture with random weights begins with."""
+
+
+def local(name: str, flag: str) -> Path | None:
+    """The local file or folder of a name; None: it is a hub id.
+
+    Args:
+        name: a path or hub id.
+        flag: what asked for it, which begins the error.
+
+    Raises:
+        LoadError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise LoadError(f"{flag} {name}: no such folder, and not a hub id like owner/name")
+    return None
+
+
+def problems(config: ServerConfig) -> list[str]:
+    """All that is wrong with where a server is to look and listen, a line each."""
+    named = [] if config.model == EMBEDDED or config.model.startswith(RANDOM) else [("--model", config.model)]
+    named += [("--vae", config.vae)] if config.vae is not None else []
+    named += [("--sae", _path_of(source)) for source in config.sae]
+    named += [("--lora", source.rpartition("=")[0] or source) for source in config.lora]
+    found = []
+    for flag, name in named:
+        try:
+            local(name, flag)
+        except LoadError as error:
+            found.append(str(error))
+    if taken := _refuses(config.host, config.port):
+        found.append(f"cannot listen on {config.host}:{config.port}: {taken}")
+    return found
+
+
+def _path_of(source: str) -> str:
+    """What one `--sae` says of where: it may have a name or a block before it."""
+    front, _, path = source.partition("=")
+    return path if front and path and "/" not in front and not Path(source).expanduser().exists() else source
+
+
+def _refuses(host: str, port: int) -> str | None:
+    """Why nobody can listen there; None where one can, or where only trying tells."""
+    if not port:
+        return None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except socket.gaierror as error:
+        return str(error.strerror)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            return str(error.strerror)
+    return None
