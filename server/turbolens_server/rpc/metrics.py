@@ -59,7 +59,11 @@ class Metrics:
         """Bytes of the device's memory by kind, read when Prometheus asks."""
         gauge = Gauge("turbolens_device_memory_bytes", "Memory of the device", ["kind"], registry=self.registry)
         for kind in read():
-            gauge.labels(kind).set_function(lambda kind=kind: read()[kind])
+
+            def value(kind: str = kind) -> float:
+                return read()[kind]
+
+            gauge.labels(kind).set_function(value)
 
     def build(self, about: Mapping[str, str]) -> None:
         """Say what runs: labels of `turbolens_build_info`."""

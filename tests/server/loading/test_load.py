@@ -22,6 +22,7 @@ from turbolens_server.loading.hashes import hash_components, hash_unet
 from turbolens_server.loading.hub import embedded_saes, model_folder
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
+from turbolens_server.sae.formats.read import find_saes
 from turbolens_server.sae.reference import encode_dense
 from turbolens_server.serving import load_from
 
