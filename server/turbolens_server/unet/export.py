@@ -124,7 +124,7 @@ def _group_norm(
     """Group normalization as ONNX has it up to opset 20.
 
     The node of opset 21 takes variances as differences of large numbers in ONNX Runtime's CPU code: where a group's
-    mean is 1,000 times its spread, errors reach 1, and 5e-4 so (`findings/onnx-group-normalization.sh`).
+    mean is 1,000 times its spread, errors are .4 and more, and 5e-4 so (`findings/onnx-group-normalization.sh`).
     """
     import onnxscript
 
