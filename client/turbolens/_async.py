@@ -15,7 +15,7 @@ from turbolens._embedded import Embedded
 from turbolens._errors import from_rpc_error
 from turbolens._features import Feature, Match, Near, Table
 from turbolens._labels import Labels
-from turbolens._numbers import whole
+from turbolens._numbers import text, whole
 from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
@@ -81,7 +81,8 @@ class AsyncLens:
 
         Args:
             prompt: any text; the empty prompt is one.
-            seed: of one picture; None: the server draws one and the result says which.
+            seed: of one picture, of which only the low 32 bits reach the noise, as in PyTorch on a CPU; None: the
+                server draws one and the result says which.
             seeds: of several pictures.
             options: any of these:
 
@@ -212,7 +213,7 @@ class AsyncLens:
             A list of :class:`Match`.
         """
         request = feature_service_pb2.SearchFeaturesRequest(
-            query=query, saes=[block] if block else [], page_size=whole(limit, "limit")
+            query=text(query, "the query"), saes=[block] if block else [], page_size=whole(limit, "limit")
         )
         services = await self._open()
         answer = await self._call(services.features.SearchFeatures, request, None)

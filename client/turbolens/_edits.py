@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, cast, runtime_check
 
 import numpy as np
 
-from turbolens._numbers import whole
+from turbolens._numbers import number, whole
 from turbolens_proto.v1 import steering_pb2
 
 Unit = Literal["mean", "raw", "norm", "reference"]
@@ -93,7 +93,7 @@ def to_ref(like: FeatureLike) -> FeatureRef:
 
 def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
     if isinstance(features, Mapping):
-        return tuple((to_ref(like), float(weight)) for like, weight in features.items())
+        return tuple((to_ref(like), number(weight, f"the weight of {like}")) for like, weight in features.items())
     if isinstance(features, (str, FeatureRef, HasRef)):
         return ((to_ref(features), None),)
     if isinstance(features, tuple) and len(features) == 2 and not isinstance(features[1], _FORMS):
@@ -136,6 +136,9 @@ class Mask:
                 return f"Mask(<{shape}>)"
 
 
+_CORNER: Final = "a corner of a polygon"
+
+
 def box(left: float, top: float, right: float, bottom: float) -> Mask:
     """A box in fractions of the picture, origin at the top left: `box(0, 0, .5, 1)` is the left half."""
     return boxes((left, top, right, bottom))
@@ -143,13 +146,16 @@ def box(left: float, top: float, right: float, bottom: float) -> Mask:
 
 def boxes(*corners: tuple[float, float, float, float]) -> Mask:
     """The union of boxes, each (left, top, right, bottom)."""
-    shapes = [steering_pb2.Box(left=le, top=to, right=ri, bottom=bo) for le, to, ri, bo in corners]
+    checked = [[number(edge, "an edge of a box") for edge in box] for box in corners]
+    shapes = [steering_pb2.Box(left=le, top=to, right=ri, bottom=bo) for le, to, ri, bo in checked]
     return Mask(steering_pb2.Mask(boxes=steering_pb2.Boxes(boxes=shapes)))
 
 
 def polygon(*points: tuple[float, float]) -> Mask:
     """A polygon by its corners (x, y) in fractions of the picture, origin at the top left."""
-    shape = steering_pb2.Polygon(points=[steering_pb2.Point(x=x, y=y) for x, y in points])
+    shape = steering_pb2.Polygon(
+        points=[steering_pb2.Point(x=number(x, _CORNER), y=number(y, _CORNER)) for x, y in points]
+    )
     return Mask(steering_pb2.Mask(polygons=steering_pb2.Polygons(polygons=[shape])))
 
 
@@ -220,6 +226,9 @@ class Edit:
     """Blocks of `patch`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "amount", number(self.amount, f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}")
+        )
         if self.unit not in _UNITS:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
@@ -409,6 +418,18 @@ def edits_to_json(edits: Sequence[Edit]) -> str:
     return json.dumps([json_format.MessageToDict(edit.to_proto()) for edit in edits])
 
 
+def _null(value: Any, path: str = "") -> str | None:
+    """Path of a null in JSON; None: there is none."""
+    if value is None:
+        return path
+    if isinstance(value, dict):
+        parts = [(f"{path}.{name}", part) for name, part in value.items()]
+    else:
+        parts = [(f"{path}[{i}]", part) for i, part in enumerate(value)] if isinstance(value, list) else []
+    found = (_null(part, at) for at, part in parts)
+    return next((at for at in found if at is not None), None)
+
+
 def edits_from_json(text: str) -> list[Edit]:
     """Edits from what :func:`edits_to_json` made. Numbers come back as float32, which is how they travel.
 
@@ -420,6 +441,10 @@ def edits_from_json(text: str) -> list[Edit]:
     items = json.loads(text)
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError("edits are a JSON list of objects")
+    if (null := _null(items)) is not None:
+        raise ValueError(
+            f"edits{null} is null, which would be read as 0 or as nothing; leave it out, or say what it is"
+        )
     try:
         return [Edit.from_proto(json_format.ParseDict(item, steering_pb2.Edit())) for item in items]
     except json_format.ParseError as error:

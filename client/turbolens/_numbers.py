@@ -1,4 +1,7 @@
-"""Numbers as callers have them: Python's own, numpy's, and whatever else counts."""
+"""Values as callers have them: numbers of Python, numpy and whatever else counts, and texts.
+
+None is none: protobuf takes it for a field that was left out, which is 0 or the empty text.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,26 @@ def whole_or_none(value: Any, what: str) -> int | None:
         TypeError: as for :func:`whole`.
     """
     return None if value is None else whole(value, what)
+
+
+def number(value: Any, what: str) -> float:
+    """A number of any type, such as numpy's, as a float; `what` names it in the error.
+
+    Raises:
+        TypeError: it is none, or a truth value.
+    """
+    kind = type(value)
+    if kind.__name__.startswith("bool") or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+        raise TypeError(f"{what} is {value!r}; give a number")
+    return float(value)
+
+
+def text(value: Any, what: str) -> str:
+    """A text; `what` names it in the error.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {value!r}; give a text")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import io
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -29,6 +30,33 @@ _ENDINGS: Final[dict[str, FileFormat]] = {".png": "png", ".jpg": "jpeg", ".jpeg"
 def format_of(path: Path) -> FileFormat | None:
     """The format that a file's ending names, of those that a server codes; None: another."""
     return _ENDINGS.get(path.suffix.lower())
+
+
+def encoder_of(suffix: str) -> str:
+    """The format of a file's ending, as PIL calls it.
+
+    Raises:
+        ValueError: it is of no format that pictures can be written in.
+    """
+    from PIL import Image
+
+    name = Image.registered_extensions().get(suffix)
+    if name is None or name not in Image.SAVE:
+        raise ValueError(f"{suffix or 'no ending'} is no format of pictures; use .png, .jpg or .webp")
+    return name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside its name first, then renamed."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,21 +97,18 @@ class Coded:
         """Write the picture: the server's own bytes where the file's ending is their format, else coded anew.
 
         Raises:
-            ValueError: the ending is no format that is known.
+            ValueError: the ending is of no format of pictures.
+            OSError: it cannot be written; a file that was there stays as it was.
         """
         path = Path(path)
-        path.write_bytes(self._coded_as(path.suffix.lower()))
+        _write(path, self._coded_as(path.suffix.lower()))
 
     def _coded_as(self, suffix: str) -> builtins.bytes:
         """The picture in the format of a file's ending."""
-        from PIL import Image
-
         if suffix in _ENDINGS and FORMATS[_ENDINGS[suffix]] == self._message.format:
             return self._message.data
-        if suffix not in Image.registered_extensions():
-            raise ValueError(f"unknown file extension: {suffix}")
         file = io.BytesIO()
-        self.image.save(file, Image.registered_extensions()[suffix])
+        self.image.save(file, encoder_of(suffix))
         return file.getvalue()
 
     def _repr_png_(self) -> builtins.bytes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
-from turbolens._numbers import whole, whole_or_none
+from turbolens._numbers import text, whole, whole_or_none
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -47,7 +47,7 @@ def reference(prompt: str, *, seed: int | None = None) -> Reference:
         prompt: what it draws.
         seed: None: the picture's own, so that the two differ by their prompt alone.
     """
-    return Reference(prompt, _seed(seed))
+    return Reference(text(prompt, "the prompt"), _seed(seed))
 
 
 class RunOptions(TypedDict, total=False):
@@ -282,7 +282,7 @@ def _call(
     only, float32 = given.pop("only", None), given.pop("float32", False)
     saes, refs = _wanted(features, only, float32, argument)
     run = Run(
-        prompt=prompt,
+        prompt=text(prompt, "the prompt"),
         seeds=_seeds(seed, seeds),
         steps=whole_or_none(given.pop("steps", None), "steps"),
         width=whole_or_none(given.pop("width", None), "width"),
@@ -300,7 +300,7 @@ def _call(
 
 
 def _source(prompt: str) -> run_pb2.Source:
-    return run_pb2.Source(prompt=run_pb2.PromptSource(text=prompt))
+    return run_pb2.Source(prompt=run_pb2.PromptSource(text=text(prompt, "the prompt")))
 
 
 def _seed(seed: int | None) -> int | None:

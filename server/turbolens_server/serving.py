@@ -36,6 +36,7 @@ from turbolens_server.rpc.reflection import enable_reflection
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Readiness, Ready
 from turbolens_server.rpc.transport import server_options
 from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
+from turbolens_server.rpc.warnings import late_start
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -196,6 +197,8 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
     await serving.make_ready(engine)
     info, gib = engine.info, 2**30
     get_logger().info("backend", name=info.backend, why=info.backend_reason)
+    if (late := late_start(info)) is not None:
+        get_logger().warning("late start", why=late)
     get_logger().info(
         "ready",
         model=info.model,

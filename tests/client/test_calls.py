@@ -108,6 +108,9 @@ def test_a_picture_in_every_form(client, format, tmp_path):
         assert Image.open(tmp_path / name).size == (8, 8)
     picture.save(str(tmp_path / "same.png"))
     assert tl.Provenance.from_png(tmp_path / "same.png") == picture.provenance
+    for name in ("picture", "picture.xyz"):
+        with pytest.raises(ValueError, match=r"is no format of pictures; use \.png"):
+            picture.save(tmp_path / name)
     if format == "png":
         with_more = (tmp_path / "same.png").read_bytes()
         assert (

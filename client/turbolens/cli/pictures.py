@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 import turbolens as tl
-from turbolens._results import format_of
+from turbolens._results import encoder_of, format_of
 from turbolens.cli.server import Calls, numbers, pairs, rows_of
 
 _MAKE: Final[Mapping[str, Callable[..., tl.Edit]]] = {"add": tl.add, "set": tl.set_to, "replace": tl.replace}
@@ -109,7 +109,7 @@ def _seeds(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
             raise ValueError(f"--seeds {text}: write numbers and ranges, such as 7,8 or 10-19")
         found += range(int(first), int(last or first) + 1)
     return found
@@ -129,6 +129,11 @@ def _range(text: str) -> tuple[int, int]:
     return int(start), int(end)
 
 
+def _tell(warnings: Sequence[tl.Warning]) -> None:
+    for warning in warnings:
+        print(f"note: {warning.message}", file=sys.stderr)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(_OfARun):
     """Make a picture, or several.
@@ -142,14 +147,17 @@ class Generate(_OfARun):
     provenance`."""
 
     def run(self) -> None:
+        if (shape := format_of(self.out)) is None:  # refused before a picture is made for nothing
+            encoder_of(self.out.suffix.lower())
+        if not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out}: no such folder")
         with self.connect() as lens:
-            made = lens.generate(self.prompt, **self.options(), format=format_of(self.out) or "png")
+            made = lens.generate(self.prompt, **self.options(), format=shape or "png")
         pictures = made if isinstance(made, tl.Pictures) else [made]
         files = [self.out.with_stem(f"{self.out.stem}-{p.seed}") if self.seeds else self.out for p in pictures]
         for picture, file in zip(pictures, files, strict=True):
             picture.save(file)
-        for warning in pictures[0].warnings:
-            print(f"note: {warning.message}", file=sys.stderr)
+        _tell(pictures[0].warnings)
         self.show(
             [{"file": str(file), "seed": picture.seed} for picture, file in zip(pictures, files, strict=True)],
             "\n".join(f"{file}  seed {picture.seed}" for picture, file in zip(pictures, files, strict=True)),
@@ -172,6 +180,7 @@ class Extract(_OfARun):
         with self.connect() as lens:
             found = lens.extract(self.prompt, **self.options(), saes=self.sae or None)
         every = found if isinstance(found, list) else [found]
+        _tell(every[0].warnings)
         told = [
             {"seed": one.seed, "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
             for one in every

@@ -124,7 +124,9 @@ class Run(_message.Message):
 
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One picture each, 0 <= seed < 2^63; empty: one, drawn by the server."""
+        """One picture each, 0 <= seed < 2^63; empty: one, drawn by the server. Only the low 32 bits reach the noise, as in
+        PyTorch on a CPU: seeds that are equal there draw the same picture, which the result warns of.
+        """
 
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Edit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 from turbolens_server.sae.bundle import Bundle
@@ -105,6 +106,8 @@ class EngineInfo:
     """Whether a run may choose its timesteps."""
     train_timesteps: int = 1000
     """Timesteps are from 0 to one less."""
+    late_starts: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """First timestep of runs of so many steps, of those that start where a picture should be half done already."""
     previews: bool = True
     """Whether every step has an estimate of the clean picture."""
     loras: tuple[LoraInfo, ...] = ()

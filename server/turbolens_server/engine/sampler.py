@@ -27,6 +27,10 @@ _ONE_PASS: Final = {
 """The sampler of one pass that is next to one of several, with the same noise levels."""
 
 
+_FIRST: Final = 0.9
+"""A run that starts below this share of the timesteps gives the model noise where it expects the outlines."""
+
+
 class UnsupportedScheduler(ValueError):
     """A sampler that cannot be served; the text names it and says why."""
 
@@ -124,6 +128,8 @@ class Abilities:
     """It has an estimate of the clean latents at every step."""
     timesteps: bool
     """It takes timesteps other than those that it would choose."""
+    late_starts: Mapping[int, int]
+    """First timestep of runs of so many steps, of those that start where the model expects half a picture."""
 
 
 def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = ()) -> Abilities:
@@ -140,7 +146,7 @@ def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = (
     name = type(scheduler).__name__
     relative = _ONE_PASS.get(name)
     use = f"use --scheduler {relative}, which takes one and has the same noise levels" if relative else ""
-    previews, takes = True, _takes_timesteps(scheduler)
+    previews, takes, late = True, _takes_timesteps(scheduler), {}
     if timesteps and not takes:
         raise UnsupportedScheduler(f"scheduler {name} chooses its own timesteps as it is configured")
     for steps in range(1, max_steps + 1):
@@ -163,7 +169,9 @@ def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = (
             raise UnsupportedScheduler(f"scheduler {name} goes from pictures to noise: its timesteps rise")
         if not torch.isfinite(run.latents).all():
             raise UnsupportedScheduler(f"scheduler {name} gives values that are not finite in {taken}{way_out}")
-    return Abilities(previews, takes)
+        if visited[0] < _FIRST * scheduler.config.num_train_timesteps and steps != len(timesteps):
+            late[steps] = int(visited[0])
+    return Abilities(previews, takes, late)
 
 
 def _takes_timesteps(scheduler: Any) -> bool:

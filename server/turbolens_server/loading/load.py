@@ -171,6 +171,7 @@ def load_engine(
             timestep_spacing=str(sampler.config.get("timestep_spacing", "")),
             timesteps=tuple(timesteps),
             takes_timesteps=able.timesteps,
+            late_starts=able.late_starts,
             train_timesteps=int(sampler.config.num_train_timesteps),
             previews=able.previews,
             loras=parts.fused.loras,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import grpc
@@ -145,15 +145,6 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
 
 def _loras(info: EngineInfo) -> list[run_pb2.Lora]:
     return [run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in info.loras]
-
-
-def warnings(results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2.Warning]:
-    """What the caller should know."""
-    cut = max((result.tokens_cut for result in results if result is not None), default=0)
-    if not cut:
-        return []
-    text = f"the prompt's last {cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
-    return [run_pb2.Warning(code="PROMPT_CUT", message=text)]
 
 
 def model(

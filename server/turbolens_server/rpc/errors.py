@@ -180,6 +180,13 @@ def out_of_memory(pictures: int) -> RpcError:
     return RpcError(code, message, "OUT_OF_MEMORY", retry_after_s=5.0, metadata=metadata)
 
 
+def answer_too_large(size: int, most: int) -> RpcError:
+    """RESOURCE_EXHAUSTED: the answer came to more than a message holds."""
+    told = f"the answer has {size / 2**20:.1f} MiB, a message holds {most // 2**20}"
+    message = f"{told}; ask for fewer seeds or features at once, or for the same by a stream"
+    return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, "ANSWER_TOO_LARGE")
+
+
 def loading() -> RpcError:
     """UNAVAILABLE: the model is not there yet."""
     return RpcError(grpc.StatusCode.UNAVAILABLE, "the model is loading", "LOADING", retry_after_s=1.0)

@@ -32,15 +32,17 @@ from turbolens_server.rpc import bulk, convert, questions
 from turbolens_server.rpc.admission import Account, answer_bytes
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
 from turbolens_server.rpc.check_pool import CheckPool
-from turbolens_server.rpc.errors import loading, not_finite
+from turbolens_server.rpc.errors import answer_too_large, loading, not_finite
 from turbolens_server.rpc.queue import Queue
 from turbolens_server.rpc.tickets import Queued
+from turbolens_server.rpc.transport import MAX_MESSAGE_BYTES
 from turbolens_server.rpc.validation import (
     RequestLimits,
     ValidRequest,
     validate_extract,
     validate_generate,
 )
+from turbolens_server.rpc.warnings import warnings
 
 T = TypeVar("T")
 Context: TypeAlias = Any
@@ -120,11 +122,13 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
-        return generation.GenerateResponse(
-            request_id=current_request_id(),
-            generations=made,
-            provenance=convert.provenance(valid, ready.engine.info),
-            warnings=convert.warnings(results, ready.engine.info),
+        return _one_message(
+            generation.GenerateResponse(
+                request_id=current_request_id(),
+                generations=made,
+                provenance=convert.provenance(valid, ready.engine.info),
+                warnings=warnings(valid.jobs, results, ready.engine.info),
+            )
         )
 
     async def StreamGenerate(  # noqa: N802
@@ -173,11 +177,13 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     async def _extract(self, ready: Ready, valid: ValidRequest) -> features.ExtractFeaturesResponse:
         results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
-        return features.ExtractFeaturesResponse(
-            request_id=current_request_id(),
-            extractions=[await _off_loop(convert.extraction, result, valid, pack) for result in results],
-            provenance=convert.provenance(valid, ready.engine.info),
-            warnings=convert.warnings(results, ready.engine.info),
+        return _one_message(
+            features.ExtractFeaturesResponse(
+                request_id=current_request_id(),
+                extractions=[await _off_loop(convert.extraction, result, valid, pack) for result in results],
+                provenance=convert.provenance(valid, ready.engine.info),
+                warnings=warnings(valid.jobs, results, ready.engine.info),
+            )
         )
 
     async def StreamFeatures(  # noqa: N802
@@ -262,6 +268,17 @@ async def _hold(account: Account, count: int) -> None:
     account.hold_answer(count)
 
 
+def _one_message(answer: T) -> T:
+    """An answer that one message can hold; how far coded pictures and features shrink is not known before.
+
+    Raises:
+        RpcError: RESOURCE_EXHAUSTED where it is larger.
+    """
+    if (size := answer.ByteSize()) > MAX_MESSAGE_BYTES:  # type: ignore[attr-defined]
+        raise answer_too_large(size, MAX_MESSAGE_BYTES)
+    return answer
+
+
 def _features_event(event: FeaturesReady, valid: ValidRequest, pack: convert.Packer) -> features.FeaturesEvent:
     return features.FeaturesEvent(
         seed_index=event.job,
@@ -278,4 +295,4 @@ def _check_finite(failed: list[NotFinite], valid: ValidRequest) -> None:
 
 def _done(valid: ValidRequest, results: list[Result], ready: Ready) -> features.DoneEvent:
     info = ready.engine.info
-    return features.DoneEvent(provenance=convert.provenance(valid, info), warnings=convert.warnings(results, info))
+    return features.DoneEvent(provenance=convert.provenance(valid, info), warnings=warnings(valid.jobs, results, info))

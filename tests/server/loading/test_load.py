@@ -21,6 +21,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_components, hash_unet
 from turbolens_server.loading.hub import embedded_saes, model_folder
 from turbolens_server.loading.load import load_engine
+from turbolens_server.rpc.warnings import late_start
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.formats.read import find_saes
 from turbolens_server.sae.reference import encode_dense
@@ -413,6 +414,20 @@ def test_a_cut_file_of_a_model_is_one_line(file, model_copy):
     with pytest.raises(LoadError, match=rf"copy: {file.partition('/')[0]}/.* cannot be loaded") as caught:
         load_engine(model=str(model_copy))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("spacing", "late"), [("leading", {1: 1, 2: 501, 3: 667, 4: 751}), ("linspace", {1: 0})])
+def test_a_scheduler_that_starts_where_pictures_are_half_done_says_so(spacing, late, model_copy):
+    """`EulerDiscreteScheduler` draws noise at one step with the spacing that many folders name."""
+    config = model_copy / "scheduler" / "scheduler_config.json"
+    settings = {**json.loads(config.read_text()), "timestep_spacing": spacing, "steps_offset": 1}
+    config.write_text(json.dumps(settings))
+    info = load_engine(model=str(model_copy)).info
+    assert info.late_starts == late
+    told = late_start(info, {1})
+    assert f"timestep_spacing={spacing!r} of EulerDiscreteScheduler starts 1 step at timestep {late[1]} of 1000" in told
+    assert "--timestep-spacing trailing" in told
+    assert late_start(load_engine(model=str(model_copy), timestep_spacing="trailing").info) is None
 
 
 def test_a_unet_without_weights_has_no_hash(model_copy):

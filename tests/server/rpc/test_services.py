@@ -9,6 +9,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
+import torch
 from fake_engine import D_SAE, FakeEngine, a_nested_bundle, an_info
 from PIL import Image
 
@@ -19,7 +20,8 @@ from turbolens_proto.v1 import model_service_pb2 as ms
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
 from turbolens_server.engine.info import LoraInfo, SaeInfo
-from turbolens_server.rpc import convert
+from turbolens_server.rpc import convert, servicers
+from turbolens_server.rpc.validation import RequestLimits, validate_generate
 
 
 def a_request(**fields) -> gs.GenerateRequest:
@@ -148,6 +150,59 @@ async def test_provenance_says_all_and_warnings_what_was_cut(running):
     (warning,) = answer.warnings
     assert warning.code == "PROMPT_CUT"
     assert "last 3 tokens" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [
+        ([7, 7], None),
+        ([7, 2**31 + 7], None),
+        ([7, 2**32 + 7], "seeds 7 and 4294967303 draw the same noise"),
+        ([2**63 - 1, 5, 2**32 - 1], "seeds 9223372036854775807 and 4294967295 draw the same noise"),
+    ],
+)
+async def test_seeds_that_draw_the_same_noise_are_told(running, seeds, says):
+    for answer in (
+        await running.generation.Generate(messages.generate(prompt="x", seeds=seeds)),
+        await running.features.ExtractFeatures(messages.extract(prompt="x", seeds=seeds)),
+    ):
+        found = [warning.message for warning in answer.warnings if warning.code == "SEEDS_COLLIDE"]
+        assert [says in message for message in found] == [True] * (says is not None)
+
+
+def test_the_same_low_bits_are_the_same_noise():
+    """What the warning rests on."""
+    one, other = (torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in (7, 2**32 + 7))
+    assert torch.equal(one, other)
+
+
+async def test_a_late_start_is_told_with_the_runs_that_have_it(loading):
+    info = an_info(late_starts={1: 1}, timestep_spacing="leading", scheduler="Euler")
+    await loading.serving.make_ready(FakeEngine(info))
+    late = await loading.generation.Generate(a_request())
+    assert [warning.code for warning in late.warnings] == ["LATE_START"]
+    assert "timestep_spacing='leading' of Euler starts 1 step at timestep 1 of 1000" in late.warnings[0].message
+    assert not (await loading.generation.Generate(a_request(sampling={"steps": 2}))).warnings
+
+
+async def test_an_answer_that_no_message_holds_is_refused_before_any_work(loading):
+    """Where it was not known before, it is one line all the same."""
+    big = (2048, 2048)
+    engine = FakeEngine(an_info(sizes=(big,), default_size=big))
+    await loading.serving.make_ready(engine)
+    raw = {"format": run.IMAGE_FORMAT_RAW}
+    with pytest.raises(grpc.aio.AioRpcError, match=r"the answer would have about 72 MiB, a message holds 64; ask for"):
+        await loading.generation.Generate(a_request(seeds=range(6), image=raw))
+    assert not engine.batches
+    stream = messages.stream_generate(prompt="x", seeds=range(6), image=raw)
+    assert len(validate_generate(stream, engine.info, RequestLimits()).jobs) == 6
+
+
+async def test_an_answer_that_turns_out_too_large_is_one_line(running, monkeypatch):
+    monkeypatch.setattr(servicers, "MAX_MESSAGE_BYTES", 100)
+    with pytest.raises(grpc.aio.AioRpcError, match=r"the answer has 0\.\d MiB, a message holds .*; ask for") as caught:
+        await running.generation.Generate(a_request())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_a_seed_is_drawn_and_told(running):

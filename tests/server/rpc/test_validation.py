@@ -22,6 +22,7 @@ from turbolens_proto.v1 import steering_pb2 as steering
 from turbolens_server.engine.types import Reference, SaeOptions
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
+from turbolens_server.rpc.validation.answer import features_bytes
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.kinds import KINDS
 
@@ -242,6 +243,26 @@ def test_all_that_is_wrong_is_told_at_once():
         "request_id", "run.seeds[0]", "run.sampling.steps", "image.format", f"{prefix}add.strength",
         f"{prefix}add.unit", f"{prefix}features[0].feature.index", f"{prefix}steps", f"{prefix}mask.shape",
     }  # fmt: skip
+
+
+def test_the_size_of_an_answer_is_counted_before_any_work():
+    """By k where there is one, by what was measured where not, and not at all where nobody knows."""
+    grid = (1024, 1024)  # 64 x 64 positions
+    info = dataclasses.replace(NESTED, sizes=(grid,), default_size=grid)
+
+    def size(saes, **changes) -> int:
+        features = {"saes": saes, **changes}
+        request = messages.extract(prompt="x", seeds=[7], features=features)
+        valid = validate_extract(request, info, LIMITS)
+        return features_bytes(valid.jobs[0], valid.selection, info)
+
+    positions = 64 * 64
+    assert size(["mid.0"]) == positions * (2 + 2 * 4)  # counts, and k entries of index and float16
+    assert size(["mid.0"], value_type=run.VALUE_TYPE_FLOAT32) == positions * (2 + 2 * 6)
+    assert size(["jump"]) == positions * 2
+    frequency = INFO.saes["mid.0"].bundle.stats.frequency
+    only = [{"sae": "mid.0", "index": 15}]
+    assert size(["mid.0"], only=only) == int(positions * (2 + 4 * float(frequency[15])))
 
 
 def test_a_long_value_is_shown_short():

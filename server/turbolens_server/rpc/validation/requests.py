@@ -7,6 +7,7 @@ import dataclasses
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job, Reference
+from turbolens_server.rpc.validation.answer import check_answer
 from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
@@ -47,6 +48,10 @@ def validate_generate(request: GenerateLike, info: EngineInfo, limits: RequestLi
     valid = _run(checks, request.run, picture=True, previews=previews)
     kind, quality = _image(checks, request.image)
     checks.refuse()
+    if isinstance(request, generation_service_pb2.GenerateRequest):
+        raw = kind == run_pb2.IMAGE_FORMAT_RAW
+        check_answer(checks, valid.jobs, valid.selection, raw=raw, latents=request.return_latents)
+        checks.refuse()
     return dataclasses.replace(valid, image_format=kind, image_quality=quality, return_latents=request.return_latents)
 
 
@@ -61,6 +66,9 @@ def validate_extract(request: ExtractLike, info: EngineInfo, limits: RequestLimi
     _check_request_id(checks, request.request_id)
     valid = _run(checks, request.run, picture=False, previews=False)
     checks.refuse()
+    if isinstance(request, feature_service_pb2.ExtractFeaturesRequest):
+        check_answer(checks, valid.jobs, valid.selection, raw=False, latents=False)
+        checks.refuse()
     return valid
 
 

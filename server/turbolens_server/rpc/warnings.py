@@ -1,0 +1,53 @@
+"""What a caller should know of a result that is no error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from turbolens_proto.v1 import run_pb2
+from turbolens_server.engine.info import EngineInfo
+from turbolens_server.engine.types import Job, Result
+
+_SEED_BITS: Final = 32
+"""Bits of a seed that reach the noise: what PyTorch's generator on a CPU takes of it."""
+
+
+def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2.Warning]:
+    """What the caller of these jobs should know."""
+    found = {
+        "PROMPT_CUT": _prompt_cut(results, info),
+        "SEEDS_COLLIDE": _seeds_collide([job.seed for job in jobs]),
+        "LATE_START": None if any(job.timesteps for job in jobs) else late_start(info, {job.steps for job in jobs}),
+    }
+    return [run_pb2.Warning(code=code, message=message) for code, message in found.items() if message is not None]
+
+
+def _prompt_cut(results: Sequence[Result | None], info: EngineInfo) -> str | None:
+    cut = max((result.tokens_cut for result in results if result is not None), default=0)
+    if not cut:
+        return None
+    return f"the prompt's last {cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+
+
+def _seeds_collide(seeds: Sequence[int]) -> str | None:
+    """Of two different seeds that draw the same picture; the same seed twice is the caller's wish."""
+    first: dict[int, int] = {}
+    for seed in seeds:
+        other = first.setdefault(seed % 2**_SEED_BITS, seed)
+        if other != seed:
+            return f"seeds {other} and {seed} draw the same noise: only the low {_SEED_BITS} bits of a seed reach it"
+    return None
+
+
+def late_start(info: EngineInfo, steps: set[int] | None = None) -> str | None:
+    """That runs of these steps, or of any served where None, start where a picture should be half done."""
+    late = {n: t for n, t in info.late_starts.items() if steps is None or n in steps}
+    if not late:
+        return None
+    runs = ", ".join(f"{n} step{'s'[: n > 1]} at timestep {t}" for n, t in sorted(late.items()))
+    spacing = f"timestep_spacing={info.timestep_spacing!r} of " if info.timestep_spacing else ""
+    return (
+        f"{spacing}{info.scheduler} starts {runs} of {info.train_timesteps}, where the model expects half a picture "
+        "and gets noise; serve with --timestep-spacing trailing"
+    )
