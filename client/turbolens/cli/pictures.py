@@ -150,7 +150,7 @@ class Generate(_OfARun):
         if (shape := format_of(self.out)) is None:  # refused before a picture is made for nothing
             encoder_of(self.out.suffix.lower())
         if not self.out.parent.is_dir():
-            raise ValueError(f"--out {self.out}: no such folder")
+            raise FileNotFoundError(f"--out {self.out}: no such folder")
         with self.connect() as lens:
             made = lens.generate(self.prompt, **self.options(), format=shape or "png")
         pictures = made if isinstance(made, tl.Pictures) else [made]
