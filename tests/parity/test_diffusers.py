@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from turbolens_server.engine.types import Job
 from turbolens_server.loading.hub import embedded_model
@@ -49,3 +50,18 @@ def test_same_seeds_give_the_pictures_of_the_pipeline(name, steps, pipelines, en
         difference = np.abs(result.picture.astype(int) - (picture * 255).round().astype(int))
         assert difference.max() <= TOLERANCE
     assert engine.run([jobs[0]])[0].picture.std() > 5, "a flat picture would agree with anything"
+
+
+def test_the_embedded_model_is_read_by_others_as_it_lies_there(engine):
+    """Without a type asked for, and by releases of transformers that know these weights by their longer names."""
+    for part in ("text_encoder", "text_encoder_2"):
+        names = load_file(embedded_model() / part / "model.safetensors")
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(embedded_model())
+    pipeline.set_progress_bar_config(disable=True)
+    (latent,) = pipeline(
+        PROMPTS[0], num_inference_steps=1, guidance_scale=0.0, generator=torch.Generator().manual_seed(7),
+        height=128, width=128, output_type="latent",
+    ).images  # fmt: skip
+    (result,) = engine.run([Job(PROMPTS[0], 7, 1, 128, 128)])
+    assert torch.allclose(latent, torch.from_numpy(result.latents), atol=1e-4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Final
 
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -141,3 +143,20 @@ def save_pipeline(
     )
     pipeline.to(dtype=dtype)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for name in ("text_encoder", "text_encoder_2"):
+        _for_every_transformers(folder / name)
+
+
+def _for_every_transformers(folder: Path) -> None:
+    """A text encoder's folder as every release of `transformers` reads it.
+
+    Version 5 leaves out the level `text_model.`, without which version 4 finds no weights and draws noise; and it loads
+    the type that the configuration says, which must be that of the U-Net beside it where nobody says one.
+    """
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    tensors = {
+        name if name.startswith("text_") else f"text_model.{name}": value for name, value in load_file(weights).items()
+    }
+    save_file(tensors, weights, {"format": "pt"})
+    config = {**json.loads(settings.read_text()), "dtype": "float32"}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
