@@ -16,8 +16,9 @@ CLIENT = Path(__file__).resolve().parent.parent / "client" / "turbolens"
 HEADER = '"""The sync client. Made from `_async.py` by `tools/unasync.py`: edit there only."""'
 # In this order: the longer ones first.
 WORDS = (
-    (r"import asyncio\n", ""),
     (r"await asyncio\.to_thread\((.+)\)", r"\1()"),
+    (r"await asyncio\.sleep\(", "time.sleep("),
+    (r"import asyncio\n", "import time\n"),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait ", ""),
     (r"\bAsyncIterator\b", "Iterator"),

@@ -31,6 +31,7 @@ from turbolens._edits import (
 )
 from turbolens._errors import (
     Cancelled,
+    Closed,
     DeadlineExceeded,
     FieldViolation,
     InternalError,
@@ -53,6 +54,7 @@ __all__ = [
     "TLS",
     "BlockFeatures",
     "Cancelled",
+    "Closed",
     "Coded",
     "DeadlineExceeded",
     "Done",

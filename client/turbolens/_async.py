@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Unpack, overload
 
 import grpc
 
-from turbolens._channel import TLS, async_channel
+from turbolens._channel import TLS, Connection, Token, async_channel, connection
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import from_rpc_error
+from turbolens._errors import Closed, Overloaded, from_rpc_error
 from turbolens._features import Feature, Match, Near, Table
 from turbolens._labels import Labels
 from turbolens._numbers import text, whole
 from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
+from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
 from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
 from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -42,12 +44,14 @@ class AsyncLens:
     """A connection to a TurboLens server; made by :func:`turbolens.aio.connect`."""
 
     def __init__(
-        self, target: str, *, tls: TLS | None = None, timeout: float = 60.0, embedded: Embedded | None = None
+        self, to: Connection, *, timeout: float = 60.0, attempts: int = ATTEMPTS, embedded: Embedded | None = None
     ) -> None:
-        self._target = target
+        self._to = to
+        self._target = to.target.removeprefix("dns:///")
         self._timeout = timeout
-        self._tls = tls
+        self._attempts = attempts
         self._embedded = embedded
+        self._closed = False
         self._services: Services | None = None
         self._model: model_service_pb2.Model | None = None
         self._labels = Labels()
@@ -58,6 +62,7 @@ class AsyncLens:
             services = await self._open()
             answer = await self._call(services.models.GetModel, model_service_pb2.GetModelRequest(), None)
             self._model = answer.model
+            warn_of_skew(answer.model.versions.get("turbolens", ""))
         return self._model
 
     @overload
@@ -277,6 +282,7 @@ class AsyncLens:
 
     async def close(self) -> None:
         """Close the connection, and the server that was started for it."""
+        self._closed = True
         if self._services is not None:
             await self._services.channel.close()
         if self._embedded is not None:
@@ -300,19 +306,45 @@ class AsyncLens:
 
     async def _open(self) -> Services:
         """The services; the first time, of a server that is started for it."""
+        if self._closed:
+            raise Closed(f"the connection to {self._target} is closed; make another")
         if self._services is None:
-            target = await asyncio.to_thread(self._embedded.start) if self._embedded else self._target
-            self._services = self._services or _services(async_channel(target, self._tls))
+            to = self._to
+            if self._embedded:
+                target = await asyncio.to_thread(self._embedded.start)
+                to = dataclasses.replace(to, target=target)
+            self._services = self._services or _services(async_channel(to))
         return self._services
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        try:
-            return await method(request, timeout=self._timeout if timeout is None else timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from None
+        name_request(request)
+        attempts = Attempts(self._timeout if timeout is None else timeout, self._attempts)
+        while True:
+            try:
+                return await method(request, timeout=attempts.left_s(), metadata=self._to.metadata())
+            except grpc.RpcError as refusal:
+                error = from_rpc_error(refusal, self._target)
+                if (wait := attempts.wait_s(error)) is None:
+                    raise error from None
+            await asyncio.sleep(wait)
 
     async def _events(self, method: Any, request: Any, call: Call) -> AsyncIterator[Event]:
-        messages = method(request, timeout=self._timeout if call.timeout is None else call.timeout)
+        name_request(request)
+        attempts = Attempts(self._timeout if call.timeout is None else call.timeout, self._attempts)
+        while True:
+            told = False
+            try:
+                async for event in self._attempt(method, request, call, attempts.left_s()):
+                    told = True
+                    yield event
+                return
+            except Overloaded as error:
+                if told or (wait := attempts.wait_s(error)) is None:
+                    raise
+            await asyncio.sleep(wait)
+
+    async def _attempt(self, method: Any, request: Any, call: Call, timeout: float) -> AsyncIterator[Event]:
+        messages = method(request, timeout=timeout, metadata=self._to.metadata())
         try:
             async for message in messages:
                 if message.WhichOneof("event") == "features":
@@ -331,21 +363,38 @@ class AsyncLens:
 
 
 def connect(
-    target: str = "localhost:50051", *, tls: TLS | None = None, timeout: float = 60.0, **settings: Any
+    target: str | Sequence[str] | None = None,
+    *,
+    token: Token | None = None,
+    metadata: Sequence[tuple[str, str | bytes]] = (),
+    tls: TLS | bool | None = None,
+    timeout: float = 60.0,
+    attempts: int = ATTEMPTS,
+    **settings: Any,
 ) -> AsyncLens:
     """Connect to a server, or start one in this process.
 
     Args:
-        target: "host:port", or "embedded" for a server of its own in this process, which starts when the connection is
-            entered by `with`, or at the first call.
-        tls: for a server behind TLS.
-        timeout: seconds that a call may take, unless it says otherwise.
+        target: "host:port", several of them in a list or separated by commas, over which calls take turns, or
+            "embedded" for a server of its own in this process, which starts when the connection is entered by `with`,
+            or at the first call. None: TURBOLENS_TARGET, else localhost:50051.
+        token: that the server knows this caller by, or a function that gives the current one. None: TURBOLENS_TOKEN,
+            else none.
+        metadata: pairs that every call brings, for proxies on the way; keys in lower case.
+        tls: for a server behind TLS; True: with the system's certificates; False: in the clear even with a token. None:
+            by TURBOLENS_TLS_CA, TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY, files in PEM, where one is set.
+        timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise.
+        attempts: of a call at a server that is full and says when to come back; 1: none but the first.
         settings: of the embedded server, such as `model` or `sae`.
+
+    Raises:
+        ValueError: the target cannot be one, or a token would travel in the clear.
     """
     if target == "embedded":
-        if tls is not None:
-            raise TypeError("tls: the embedded server is reached inside this process, where there is none")
-        return AsyncLens(target, timeout=timeout, embedded=Embedded(settings))
+        if tls is not None or token is not None:
+            raise TypeError("tls, token: the embedded server is reached inside this process, where there is neither")
+        to = Connection(target, more=tuple(metadata))
+        return AsyncLens(to, timeout=timeout, attempts=attempts, embedded=Embedded(settings))
     if settings:
         raise TypeError(f"{', '.join(settings)}: only an embedded server takes settings")
-    return AsyncLens(target, tls=tls, timeout=timeout)
+    return AsyncLens(connection(target, token, metadata, tls), timeout=timeout, attempts=attempts)

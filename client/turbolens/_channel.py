@@ -1,9 +1,17 @@
-"""The one place where channels are made."""
+"""The one place where channels are made, and where targets, tokens and certificates come from."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
 import json
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -12,6 +20,9 @@ MAX_MESSAGE_BYTES: Final = 64 * 2**20
 """Of an answer, the server's own bound."""
 MAX_REQUEST_BYTES: Final = 16 * 2**20
 """Of a request, likewise: what is larger fails here, before it travels."""
+DEFAULT_PORT: Final = 50051
+# UNAVAILABLE alone: a server that is full says when to come back, and waiting for that here, not in gRPC, keeps its
+# own words for a caller whose time does not suffice.
 _RETRY: Final = {
     "maxAttempts": 4,
     "initialBackoff": "0.2s",
@@ -25,13 +36,8 @@ _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [{"name": [{"service": f"turbolens.v1.{s}"} for s in _SERVICES], "retryPolicy": _RETRY}],
 }
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-)
+_HOST_PORT: Final = re.compile(r"(?P<host>\[[^\]\s]+\]|[^:\s\[\],/]+)(?::(?P<port>[0-9]{1,5}))?")
+_SCHEMES: Final = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:", "passthrough:")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,25 +51,144 @@ class TLS:
     certificate_chain: bytes | None = None
     """PEM of the caller's own certificate."""
 
+    @classmethod
+    def from_files(cls, ca: str | Path = "", certificate: str | Path = "", key: str | Path = "") -> TLS:
+        """From files in PEM; empty: as None above."""
+        read = [Path(file).read_bytes() if file else None for file in (ca, key, certificate)]
+        return cls(*read)
 
-def _target(target: str) -> str:
-    """Names go through DNS, so that calls spread over all addresses behind one."""
-    return target if "://" in target or target.startswith(("unix:", "dns:", "ipv4:", "ipv6:")) else f"dns:///{target}"
+
+Token = str | Callable[[], str]
+"""A token, or what gives the current one, asked at every call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """Where a server is and how it is convinced."""
+
+    target: str
+    """As gRPC reads it."""
+    tls: TLS | None = None
+    token: Token | None = None
+    more: tuple[tuple[str, str | bytes], ...] = ()
+    authority: str | None = None
+    """Name that certificates are held to, where it is not the target's."""
+
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What every call brings."""
+        if self.token is None:
+            return self.more
+        token = self.token if isinstance(self.token, str) else self.token()
+        return (("authorization", f"Bearer {token}"), *self.more)
+
+    def options(self) -> list[tuple[str, Any]]:
+        """Options of a channel."""
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.primary_user_agent", f"turbolens/{client_version()}"),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ]
+        if self.authority is not None:
+            options.append(("grpc.default_authority", self.authority))
+        return options
+
+
+def client_version() -> str:
+    """The SDK's version; empty where it is not installed."""
+    try:
+        return version("turbolens")
+    except PackageNotFoundError:
+        return ""
+
+
+def connection(
+    target: str | Sequence[str] | None,
+    token: Token | None,
+    metadata: Sequence[tuple[str, str | bytes]],
+    tls: TLS | bool | None,
+    environment: Mapping[str, str] = os.environ,
+) -> Connection:
+    """Everything that was said of a server, and what was not from the environment.
+
+    Args:
+        target: one or several; None: TURBOLENS_TARGET, else localhost.
+        token: None: TURBOLENS_TOKEN, else none.
+        metadata: of every call.
+        tls: True: with the system's certificates; False: in the clear, knowingly; None: by TURBOLENS_TLS_CA,
+            TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY where one of them is set, else in the clear.
+        environment: where those are.
+
+    Raises:
+        ValueError: a target cannot be one, or a token would travel in the clear.
+    """
+    said = target if target is not None else environment.get("TURBOLENS_TARGET") or f"localhost:{DEFAULT_PORT}"
+    several = [one.strip() for one in said.split(",")] if isinstance(said, str) else list(said)
+    token = token if token is not None else environment.get("TURBOLENS_TOKEN") or None
+    files = {name: environment.get(f"TURBOLENS_TLS_{name}", "") for name in ("CA", "CERT", "KEY")}
+    if tls is None and any(files.values()):
+        tls = TLS.from_files(files["CA"], files["CERT"], files["KEY"])
+    secure = TLS() if tls is True else tls or None
+    if token is not None and secure is None and tls is not False and not all(_is_local(one) for one in several):
+        raise ValueError(
+            "a token would travel in the clear, for everybody on the way to read: give tls=True, or tls=TLS(...), or "
+            "tls=False where a mesh or a tunnel does it"
+        )
+    address, authority = _address(several)
+    return Connection(address, secure, token, tuple(metadata), authority)
+
+
+def _is_local(target: str) -> bool:
+    host = target.rpartition(":")[0].strip("[]") if not target.startswith("unix:") else "localhost"
+    return host in ("localhost", "127.0.0.1", "::1") or target in ("localhost", "embedded")
+
+
+def _address(targets: Sequence[str]) -> tuple[str, str | None]:
+    """One target as gRPC reads it, and the name that certificates are held to where that is another."""
+    named = [_with_port(target) for target in targets]
+    if len(named) == 1:
+        # Names go through DNS, so that calls spread over all addresses behind one.
+        return (named[0] if named[0].startswith(_SCHEMES) else f"dns:///{named[0]}"), None
+    found: list[str] = []
+    for one in named:
+        if one.startswith(_SCHEMES):
+            raise ValueError(f"{one}: of several targets each is a host:port")
+        host, _, port = one.rpartition(":")
+        try:
+            addresses = socket.getaddrinfo(host.strip("[]"), int(port), socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ValueError(f"{one}: {error}") from error
+        found += [f"{address[4][0]!s}:{address[4][1]}" for address in addresses]
+    return f"ipv4:{','.join(dict.fromkeys(found))}", named[0]
+
+
+def _with_port(target: str) -> str:
+    """gRPC takes 443 where there is no port, which no server of ours listens on."""
+    if target.startswith(_SCHEMES) or "://" in target:
+        return target
+    with contextlib.suppress(ValueError):
+        return f"[{ipaddress.IPv6Address(target)}]:{DEFAULT_PORT}"
+    match = _HOST_PORT.fullmatch(target)
+    if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:
+        raise ValueError(f"{target!r} is no target; give host:port, or unix:path")
+    return f"{match['host']}:{match['port'] or DEFAULT_PORT}"
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain)
 
 
-def sync_channel(target: str, tls: TLS | None) -> Any:
+def sync_channel(to: Connection) -> Any:
     """A channel for the sync client."""
-    if tls is None:
-        return grpc.insecure_channel(_target(target), options=_OPTIONS)
-    return grpc.secure_channel(_target(target), _credentials(tls), options=_OPTIONS)
+    if to.tls is None:
+        return grpc.insecure_channel(to.target, options=to.options())
+    return grpc.secure_channel(to.target, _credentials(to.tls), options=to.options())
 
 
-def async_channel(target: str, tls: TLS | None) -> Any:
+def async_channel(to: Connection) -> Any:
     """A channel for the async client."""
-    if tls is None:
-        return grpc.aio.insecure_channel(_target(target), options=_OPTIONS)
-    return grpc.aio.secure_channel(_target(target), _credentials(tls), options=_OPTIONS)
+    if to.tls is None:
+        return grpc.aio.insecure_channel(to.target, options=to.options())
+    return grpc.aio.secure_channel(to.target, _credentials(to.tls), options=to.options())

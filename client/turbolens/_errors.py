@@ -91,6 +91,10 @@ class Unimplemented(TurboLensError):
     """The server does not know this call: it is older than this client, or is no TurboLens server."""
 
 
+class Closed(TurboLensError):
+    """The connection was closed before the call."""
+
+
 class InternalError(TurboLensError):
     """The server failed; its log has the reason under `request_id`."""
 

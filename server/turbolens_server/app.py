@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
     try:
         code = asyncio.run(_serve(config))
-    except (LoadError, BundleError) as error:
+    except (ConfigError, LoadError, BundleError) as error:
         sys.exit(f"turbolens serve: {error}")
     if code is not None:
         # A thread that reads weights cannot be stopped, and ending the interpreter under it, or beside a lost GPU, can

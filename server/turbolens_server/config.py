@@ -66,6 +66,21 @@ class ServerConfig:
     """Address to listen on; `0.0.0.0` for all."""
     port: int = 50051
     """Port to listen on; 0 takes a free one and says which."""
+    tls_cert: str = ""
+    """File of the server's certificate and its chain, in PEM; with it the port speaks TLS only. It, the key and the
+    callers' CA are read again when they change."""
+    tls_key: str = ""
+    """File of the certificate's key."""
+    tls_client_ca: str = ""
+    """File of who signs callers' certificates; with it callers must have one."""
+    tokens: str = ""
+    """File of callers' tokens, hashed, with scopes and quotas (see `turbolens token`); with it every call needs one."""
+    health_port: int = 0
+    """Port that answers health alone, in the clear and without a token, for probes that can do neither; 0: none."""
+    metrics_port: int = 0
+    """Port of Prometheus metrics, over HTTP at /metrics; 0: none."""
+    max_connection_age_s: float = 0
+    """Seconds after which callers are asked to connect anew, so that they find servers that were added; 0: never."""
     max_steps: int = 4
     """Most denoising steps of a request."""
     max_seeds: int = 16
@@ -109,8 +124,13 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}{why}")
         if any(later >= earlier for earlier, later in itertools.pairwise(self.timesteps)):
             raise ConfigError(f"timesteps are {self.timesteps}; they must fall")
-        if self.port > 65535:
-            raise ConfigError(f"port is {self.port}; it must be at most 65535")
+        for name in ("port", "health_port", "metrics_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 to 65535")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("tls_cert and tls_key: one is missing; TLS takes both")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca: callers show certificates over TLS only; give tls_cert and tls_key")
 
 
 class ConfigError(ValueError):

@@ -34,9 +34,12 @@ from turbolens_server.rpc.metrics import Metrics
 from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.rpc.reflection import enable_reflection
 from turbolens_server.rpc.servicers import FeatureServicer, GenerationServicer, ModelServicer, Readiness, Ready
+from turbolens_server.rpc.tls import TlsFiles, server_credentials
+from turbolens_server.rpc.tokens import Tokens
 from turbolens_server.rpc.transport import server_options
 from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
 from turbolens_server.rpc.warnings import late_start
+from turbolens_server.side_ports import SidePorts
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -77,6 +80,11 @@ class Serving:
     """One server: `start` it (alive), `make_ready` with an engine (ready), `stop` it (drained)."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Put a server together.
+
+        Raises:
+            ConfigError: the file of tokens cannot be used.
+        """
         self._config = config
         self._readiness = Readiness(
             RequestLimits(max_seeds=config.max_seeds, max_references=min(MAX_REFERENCES, config.max_batch - 1))
@@ -87,8 +95,12 @@ class Serving:
         self._telling: asyncio.Task[None] | None = None
         self._ledger = Ledger(config.max_held_mib * 2**20)
         self.metrics = Metrics()
-        self._calls = CallInterceptor(self._ledger, self._readiness.checks, Writers(config.stalled_s), self.metrics)
-        self._server = grpc.aio.server(interceptors=[self._calls], options=server_options())
+        known = Tokens(Path(config.tokens)) if config.tokens else None
+        writers = Writers(config.stalled_s)
+        self._calls = CallInterceptor(self._ledger, self._readiness.checks, writers, self.metrics, known)
+        self._side = SidePorts(config.host, self._health, self.metrics)
+        options = server_options(config.max_connection_age_s)
+        self._server = grpc.aio.server(interceptors=[self._calls], options=options)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._readiness), self._server)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(FeatureServicer(self._readiness), self._server)
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -103,9 +115,17 @@ class Serving:
         """Listen on `host:port` or `unix:path`; returns the port. Health says alive, and no service serves yet.
 
         Raises:
-            RuntimeError: the address cannot be bound.
+            RuntimeError: an address cannot be bound.
+            ConfigError: the certificate cannot be used.
         """
-        port = self._server.add_insecure_port(address)
+        config = self._config
+        if config.tls_cert:
+            ca = Path(config.tls_client_ca) if config.tls_client_ca else None
+            files = TlsFiles(Path(config.tls_cert), Path(config.tls_key), ca)
+            port = self._server.add_secure_port(address, server_credentials(files))
+        else:
+            port = self._server.add_insecure_port(address)
+        await self._side.open(config.health_port, config.metrics_port)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         return int(port)
@@ -152,6 +172,7 @@ class Serving:
         self._readiness.checks.close()
         if self._readiness.ready is not None:
             await self._readiness.ready.queue.close()
+        await self._side.close()
 
     def _watch(self, engine: Engine, queue: Queue) -> None:
         metrics, info = self.metrics, engine.info

@@ -112,8 +112,10 @@ class Fake(
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
+        self.metadata: tuple[tuple[str, Any], ...] = ()
         self.on: dict[str, Callable[[grpc.ServicerContext], None]] = {}
         self.page = 7
+        self.versions: dict[str, str] = {}
         self.cancelled = threading.Event()
 
     def last(self, kind: type) -> Any:
@@ -122,6 +124,7 @@ class Fake(
 
     def _came(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
+        self.metadata = tuple((key, value) for key, value in context.invocation_metadata())
         self.on.get(method, lambda _: None)(context)
 
     @staticmethod
@@ -148,7 +151,9 @@ class Fake(
     def GetModel(self, request, context):  # noqa: N802
         self._came("GetModel", request, context)
         saes = [ms.Sae(name=name, hook_point=name, d_sae=D_SAE) for name in SAES]
-        return ms.GetModelResponse(model=ms.Model(name="fake", device="cpu", dtype="float32", saes=saes))
+        return ms.GetModelResponse(
+            model=ms.Model(name="fake", device="cpu", dtype="float32", saes=saes, versions=self.versions)
+        )
 
     def Generate(self, request, context):  # noqa: N802
         self._came("Generate", request, context)

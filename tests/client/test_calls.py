@@ -21,7 +21,9 @@ from turbolens_proto.v1 import run_pb2 as run
 def test_what_is_left_out_is_left_to_the_server(client, fake):
     picture = client.generate("a star")
     sent = fake.last(gs.GenerateRequest)
+    assert len(sent.request_id) == 32  # made here, so that the server knows a repeated attempt
     assert sent == gs.GenerateRequest(
+        request_id=sent.request_id,
         run=run.Run(source=run.Source(prompt=run.PromptSource(text="a star")), sampling=run.Sampling()),
         image=run.ImageOptions(format=run.IMAGE_FORMAT_PNG),
     )  # fmt: skip

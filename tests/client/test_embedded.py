@@ -126,7 +126,7 @@ def test_one_server_is_started_for_calls_at_the_same_time(started):
         await asyncio.gather(*(lens.generate("x", seed=seed) for seed in range(3)))
         await lens.close()
         with pytest.raises(RuntimeError, match="closed"):
-            await tl.aio.AsyncLens("embedded", embedded=lens._embedded).model()
+            await tl.aio.AsyncLens(lens._to, embedded=lens._embedded).model()
 
     asyncio.run(call())
     assert [server.closed for _, server in started] == [1]

@@ -43,10 +43,10 @@ def test_a_refused_request_names_every_field(client, fake):
     assert error.__suppress_context__  # the traceback shows our error alone
 
 
-def test_a_full_queue_says_when_to_come_back(client, fake):
+def test_a_full_queue_says_when_to_come_back(running, fake):
     retry = details.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000))
     fake.on["Generate"] = answers(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry)
-    with pytest.raises(tl.Overloaded) as caught:
+    with tl.connect(running.target, attempts=1) as client, pytest.raises(tl.Overloaded) as caught:
         client.generate("x")
     assert caught.value.retry_after == 1.5
 

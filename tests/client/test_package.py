@@ -9,7 +9,7 @@ import turbolens as tl
 
 # What callers may rely on: a change here is a change of the product, and belongs in the changelog.
 NAMES = """
-TLS BlockFeatures Cancelled Coded DeadlineExceeded Done Edit Example Extraction Feature FeatureRef Features
+TLS BlockFeatures Cancelled Closed Coded DeadlineExceeded Done Edit Example Extraction Feature FeatureRef Features
 FieldViolation InternalError InvalidRequest Label Lens Mask Match Near NotFound Overloaded PermissionDenied Picture
 PictureReady Pictures Provenance Queued Reference Run RunFeatures Step Table TopFeature TurboLensError Unauthenticated
 Unavailable Unimplemented Warning ablate add aio box boxes connect edits_from_json edits_to_json feature mask patch

@@ -26,6 +26,7 @@ _OWN: Final = {
 """Where each verb is: imported when it is asked for, so that no other waits for it."""
 _EXTRAS: Final = {
     "serve": "server",
+    "token": "server",
     "studio": "studio",
     "engine": "server",
     "bench": "server",
@@ -36,6 +37,7 @@ _EXTRAS: Final = {
 _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, and steering by those features
 
   turbolens serve                       serve a model (see turbolens serve --help)
+  turbolens token NAME                  make a token for a caller of a server that asks for one
   turbolens studio                      explore, paint and compare in a browser; with --embedded, on a model of its own
   turbolens generate "a blue ring ..."  make pictures, steered or not
   turbolens extract "a blue ring ..."   show the features behind pictures

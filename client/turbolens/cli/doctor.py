@@ -40,10 +40,10 @@ class Doctor(Calls):
         try:
             with self.connect(timeout=5) as lens:
                 model = lens.model()
-        except (tl.TurboLensError, RuntimeError) as error:
+        except (tl.TurboLensError, RuntimeError, ValueError) as error:
             return Finding("fail", str(error))
         saes = ", ".join(sae.name for sae in model.saes) or "none"
-        return Finding("ok", f"{self.server} serves {model.name} on {model.device} ({model.dtype}); SAEs: {saes}")
+        return Finding("ok", f"{lens!r} serves {model.name} on {model.device} ({model.dtype}); SAEs: {saes}")
 
 
 def _packages() -> list[Finding]:

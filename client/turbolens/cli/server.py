@@ -14,14 +14,27 @@ import turbolens as tl
 class Calls:
     """A command that calls a server."""
 
-    server: str = "localhost:50051"
-    """`host:port` of a server, or `embedded` for one in this process."""
+    server: str | None = None
+    """`host:port` of a server, several separated by commas, or `embedded` for one in this process; left out:
+    TURBOLENS_TARGET, else localhost:50051."""
+    token: str | None = None
+    """What the server knows this caller by; better in TURBOLENS_TOKEN, where no list of processes shows it."""
+    tls: bool = False
+    """Speak TLS, with the system's certificates; one of the files below does so too."""
+    tls_ca: str = ""
+    """File of who may have signed the server's certificate; left out: TURBOLENS_TLS_CA."""
+    tls_cert: str = ""
+    """File of this caller's certificate; left out: TURBOLENS_TLS_CERT."""
+    tls_key: str = ""
+    """File of its key; left out: TURBOLENS_TLS_KEY."""
     json: bool = False
     """Print JSON."""
 
     def connect(self, **options: Any) -> tl.Lens:
         """A connection to it."""
-        return tl.connect(self.server, **options)
+        files = (self.tls_ca, self.tls_cert, self.tls_key)
+        tls = tl.TLS.from_files(*files) if any(files) else self.tls or None
+        return tl.connect(self.server, token=self.token, tls=tls, **options)
 
     def show(self, value: Any, text: object) -> None:
         """Print for programs or for people, as asked."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job
 from turbolens_server.rpc.callers import Caller
-from turbolens_server.rpc.errors import Violation, invalid, overloaded
+from turbolens_server.rpc.errors import RpcError, Violation, invalid, overloaded
 
 SHARE: Final = 8
 """How much of a bounded thing one caller may have: this many times what it leaves free. One alone gets 8 of 9 parts,
@@ -41,7 +41,7 @@ class Ledger:
 
     def account(self, caller: Caller) -> Account:
         """What one call holds, or one item of a stream; closed at its end whatever happens."""
-        return Account(self, caller.name)
+        return Account(self, caller)
 
     def give_back(self, caller: str, count: int) -> None:
         """Hold less."""
@@ -78,15 +78,19 @@ class Ledger:
 class Account:
     """What one call or item holds, until it is closed; a second time does nothing."""
 
-    def __init__(self, ledger: Ledger, caller: str) -> None:
+    def __init__(self, ledger: Ledger, caller: Caller) -> None:
         self._ledger = ledger
         self._caller = caller
         self.held = 0
+        self.pictures = 0
 
     def close(self) -> None:
         """Give it all back."""
         held, self.held = self.held, 0
-        self._ledger.give_back(self._caller, held)
+        self._ledger.give_back(self._caller.name, held)
+        pictures, self.pictures = self.pictures, 0
+        if self._caller.quota is not None:
+            self._caller.quota.give_back(pictures)
 
     def __enter__(self) -> Account:
         return self
@@ -100,12 +104,21 @@ class Account:
         """Hold a message of so many bytes on the wire, and what it is parsed to; raises as :meth:`Ledger.take`."""
         self._hold(count * _PARSED, shared=False)
 
-    def hold_answer(self, count: int) -> None:
-        """Hold what the call will come to; raises as :meth:`Ledger.take`."""
+    def hold_answer(self, count: int, pictures: int) -> None:
+        """Hold what the call will come to; raises as :meth:`Ledger.take`, and as its caller's quota."""
         self._hold(count, shared=True)
+        if self._caller.quota is None:
+            return
+        try:
+            self._caller.quota.take(pictures)
+        except RpcError:
+            self.held -= count
+            self._ledger.give_back(self._caller.name, count)
+            raise
+        self.pictures += pictures
 
     def _hold(self, count: int, *, shared: bool) -> None:
-        self._ledger.take(self._caller, count, shared=shared)
+        self._ledger.take(self._caller.name, count, shared=shared)
         self.held += count
 
 

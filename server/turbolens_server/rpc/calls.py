@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.admission import Account, Ledger
 from turbolens_server.rpc.answers import Answers
-from turbolens_server.rpc.callers import Caller, anonymous
+from turbolens_server.rpc.callers import Caller, KnownCallers, address, identify, refused
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import RpcError, Stalled, malformed, stopping
 from turbolens_server.rpc.metrics import Metrics
@@ -71,6 +71,8 @@ class Call:
         """When its caller stops waiting, on the event loop's clock; None: never."""
         self.messages: int | None = None
         """Of a stream, those that were sent."""
+        self.refused: RpcError | None = None
+        """Why it may not even be read."""
         self.error: Exception | None = None
         _CALL.set(self)
         structlog.contextvars.bind_contextvars(request_id=self.request_id, method=method, caller=caller.name)
@@ -151,8 +153,11 @@ class Writers:
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio's stubs leave it untyped
     """Wraps every handler of our services; messages arrive here as bytes, so that nothing is parsed unasked."""
 
-    def __init__(self, ledger: Ledger, checks: CheckPool, writers: Writers, metrics: Metrics) -> None:
+    def __init__(
+        self, ledger: Ledger, checks: CheckPool, writers: Writers, metrics: Metrics, known: KnownCallers | None = None
+    ) -> None:
         self._ledger = ledger
+        self._known = known
         self._metrics = metrics
         self._answers = Answers(metrics.answers_again.inc)
         self._checks = checks
@@ -239,8 +244,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         """A stream's requests, each with an account of its own; where there is no room for one, it waits.
 
         Raises:
-            RpcError: UNAVAILABLE once the server stops, INVALID_ARGUMENT where one is none.
+            RpcError: what its caller was refused for; UNAVAILABLE once the server stops, INVALID_ARGUMENT where one is
+                none.
         """
+        if call.refused is not None:
+            raise call.refused
         stops = asyncio.ensure_future(self._stop.wait())
         try:
             while True:
@@ -267,11 +275,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _call(self, name: str, context: Any) -> Iterator[Call]:
         """A call while it is served. An error is kept for its end, which gives back first what the call held: telling
         a caller who does not read can take as long as it likes."""
-        caller = anonymous(context.peer())
+        peer = context.peer()
+        try:
+            caller = identify(peer, context, self._known)
+            denied = refused(caller, name)
+        except RpcError as error:
+            caller, denied = Caller(address(peer)), error
         self._active += 1
         try:
             with self._ledger.account(caller) as account:
                 call = Call(name, caller, account, context, self._metrics)
+                call.refused = denied
                 try:
                     yield call
                 except asyncio.CancelledError:
@@ -289,9 +303,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         """The request.
 
         Raises:
-            RpcError: UNAVAILABLE where the server stops, RESOURCE_EXHAUSTED where there is no room for it,
-                INVALID_ARGUMENT where it is none.
+            RpcError: what its caller was refused for; UNAVAILABLE where the server stops, RESOURCE_EXHAUSTED where
+                there is no room for it, INVALID_ARGUMENT where it is none.
         """
+        if call.refused is not None:
+            raise call.refused
         if self._stop.is_set():
             raise stopping()
         call.account.hold_message(len(message))

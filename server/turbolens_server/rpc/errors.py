@@ -47,6 +47,7 @@ class RpcError(Exception):
         violations: Sequence[Violation] = (),
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        quota: tuple[str, str] | None = None,
     ) -> None:
         if len(message) > _MESSAGE_CHARS:
             message = f"{message[:_MESSAGE_CHARS]}..."
@@ -57,6 +58,8 @@ class RpcError(Exception):
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
+        self.quota = quota
+        """Whose quota, and what of it, is used up."""
 
     def trailing_metadata(self, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
         """The details as trailing metadata; on overload also the key that gRPC's own retries honour.
@@ -74,6 +77,11 @@ class RpcError(Exception):
             details.append(told)
             if left_out := len(self.violations) - len(told.field_violations):
                 info.metadata["violations_left_out"] = str(left_out)
+        if self.quota is not None:
+            subject, description = self.quota
+            failure = error_details_pb2.QuotaFailure()
+            failure.violations.add(subject=subject, description=description)
+            details.append(failure)
         if self.retry_after_s is not None:
             delay = duration_pb2.Duration()
             delay.FromMilliseconds(int(self.retry_after_s * 1000))
@@ -119,6 +127,24 @@ def overloaded(what: str, retry_after_s: float, reason: str = "QUEUE_FULL") -> R
     """RESOURCE_EXHAUSTED: the server is full for now; `what` says of what."""
     message = f"the server is full ({what}); try again in {retry_after_s:.1f} s"
     return RpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason, retry_after_s=retry_after_s)
+
+
+def over_quota(name: str, quota: str, retry_after_s: float) -> RpcError:
+    """RESOURCE_EXHAUSTED: a caller has had what it may have for now."""
+    message = f"{name} has used up its quota of {quota}; try again in {retry_after_s:.1f} s"
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    return RpcError(code, message, "QUOTA_USED_UP", retry_after_s=retry_after_s, quota=(name, quota))
+
+
+def no_token(message: str, reason: str = "TOKEN_MISSING") -> RpcError:
+    """UNAUTHENTICATED: nobody knows who calls."""
+    return RpcError(grpc.StatusCode.UNAUTHENTICATED, message, reason)
+
+
+def not_allowed(name: str, scope: str) -> RpcError:
+    """PERMISSION_DENIED: this caller may not do this."""
+    message = f"{name} may not do this: its token lacks the scope {scope}"
+    return RpcError(grpc.StatusCode.PERMISSION_DENIED, message, "SCOPE_MISSING", metadata={"scope": scope})
 
 
 def malformed(kind: str) -> RpcError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -55,23 +55,6 @@ class Metrics:
         """A number that is read when Prometheus asks."""
         Gauge(f"turbolens_{name}", about, registry=self.registry).set_function(read)
 
-    def device_memory(self, read: Callable[[], Mapping[str, float]]) -> None:
-        """Bytes of the device's memory by kind, read when Prometheus asks."""
-        gauge = Gauge("turbolens_device_memory_bytes", "Memory of the device", ["kind"], registry=self.registry)
-        for kind in read():
-
-            def value(kind: str = kind) -> float:
-                return read()[kind]
-
-            gauge.labels(kind).set_function(value)
-
     def build(self, about: Mapping[str, str]) -> None:
         """Say what runs: labels of `turbolens_build_info`."""
         self._build.info(dict(about))
-
-    def known(self, methods: Iterable[str], reasons: Iterable[str]) -> None:
-        """Begin series at 0, so that their first change shows in a rate."""
-        for method in methods:
-            self.requests.labels(method, "OK")
-        for reason in reasons:
-            self.refusals.labels(reason)

@@ -87,7 +87,7 @@ class Readiness:
         info = self.get().engine.info
         valid = await self.checks.run(check, request, info, self.limits, **options)
         structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
-        current_call().account.hold_answer(answer_bytes(valid.jobs, info))
+        current_call().account.hold_answer(answer_bytes(valid.jobs, info), len(valid.jobs))
         return valid
 
 
@@ -226,7 +226,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             )
             valid = await bulk.when_there_is_room(check)
             size = answer_bytes(valid.jobs, ready.engine.info)
-            await bulk.when_there_is_room(functools.partial(_hold, account, size))
+            await bulk.when_there_is_room(functools.partial(_hold, account, size, len(valid.jobs)))
             pictures += len(valid.jobs)
             return await bulk.when_there_is_room(functools.partial(self._extract, ready, valid))
 
@@ -264,8 +264,8 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         return await _off_loop(questions.nearest, self._readiness.get().catalog, request)
 
 
-async def _hold(account: Account, count: int) -> None:
-    account.hold_answer(count)
+async def _hold(account: Account, count: int, pictures: int) -> None:
+    account.hold_answer(count, pictures)
 
 
 def _one_message(answer: T) -> T:

@@ -13,7 +13,7 @@ from tests import messages
 from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_server.rpc import bulk
 from turbolens_server.rpc.admission import Ledger
-from turbolens_server.rpc.callers import anonymous
+from turbolens_server.rpc.callers import Caller
 
 
 def an_item(number: int, **fields) -> fs.ExtractFeaturesBatchRequest:
@@ -84,10 +84,10 @@ async def test_no_more_is_read_than_the_window_holds(slow):
     async def arrivals():
         for i in range(100):
             read.append(i)
-            yield an_item(i), ledger.account(anonymous("ipv4:1.2.3.4:5"))
+            yield an_item(i), ledger.account(Caller("someone"))
 
     async def run(item, account):
-        account.hold_answer(10)
+        account.hold_answer(10, 1)
         if slow == "engine":
             await gate.wait()
         return fs.ExtractFeaturesBatchResponse(item=item.item)

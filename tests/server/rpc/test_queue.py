@@ -221,12 +221,15 @@ async def test_a_request_that_can_never_fit_says_so():
 
 async def test_one_caller_leaves_room_for_the_next():
     ledger = Ledger(900)
-    with ledger.account(Caller("greedy")) as greedy, ledger.account(Caller("modest")) as modest:
+    with (
+        contextlib.closing(ledger.account(Caller("greedy"))) as greedy,
+        contextlib.closing(ledger.account(Caller("modest"))) as modest,
+    ):
         for _ in range(8):
-            greedy.hold_answer(100)
+            greedy.hold_answer(100, 1)
         with pytest.raises(RpcError, match="requests hold"):
-            greedy.hold_answer(1)
-        modest.hold_answer(10)
+            greedy.hold_answer(1, 1)
+        modest.hold_answer(10, 1)
     assert ledger.held == 0
 
 
