@@ -126,3 +126,10 @@ def test_every_command_takes_the_weight_files_and_saes_that_are_served(
 def test_a_bad_model_is_one_line() -> None:
     with pytest.raises(SystemExit, match="turbolens train: "):
         cli.main(["sae", "--model", "/nowhere", "--device", "cpu"])
+
+
+def test_a_null_in_the_file_of_settings_is_named(tmp_path: Path) -> None:
+    """As text it would be prompts from a file called None."""
+    (tmp_path / "a.yaml").write_text("prompts: null\n")
+    with pytest.raises(SystemExit, match="prompts is null"):
+        cli.main(["sae", "--config", str(tmp_path / "a.yaml")])

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import tyro
 import yaml
@@ -106,12 +106,18 @@ def _with_file(argv: list[str]) -> SaeConfig:
     return tyro.cli(SaeConfig, args=flags, default=tyro.cli(SaeConfig, args=written, prog=prog), prog=prog)
 
 
+_MAY_BE_NONE: Final = {field.name for field in dataclasses.fields(SaeConfig) if field.default is None}
+
+
 def _as_flags(settings: Mapping[str, object], group: str = "") -> list[str]:
     """Settings of a file as they would be written on the command line; a mapping is a group, as `gates` is."""
     flags = []
     for name, value in settings.items():
         plain = f"{group}{str(name).replace('_', '-')}"
         match value:
+            case None:  # as text it would be "None", such as a file of that name
+                if plain.replace("-", "_") not in _MAY_BE_NONE:
+                    sys.exit(f"turbolens train: --config: {plain} is null; leave it out, or say what it is")
             case dict():
                 flags += _as_flags(value, f"{plain}.")
             case bool():
