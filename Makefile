@@ -83,6 +83,8 @@ chromium:
 test-studio: $(STAMP)browser chromium  ## Rebuild the studio's page and compare; drive it in a real browser
 	@$(NPM) ci --no-audit --no-fund
 	@$(NPM) test
+	@$(NPM) run build -- --outDir $(CURDIR)/$(VENV)/studio-static --logLevel error
+	@diff -r $(VENV)/studio-static studio/turbolens_studio/static
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m browser tests/studio
 
 test: $(STAMP)dev        ## Pass the tests

@@ -192,6 +192,7 @@ def main() -> None:
         show(f'lens = tl.connect("{address}")')
         explore(lens, out)
     print(f"\nLook at {out / 'contact-sheet.png'}")
+    print("Then paint with these features yourself, in a browser: make studio")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
@@ -122,7 +122,7 @@ class Studio:
             raise BadRun("as", f"got {kind!r}, expected png, zip, json or python")
         made = await self.workshop.make(run)
         if kind == "png":
-            return Response(exports.as_png(run, made), media_type="image/png")
+            return Response(exports.as_png(made), media_type="image/png")
         before = await self.workshop.make(Run(run.prompt, run.seed, run.steps))
         return Response(exports.as_zip(run, made, before, self.connection.target), media_type="application/zip")
 
@@ -146,8 +146,17 @@ class Studio:
         return first, second
 
 
-def build_app(connection: Connection, access: Access, on_ready: Callable[[], None] = lambda: None) -> Starlette:
-    """The studio as an ASGI application; it opens the connection when it starts, and closes it at its end."""
+def build_app(
+    connection: Connection, access: Access, on_ready: Callable[[], None] = lambda: None, below: str = ""
+) -> Starlette:
+    """The studio as an ASGI application; it opens the connection when it starts, and closes it at its end.
+
+    Args:
+        connection: not yet open.
+        access: whom to let in.
+        on_ready: called once it can be used.
+        below: the path that all of its addresses begin with, such as /lens.
+    """
     studio = Studio(connection)
 
     @contextlib.asynccontextmanager
@@ -168,7 +177,7 @@ def build_app(connection: Connection, access: Access, on_ready: Callable[[], Non
 
         return answer
 
-    routes = [
+    routes: list[BaseRoute] = [
         *(Route(f"/{screen}", studio.page) for screen in SCREENS),
         Route("/api/model", told(studio.model)),
         Route("/api/features", told(studio.features)),
@@ -185,6 +194,8 @@ def build_app(connection: Connection, access: Access, on_ready: Callable[[], Non
         WebSocketRoute("/api/live", studio.live),
         Mount("/static", StaticFiles(directory=STATIC), middleware=[Middleware(GZipMiddleware, minimum_size=500)]),
     ]
+    if below:
+        routes = [Mount(below, routes=routes)]
     return Starlette(routes=routes, middleware=[Middleware(Guard, access=access)], lifespan=lifespan)
 
 

@@ -44,7 +44,7 @@ class StudioConfig:
     allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name by which a proxy in front is known, such as lens.example.org; may be repeated."""
     root_path: str = ""
-    """Path under which a proxy shows the studio, such as /studio, where the proxy passes it on."""
+    """Path that a proxy in front shows the studio below, such as /lens, where it leaves it on what it passes on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -106,13 +106,12 @@ async def _serve(config: StudioConfig, listening: socket.socket) -> None:
     connection = Connection("embedded" if config.embedded else config.server)
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(connection, access, on_ready),
+            build_app(connection, access, on_ready, config.root_path),
             ws="websockets-sansio",
             ws_max_size=_MAX_MESSAGE_BYTES,
             ws_max_queue=4,
             ws_per_message_deflate=False,
             log_level="warning",
-            root_path=config.root_path,
             server_header=False,
             timeout_graceful_shutdown=2,
         )

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import zipfile
-from importlib.metadata import version
 from typing import Any, Final
 
 from PIL import Image
@@ -17,9 +16,9 @@ from turbolens_studio.wire import BadRun, Run
 from turbolens_studio.workshop import Made
 
 SCHEMA: Final = "turbolens.steering/1"
-"""Kind and version of the JSON in files and pictures."""
+"""Kind and version of a steering file."""
 PNG_KEY: Final = "turbolens"
-"""Of the text chunk of a PNG."""
+"""Of the text in a PNG that is its provenance, as the SDK writes it."""
 _STEERING: Final = "steering.json"
 _MAX_TEXT: Final = 16 * 2**20
 
@@ -28,28 +27,15 @@ class ForeignFile(ValueError):
     """A file that the studio did not write, or that is broken or too new; the text says which."""
 
 
-def steering(run: Run, made: Made | None = None) -> dict[str, Any]:
-    """How a picture is made, as JSON; with what made it, where it was made."""
-    told: dict[str, Any] = {"schema": SCHEMA, **run.settings()}
-    if made is not None:
-        told["made"] = {
-            "studio": version("turbolens"),
-            "key": made.key,
-            "picture": made.name,
-            "provenance": made.provenance,
-        }
-    return told
-
-
-def as_json(run: Run, made: Made | None = None) -> bytes:
+def as_json(run: Run) -> bytes:
     """A steering file."""
-    return (json.dumps(steering(run, made), indent=2) + "\n").encode()
+    return (json.dumps({"schema": SCHEMA, **run.settings()}, indent=2) + "\n").encode()
 
 
-def as_png(run: Run, made: Made) -> bytes:
-    """The picture with its steering file in a text chunk."""
+def as_png(made: Made) -> bytes:
+    """The picture with its provenance in a text chunk, as the SDK saves pictures."""
     chunks, file = PngInfo(), io.BytesIO()
-    chunks.add_itxt(PNG_KEY, json.dumps(steering(run, made)))
+    chunks.add_text(PNG_KEY, made.provenance.to_json())
     Image.fromarray(made.pixels).save(file, "PNG", pnginfo=chunks)
     return file.getvalue()
 
@@ -100,11 +86,12 @@ def as_zip(run: Run, made: Made, before: Made, target: str) -> bytes:
     """Everything: steering file, edits for the command line, masks, pictures before and after, and the program."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(_STEERING, as_json(run, made))
+        archive.writestr(_STEERING, as_json(run))
+        archive.writestr("provenance.json", made.provenance.to_json())
         archive.writestr("edits.json", tl.edits_to_json(run.edits))
         archive.writestr("replay.py", as_python(run, target))
-        archive.writestr("before.png", as_png(Run(run.prompt, run.seed, run.steps), before))
-        archive.writestr("after.png", as_png(run, made))
+        archive.writestr("before.png", as_png(before))
+        archive.writestr("after.png", as_png(made))
         for at, edit in enumerate(run.edits):
             if edit.mask is not None and edit.mask.message.WhichOneof("shape") == "png":
                 archive.writestr(f"masks/{at}.png", edit.mask.message.png)
@@ -112,14 +99,14 @@ def as_zip(run: Run, made: Made, before: Made, target: str) -> bytes:
 
 
 def read_any(data: bytes) -> dict[str, Any]:
-    """The settings in a PNG, a zip or a steering file that the studio wrote.
+    """The settings in a PNG that the studio or the SDK saved, in a zip or a steering file of the studio's.
 
     Raises:
         ForeignFile: it is none, or broken, or of a newer schema.
     """
     if data.startswith(b"\x89PNG"):
-        text = _text_of_png(data)
-    elif data.startswith(b"PK"):
+        return _settings_of(_text_of_png(data))
+    if data.startswith(b"PK"):
         text = _text_of_zip(data)
     else:
         try:
@@ -141,7 +128,17 @@ def read_any(data: bytes) -> dict[str, Any]:
         run = Run.from_json({name: found.get(name) for name in ("prompt", "seed", "steps", "edits")})
     except BadRun as error:
         raise ForeignFile(f"broken at {error}") from None
-    return {**run.settings(), "made": found.get("made")}
+    return run.settings()
+
+
+def _settings_of(provenance: str) -> dict[str, Any]:
+    try:
+        run = tl.Provenance.from_json(provenance).run
+    except ValueError as error:
+        raise ForeignFile(f"a PNG whose account of itself cannot be read ({str(error)[:120]})") from None
+    if run.references:
+        raise ForeignFile("a picture whose edits read other runs, which the studio cannot show yet")
+    return Run(run.prompt, run.seeds[0], run.steps, tuple(run.steer)).settings()
 
 
 def _text_of_png(data: bytes) -> str:
@@ -152,7 +149,7 @@ def _text_of_png(data: bytes) -> str:
     except (OSError, SyntaxError, ValueError) as error:
         raise ForeignFile(f"a broken PNG ({str(error)[:80]})") from None
     if text is None:
-        raise ForeignFile("a PNG that does not say how it was made; those that the studio saves do")
+        raise ForeignFile("a PNG that does not say how it was made; those that the studio and the SDK save do")
     return str(text)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import io
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, Final, cast
 
@@ -36,7 +36,9 @@ class Made:
     """By its pixels: equal pictures have one name."""
     features: tuple[tl.BlockFeatures, ...]
     """One for each SAE and step."""
-    provenance: dict[str, Any]
+    holds: frozenset[str]
+    """Which features these are: "all", or each one that was asked for."""
+    provenance: tl.Provenance
     warnings: tuple[tl.Warning, ...]
     batch_size: int
     server_ms: float
@@ -49,7 +51,6 @@ class Made:
             "name": self.name,
             "width": self.pixels.shape[1],
             "height": self.pixels.shape[0],
-            "provenance": self.provenance,
             "warnings": [dataclasses.asdict(warning) for warning in self.warnings],
             "batchSize": self.batch_size,
             "serverMs": round(self.server_ms, 2),
@@ -71,6 +72,8 @@ class Workshop:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._kept: OrderedDict[str, Made] = OrderedDict()
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """The same run asked for twice at once is made once: a batch may round otherwise than a picture alone."""
         self._bytes = 0
         self._generation = connection.generation
 
@@ -79,9 +82,10 @@ class Workshop:
         if self._generation != self.connection.generation:
             self._kept.clear()
             self._bytes, self._generation = 0, self.connection.generation
-        made = self._kept.get(_cache_key(run))
-        if made is not None:
-            self._kept.move_to_end(_cache_key(run))
+        made = self._kept.get(run.key)
+        if made is None or run.previews or not ("all" in made.holds or _wants(run) <= made.holds):
+            return None
+        self._kept.move_to_end(run.key)
         return made
 
     async def make(self, run: Run, tell: Tell | None = None) -> Made:
@@ -90,8 +94,13 @@ class Workshop:
         Raises:
             TurboLensError: the server refused it, or is lost.
         """
-        if (known := self.known(run)) is not None:
-            return known
+        async with self._locks[run.key]:
+            made = self.known(run) or await self._make(run, tell)
+        if not self._locks[run.key].locked():
+            del self._locks[run.key]
+        return made
+
+    async def _make(self, run: Run, tell: Tell | None) -> Made:
         lens = self.connection.lens
         blocks: list[tl.BlockFeatures] = []
         picture: tl.Picture | None = None
@@ -135,13 +144,13 @@ class Workshop:
             await asyncio.to_thread(encode_png, pixels),
             hashlib.sha256(pixels.tobytes()).hexdigest()[:24],
             tuple(blocks),
-            _told(done.provenance),
+            _wants(run),
+            done.provenance,
             done.warnings,
             picture.batch_size,
             (ended - began) * 1000,
         )
-        self._keep(run, made)
-        return made
+        return self._keep(made)
 
     async def make_all(self, runs: Sequence[Run], at_once: int = 4) -> list[Made]:
         """The pictures of several runs, in order; those of one server batch run together."""
@@ -153,26 +162,21 @@ class Workshop:
 
         return list(await asyncio.gather(*map(one, runs)))
 
-    def _keep(self, run: Run, made: Made) -> None:
-        key = _cache_key(run)
-        if key in self._kept:
-            return
-        self._kept[key] = made
+    def _keep(self, made: Made) -> Made:
+        before = self._kept.pop(made.key, None)
+        if before is not None:  # its pixels stay, so that one run has one picture; its features are more now
+            self._bytes -= _size(before)
+            made = dataclasses.replace(before, features=made.features, holds=made.holds)
+        self._kept[made.key] = made
         self._bytes += _size(made)
         while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= _size(oldest)
+        return made
 
 
-def _told(provenance: tl.Provenance) -> dict[str, Any]:
-    """What made a picture, beside its run."""
-    fields = {field.name: getattr(provenance, field.name) for field in dataclasses.fields(provenance)}
-    fields["loras"] = [dataclasses.asdict(lora) for lora in provenance.loras]
-    return {name: value for name, value in fields.items() if name != "run"}
-
-
-def _cache_key(run: Run) -> str:
-    return f"{run.key}:{run.features}:{','.join(map(str, run.only))}:{run.previews}"
+def _wants(run: Run) -> frozenset[str]:
+    return frozenset(map(str, run.only)) if run.only else frozenset({"all"} if run.features else ())
 
 
 def _size(made: Made) -> int:

@@ -19,3 +19,35 @@ def page(server):
         while client.get("/api/model").status_code == 503 and deadline:
             deadline -= 1
         yield client
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    """A real browser."""
+    from browser import chromium
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def studio(server):
+    """A studio over the real server."""
+    from browser import Studio
+
+    running = Studio(server.target)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def visit(chrome, studio):
+    """A page at the painting screen's door, in a fresh profile; whatever it complains of fails the test."""
+    from browser import visiting
+
+    with visiting(chrome, studio) as visit:
+        yield visit
+        assert visit.problems == []

@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from visitor import PROMPT
 
 import turbolens as tl
@@ -26,6 +27,18 @@ def grey_png(array) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.asarray(array, np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def as_bytes(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def a_text(key: str, text: str) -> PngInfo:
+    chunks = PngInfo()
+    chunks.add_text(key, text)
+    return chunks
 
 
 LEFT = np.concatenate([np.full((128, 64), 255), np.zeros((128, 64))], 1)
@@ -239,8 +252,18 @@ def test_what_is_saved_opens_to_the_same_run(page, lens):
         assert (np.asarray(Image.open(io.BytesIO(archive.read("after.png")))) == wanted.array).all()
         assert archive.read("masks/0.png") == grey_png(LEFT)
         assert tl.edits_from_json(archive.read("edits.json").decode()) == steer
-        told = json.loads(archive.read("steering.json"))
-        assert told["made"]["provenance"]["model_hash"] == wanted.provenance.model_hash
+        assert tl.Provenance.from_json(archive.read("provenance.json").decode()) == wanted.provenance
+
+
+def test_pictures_of_the_sdk_and_the_studio_tell_each_other_how_they_were_made(page, lens, tmp_path):
+    steer = [tl.add("up.0.1/202", 4, mask=tl.mask(grey_png(LEFT)))]
+    made = lens.generate(PROMPT, seed=2**60 + 1, steps=2, steer=steer)
+    made.save(tmp_path / "sdk.png")
+    opened = page.post("/api/open", content=(tmp_path / "sdk.png").read_bytes()).json()
+    assert tl.edits_from_json(json.dumps(opened["edits"])) == steer
+    assert (opened["prompt"], opened["seed"], opened["steps"]) == (PROMPT, str(2**60 + 1), 2)
+    (tmp_path / "studio.png").write_bytes(saved(page, opened, "png"))
+    assert tl.Provenance.from_png(tmp_path / "studio.png") == made.provenance
 
 
 def test_the_saved_program_makes_the_same_picture(page, lens, server, tmp_path, monkeypatch):
@@ -264,6 +287,7 @@ def test_the_saved_program_makes_the_same_picture(page, lens, server, tmp_path, 
         (b'{"schema": "turbolens.steering/99"}', "version"),
         (b'{"schema": "turbolens.steering/1", "prompt": 3}', "prompt"),
         (grey_png(np.zeros((4, 4))), "does not say how it was made"),
+        (as_bytes(Image.new("L", (4, 4)), "PNG", pnginfo=a_text("turbolens", "{}x")), "cannot be read"),
         (grey_png(np.zeros((4, 4)))[:30], "broken"),
         (b"PK\x03\x04 and no more", "broken zip"),
         (b"\xff\xfe\x00", "neither"),
@@ -280,12 +304,6 @@ def quarters(mode: str) -> Image.Image:
     array = np.zeros((60, 40, 3), np.uint8)
     array[30:, 20:] = 255
     return Image.fromarray(array).convert(mode)
-
-
-def as_bytes(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

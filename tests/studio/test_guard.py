@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from visitor import ACCESS, TOKEN
 
+from turbolens_studio.app import build_app
+from turbolens_studio.connection import Connection
 from turbolens_studio.guard import Guard
 
 
@@ -101,3 +103,21 @@ def test_every_answer_carries_the_rules_for_the_browser(stranger):
         assert "script-src 'self';" in policy
         assert "unsafe" not in policy
         assert rules["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("below", "path", "base"),
+    [
+        ("", "/", "./"),
+        ("", "/features/up.0.1/202", "../../"),
+        ("/lens", "/lens/explore", "./"),
+        ("/a/b", "/a/b/features/up.0.1/202", "../../"),
+    ],
+)
+def test_the_page_finds_its_own_files_wherever_it_is_shown(below, path, base):
+    """Without a server to be a client of: the page is there before one is."""
+    visitor = TestClient(build_app(Connection("localhost:1"), ACCESS, below=below), base_url="http://localhost:8000")
+    page = visitor.get(path, headers=BEARER).text
+    assert f'<base href="{base}">' in page
+    assert visitor.get(f"{below}/static/studio.js", headers=BEARER).status_code == 200
+    assert visitor.get(f"{below}/api/model", headers=BEARER).status_code == 503

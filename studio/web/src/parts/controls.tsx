@@ -89,6 +89,23 @@ export function Go(props: {
   );
 }
 
+/** A menu that goes when one of its buttons was pressed, when Escape is, and when the focus leaves it. */
+export function Menu(props: { class?: string; label: string; summary: ComponentChildren; summaryClass: string; children: ComponentChildren }) {
+  const menu = useRef<HTMLDetailsElement>(null);
+  const close = () => menu.current && (menu.current.open = false);
+  return (
+    <details
+      ref={menu}
+      class={`menu ${props.class ?? ""}`}
+      onFocusOut={(event) => event.relatedTarget && !menu.current?.contains(event.relatedTarget as Node) && close()}
+      onKeyDown={(event) => event.key === "Escape" && close()}
+    >
+      <summary class={props.summaryClass} aria-label={props.label} title={props.label}>{props.summary}</summary>
+      <div class="menu-body" onClick={(event) => (event.target as HTMLElement).closest("button") && close()}>{props.children}</div>
+    </details>
+  );
+}
+
 export const REACH = 40;
 
 /** A strength at a place of its slider: fine around 0, coarse far out, the same on both sides. */

@@ -35,6 +35,12 @@ export async function addWord(word: string): Promise<void> {
 
 export function LayerPanel() {
   const layers = doc.value.layers;
+  const before = useRef(layers.length);
+  useEffect(() => {
+    // On a phone the picture is above the layers: a new one is looked at there.
+    if (layers.length > before.current && innerWidth < 820) document.querySelector(".easel")?.scrollIntoView({ block: "start" });
+    before.current = layers.length;
+  }, [layers.length]);
   return (
     <aside class="layers" aria-label="Layers">
       <AddLayer />

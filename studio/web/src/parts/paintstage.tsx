@@ -68,6 +68,7 @@ export function PaintStage(props: {
     const data = wet.value?.data;
     wet.value = null;
     if (!now || !data || !pointed || !layer) return;
+    performance.clearMarks("stroke-end");
     performance.mark("stroke-end");
     setMask(layer.id, tool.value === "move" ? "Move the mask" : brush.value.erase ? "Erase" : "Paint", data, size.value);
   };

@@ -3,7 +3,7 @@ import { exportAs } from "../state/api.ts";
 import { acting, doc } from "../state/doc.ts";
 import { linkTooLong, say } from "../state/studio.ts";
 import { runOf, type Run } from "../state/wire.ts";
-import { save } from "./controls.tsx";
+import { Menu, save } from "./controls.tsx";
 import { Icon } from "./icons.tsx";
 
 const NAMES = { png: "picture.png", zip: "turbolens.zip", json: "steering.json", python: "steer.py" } as const;
@@ -29,15 +29,12 @@ async function copyLink(): Promise<void> {
 export function ShareMenu({ run }: { run?: Run }) {
   const now = () => run ?? runOf(doc.value, acting.value);
   return (
-    <details class="menu share" onBlur={(event) => !event.currentTarget.contains(event.relatedTarget as Node) && (event.currentTarget.open = false)}>
-      <summary class="small"><Icon name="download" size={15} /><span>Save</span></summary>
-      <div class="menu-body">
+    <Menu class="share" label="Save" summaryClass="small" summary={<><Icon name="download" size={15} /><span>Save</span></>}>
         <button type="button" onClick={() => void exportRun(now(), "png")}>Picture (PNG, with how it was made)</button>
         <button type="button" onClick={() => void exportRun(now(), "json")}>Steering file (JSON)</button>
         <button type="button" onClick={() => void exportRun(now(), "python")}>Python for the SDK</button>
         <button type="button" onClick={() => void exportRun(now(), "zip")}>All of it (zip)</button>
         {!run && <button type="button" onClick={() => void copyLink()}>Copy a link to this state</button>}
-      </div>
-    </details>
+    </Menu>
   );
 }

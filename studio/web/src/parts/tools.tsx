@@ -6,7 +6,7 @@ import { maskFrom } from "../state/api.ts";
 import { decodeGrey } from "../lib/png.ts";
 import { base, say, size, wet } from "../state/studio.ts";
 import { fromHeat } from "../lib/raster.ts";
-import { IconButton } from "./controls.tsx";
+import { IconButton, Menu } from "./controls.tsx";
 import { Icon, type IconName } from "./icons.tsx";
 import { useRef } from "preact/hooks";
 
@@ -79,9 +79,7 @@ export function Tools() {
         <span class="hidden">Size of the brush</span>
         <input type="range" min={1} max={50} value={radiusShare.value * 100} onInput={(event) => (radiusShare.value = Number(event.currentTarget.value) / 100)} />
       </label>
-      <details class="menu" onBlur={(event) => !event.currentTarget.contains(event.relatedTarget as Node) && (event.currentTarget.open = false)}>
-        <summary class="icon-button" aria-label="More for the mask" title="More for the mask"><Icon name="more" /></summary>
-        <div class="menu-body">
+      <Menu label="More for the mask" summaryClass="icon-button" summary={<Icon name="more" />}>
           <label>Hardness<input type="range" min={0} max={100} value={brush.value.hardness * 100} onInput={(event) => (brush.value = { ...brush.value, hardness: Number(event.currentTarget.value) / 100 })} /></label>
           <label>Painted<input type="range" min={5} max={100} value={brush.value.value * 100} onInput={(event) => (brush.value = { ...brush.value, value: Number(event.currentTarget.value) / 100 })} /></label>
           <label class="switch"><input type="checkbox" checked={pressureOn.value} onChange={(event) => (pressureOn.value = event.currentTarget.checked)} /> pen's pressure paints</label>
@@ -93,8 +91,7 @@ export function Tools() {
             fromHeat(own.heat(first.index), { width: own.width, height: own.height }, size.value, 0.3))}>Where the feature fires</button>
           <button type="button" disabled={disabled} onClick={() => file.current?.click()}>From a picture ...</button>
           <button type="button" disabled={disabled || !layer?.mask} onClick={clearMask}>Clear: whole picture</button>
-        </div>
-      </details>
+      </Menu>
       <input ref={file} type="file" accept="image/*" hidden onChange={(event) => {
         const chosen = event.currentTarget.files?.[0];
         event.currentTarget.value = "";

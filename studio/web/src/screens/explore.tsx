@@ -9,7 +9,7 @@ import { Icon } from "../parts/icons.tsx";
 import { drawCell, drawHeat } from "../parts/overlay.ts";
 import { Stage } from "../parts/stage.tsx";
 import type { Brief } from "../state/api.ts";
-import { acting, makeMask } from "../state/doc.ts";
+import { acting, makeMask, wordsOf } from "../state/doc.ts";
 import { server } from "../state/live.ts";
 import { route, setQuery } from "../state/router.ts";
 import { base, blocks, examples, gridOf, preview, result, roleOf, setSettings, size, steerBy } from "../state/studio.ts";
@@ -206,6 +206,7 @@ function FeatureRow({ block, firing, most }: { block: Block; firing: Firing; mos
   const ref = `${block.sae}/${firing.index}`;
   const about = briefOf(block.sae, firing.index);
   const chosen = pinned.value === ref;
+  const [words, detail] = wordsOf(about.label);
   const name = about.label || `feature ${firing.index}`;
   return (
     <li class={`row ${chosen ? "chosen" : ""}`} data-feature={ref}
@@ -216,8 +217,8 @@ function FeatureRow({ block, firing, most }: { block: Block; firing: Firing; mos
         onClick={() => setQuery({ f: chosen ? "" : ref })}>
         <MiniHeat block={block} index={firing.index} top={about.max} />
         <span class="row-text">
-          <b class={about.label ? "" : "unnamed"}>{name}</b>
-          <small title="Mean activation, and the share of cells where it fires">{short(firing.mean)} · in {percent(firing.share)}</small>
+          <b class={about.label ? "" : "unnamed"} title={name}>{words || name}</b>
+          <small title="Mean activation, and the share of cells where it fires">{short(firing.mean)} · in {percent(firing.share)}{detail && ` · ${detail}`}</small>
         </span>
         <Meter share={firing.mean / most} />
       </button>

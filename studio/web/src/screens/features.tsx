@@ -9,7 +9,7 @@ import { Empty, Go, IconButton, Meter, percent, Segmented, short, Thumb } from "
 import { Icon } from "../parts/icons.tsx";
 import { Stage } from "../parts/stage.tsx";
 import { ApiError, contrast, getFeatures, type Brief, type Listing } from "../state/api.ts";
-import { doc } from "../state/doc.ts";
+import { doc, wordsOf } from "../state/doc.ts";
 import { server } from "../state/live.ts";
 import { route, setQuery } from "../state/router.ts";
 import { base, examples, roleOf, saeNames, say, size, steerBy } from "../state/studio.ts";
@@ -141,14 +141,15 @@ export function Cards({ features, waiting }: { features: readonly Brief[]; waiti
 
 function Card({ one }: { one: Brief }) {
   const name = one.label || `feature ${one.index}`;
+  const [words, detail] = wordsOf(one.label);
   const is = chosen.value.some((other) => other.sae === one.sae && other.index === one.index);
   const flag = one.frequency === 0 ? "never active" : one.frequency > 0.5 ? "active nearly everywhere" : "";
   return (
     <li class={`card ${is ? "chosen" : ""}`} data-feature={`${one.sae}/${one.index}`}>
       <Go to={{ screen: "feature", sae: one.sae, index: one.index }} class="card-link">
         <Thumb sae={one.sae} index={one.index} />
-        <b class={one.label ? "" : "unnamed"}>{name}</b>
-        <small>{one.sae}/{one.index}</small>
+        <b class={one.label ? "" : "unnamed"}>{words || name}</b>
+        <small>{one.sae}/{one.index}{detail && ` · ${detail}`}</small>
       </Go>
       <div class="card-facts">
         {one.effect !== undefined ? (

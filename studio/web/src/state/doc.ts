@@ -173,10 +173,16 @@ export function noEffect(layer: Layer): string {
 
 export const refOf = (term: Term) => `${term.sae}/${term.index}`;
 
+/** A label's own words, and what it says of them in brackets: "red (color of the thing)". */
+export function wordsOf(label: string): [string, string] {
+  const found = /^(.+?) \((.+)\)$/.exec(label);
+  return found ? [found[1]!, found[2]!] : [label, ""];
+}
+
 /** What a layer is about, in words. */
 export function nameOf(layer: Layer): string {
   const first = layer.features[0];
   if (!first) return "no feature";
-  const name = first.label || refOf(first);
+  const name = wordsOf(first.label)[0] || refOf(first);
   return layer.features.length > 1 ? `${name} +${layer.features.length - 1}` : name;
 }

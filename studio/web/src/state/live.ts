@@ -25,7 +25,6 @@ export interface Picture {
   bitmap: ImageBitmap;
   blocks: Block[];
   known: Record<string, Brief>;
-  provenance: Record<string, unknown>;
   warnings: { code: string; message: string }[];
   cached: boolean;
   times: Times;
@@ -167,7 +166,6 @@ type PictureHeader = Place & {
   width: number;
   height: number;
   cached: boolean;
-  provenance: Record<string, unknown>;
   warnings: { code: string; message: string }[];
   features?: { sae: string; step: number; height: number; width: number; size: number; count: number }[];
   known?: Record<string, Brief>;
@@ -197,9 +195,9 @@ async function pictureOf(header: PictureHeader, parts: ArrayBuffer[], sent: numb
     };
     saes.set(about.sae, [...(saes.get(about.sae) ?? []), part]);
   });
-  const { index, key, name, width, height, provenance, warnings, cached } = header;
+  const { index, key, name, width, height, warnings, cached } = header;
   return {
-    index, key, name, width, height, provenance, warnings, cached, png, bitmap,
+    index, key, name, width, height, warnings, cached, png, bitmap,
     blocks: [...saes.values()].map((own) => new Block(own)),
     known: header.known ?? {},
     times: { server: header.serverMs, studio: header.studioMs, all: performance.now() - sent },

@@ -132,9 +132,19 @@ export function makeResult(): void {
         latency.value = picture.times;
         if (doc.value === of && !wet.value) settled.value = true;
       });
+      if (settled.value && !drawing) measureStroke(picture.times);
       if (!drawing) void keep(picture, of, layers, base.value?.key ?? "");
     },
     error: failed,
+  });
+}
+
+/** Tell the browser's own timeline how long the picture after a stroke took, once it is on the screen. */
+function measureStroke(times: Picture["times"]): void {
+  if (!performance.getEntriesByName("stroke-end").length) return;
+  requestAnimationFrame(() => {
+    performance.measure("stroke to picture", { start: "stroke-end", detail: times });
+    performance.clearMarks("stroke-end");
   });
 }
 
