@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-
 PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml studio/pyproject.toml constraints.txt
 NPM := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm --prefix studio/web --silent
 
-.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
+.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
 	bench-train kernels bench-kernels chromium clean
 
 help:            ## Say what there is
@@ -96,6 +96,9 @@ test-deploy: $(STAMP)deploy  ## Check the charts, the image and the alerts with 
 rehearse: $(STAMP)deploy  ## Kill a node of a training run from the chart; the fleet's simulation beside real servers
 	@$(PY) -m benchmarks.rehearsal.training
 	@$(PY) -m benchmarks.fleet check
+
+rehearse-serving: $(STAMP)deploy  ## Roll, scale and kill real servers from the chart, under the SDK's calls
+	@$(PY) -m benchmarks.rehearsal
 
 fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, losses, cold starts
 	@$(PY) -m benchmarks.fleet study

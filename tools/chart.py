@@ -20,7 +20,7 @@ from turbolens_server.config import ServerConfig
 SCHEMA: Final = Path(__file__).parents[1] / "deploy/helm/turbolens/values.schema.json"
 DECIDED: Final = frozenset(
     {
-        "host", "port", "health_port", "metrics_port", "admin_port", "grace_s", "log_format", "tls_cert", "tls_key",
+        "host", "port", "health_port", "metrics_port", "grace_s", "log_format", "tls_cert", "tls_key",
         "tls_client_ca", "tokens",
     }
 )  # fmt: skip

@@ -177,7 +177,8 @@ class Serving:
     def _watch(self, engine: Engine, queue: Queue) -> None:
         metrics, info = self.metrics, engine.info
         metrics.ready.set(1)
-        metrics.build({"model": info.model, "backend": info.backend, "device": info.device, "dtype": info.dtype})
+        about = {"model": info.model, "backend": info.backend, "device": info.device, "dtype": info.dtype}
+        metrics.build({"version": info.versions["turbolens"], **about})
         metrics.gauge("queue_requests", "Requests that wait", lambda: queue.waiting)
         metrics.gauge("queue_pictures", "Pictures that wait", lambda: queue.waiting_pictures)
         metrics.gauge("running_pictures", "Pictures in the engine", lambda: queue.running_pictures)

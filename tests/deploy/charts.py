@@ -45,7 +45,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "clientCA": {"enabled": True, "existingSecret": "callers"},
             },
             "auth": {"existingSecret": "tokens", "clientSecret": "mine"},
-            "ports": {"admin": 50053},
             "autoscaling": {"kind": "hpa", "min": 2, "max": 6},
             "monitoring": MONITORED,
             "studio": {"enabled": True},

@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import json
 import re
+import socket
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.deploy import charts
+from tests.deploy.test_monitoring import questions
 from turbolens_server.config import ServerConfig, read_config
 from turbolens_server.loading.engine_cli import Build
 from turbolens_server.serving import SERVICES, Serving, load_and_serve
@@ -20,21 +22,11 @@ VARIANTS = pytest.mark.parametrize("variant", charts.VARIANTS)
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 
-COMING = {"health_port", "metrics_port", "admin_port", "tls_cert", "tls_key", "tls_client_ca", "tokens"} - {
-    field.name for field in dataclasses.fields(ServerConfig)
-}
-"""Settings that the server is about to have."""
-
-
-def _known(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.partition(" ")[0] not in COMING)
-
-
 def config(variant: str, tmp_path) -> ServerConfig:
     """The settings that a pod's command and file come to, read by the program itself."""
     objects = charts.serving(variant)
     path = tmp_path / "turbolens.toml"
-    path.write_text(_known(charts.one_of(objects, "ConfigMap", "tl-turbolens")["data"]["turbolens.toml"]))
+    path.write_text(charts.one_of(objects, "ConfigMap", "tl-turbolens")["data"]["turbolens.toml"])
     (mount,) = (m["mountPath"] for m in charts.server(objects)["volumeMounts"] if m["name"] == "config")
     arguments = charts.server(objects)["args"]
     assert arguments == ["--config", f"{mount}/turbolens.toml"]
@@ -48,7 +40,7 @@ def config(variant: str, tmp_path) -> ServerConfig:
 def test_the_program_takes_every_flag_and_setting(variant, tmp_path):
     made = config(variant, tmp_path)
     assert (made.host, made.log_format) == ("0.0.0.0", "json")
-    given = {name: value for name, value in charts.settings(charts.serving(variant)).items() if name not in COMING}
+    given = charts.settings(charts.serving(variant))
     assert {name: list(value) if isinstance(value := getattr(made, name), tuple) else value for name in given} == given
 
 
@@ -73,10 +65,10 @@ def test_ports_agree(variant):
     objects = charts.serving(variant)
     given = charts.settings(objects)
     ports = {one["name"]: one["containerPort"] for one in charts.server(objects)["ports"]}
-    wanted = {"grpc": "port", "health": "health_port", "metrics": "metrics_port", "admin": "admin_port"}
-    assert ports == {name: given[setting] for name, setting in wanted.items() if given[setting]}
+    wanted = {"grpc": "port", "health": "health_port", "metrics": "metrics_port"}
+    assert ports == {name: given[setting] for name, setting in wanted.items()}
     exposed = [int(port) for port in re.findall(r"^EXPOSE (.+)$", charts.DOCKERFILE, re.M)[-1].split()]
-    assert set(exposed) == {*ports.values()} - {given["admin_port"]}
+    assert set(exposed) == {*ports.values()}
     for one in objects:
         if one["kind"] == "Service" and one["metadata"]["labels"]["app.kubernetes.io/component"] == "server":
             assert [(port["port"], port["targetPort"]) for port in one["spec"]["ports"]] == [(ports["grpc"], "grpc")]
@@ -210,10 +202,12 @@ def test_the_studio_takes_what_its_pod_says():
 async def test_the_probes_see_a_server_that_loads_and_then_serves(tmp_path):
     probes = [charts.server(charts.serving("mini"))[name]["grpc"]["service"] for name in PROBES]
     up, down = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-    off = {name: 0 for name in ("health_port", "metrics_port") if name not in COMING}
-    made = dataclasses.replace(config("mini", tmp_path), **off)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = dataclasses.replace(config("mini", tmp_path), host="127.0.0.1", health_port=port, metrics_port=0)
     serving = Serving(made)
-    port = await serving.start("127.0.0.1:0")
+    await serving.start("127.0.0.1:0")
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             ask = health_pb2_grpc.HealthStub(channel).Check
@@ -224,8 +218,23 @@ async def test_the_probes_see_a_server_that_loads_and_then_serves(tmp_path):
             assert await states() == [down, down, up]
             await load_and_serve(serving, made)
             assert await states() == [up, up, up]
+            _holds_the_questions_to(serving.metrics.registry)
     finally:
         await serving.stop(0)
+
+
+def _holds_the_questions_to(registry) -> None:
+    """Alerts, dashboard and autoscalers ask for series that this server has, by labels that they have."""
+    told = list(registry.collect())
+    names = {*(sample.name for metric in told for sample in metric.samples)}
+    # A counter or histogram with labels has no sample before the first.
+    kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    names |= {f"{metric.name}{end}" for metric in told for end in kinds.get(metric.type, ())}
+    for who, question in questions().items():
+        asked = set(re.findall(r"(?<![\w:])turbolens_\w+", question))
+        assert asked <= names, f"{who}: {asked - names}"
+    (build,) = (sample for metric in told for sample in metric.samples if sample.name == "turbolens_build_info")
+    assert build.labels["version"]
 
 
 def test_a_changed_setting_rolls_the_pods():
@@ -243,7 +252,7 @@ def test_settings_reach_the_program_as_they_were_written(tmp_path):
     awkward |= {"warm_up": False, "max_queue_pictures": 1_000_000}
     objects = charts.objects_of(charts.template("mini", {"settings": awkward}))
     path = tmp_path / "turbolens.toml"
-    path.write_text(_known(charts.one_of(objects, "ConfigMap")["data"]["turbolens.toml"]))
+    path.write_text(charts.one_of(objects, "ConfigMap")["data"]["turbolens.toml"])
     made = read_config(["--config", str(path)], {})
     assert json.loads(json.dumps({name: getattr(made, name) for name in awkward})) == awkward
 

@@ -55,8 +55,11 @@ CONTRADICTIONS = {
     "no-certificate": ({"tls": {"enabled": True}}, "tls.existingSecret"),
     "no-issuer": ({"tls": {"enabled": True, "certManager": {"enabled": True}}}, "tls.certManager.issuer"),
     "tls-off": ({"tls": {"existingSecret": "tls"}}, "tls.enabled is false"),
-    "open-admin": ({"ports": {"admin": 50053}}, "ports.admin needs auth.existingSecret"),
     "token-for-nobody": ({"auth": {"clientSecret": "a"}}, "auth.clientSecret"),
+    "token-in-the-clear": (
+        {"auth": {"existingSecret": "a", "clientSecret": "b"}},
+        "auth.clientSecret needs tls.enabled",
+    ),
     "same-port": ({"ports": {"health": 50051}}, "ports."),
     "gateway-of-nothing": ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
     "gateway-trusts-nobody": (

@@ -76,7 +76,6 @@ capabilities:
   "port" (int .Values.ports.grpc)
   "health_port" (int .Values.ports.health)
   "metrics_port" (int .Values.ports.metrics)
-  "admin_port" (int .Values.ports.admin)
   "grace_s" (int .Values.timing.graceSeconds) }}
 {{- if .Values.tls.enabled }}
 {{- $made = merge $made (dict "tls_cert" "/etc/turbolens/tls/tls.crt" "tls_key" "/etc/turbolens/tls/tls.key") }}
@@ -150,8 +149,8 @@ capabilities:
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuer) }}{{ fail "tls.certManager.enabled needs tls.certManager.issuer" }}{{ end }}
 {{- else if or $v.tls.existingSecret $v.tls.certManager.enabled $v.tls.clientCA.enabled }}{{ fail "tls.enabled is false and another value of tls asks for it" }}
 {{- end }}
-{{- if and (int $v.ports.admin) (not $v.auth.existingSecret) }}{{ fail "ports.admin needs auth.existingSecret: whoever reached it could unload what is served" }}{{ end }}
 {{- if and $v.auth.clientSecret (not $v.auth.existingSecret) }}{{ fail "auth.clientSecret is given and auth.existingSecret is not: nobody would ask for the token" }}{{ end }}
+{{- if and $v.auth.clientSecret (not $v.tls.enabled) }}{{ fail "auth.clientSecret needs tls.enabled: the SDK sends no token in the clear" }}{{ end }}
 {{- if and $v.gateway.enabled $v.tls.enabled }}
 {{- if $v.tls.clientCA.enabled }}{{ fail "gateway.enabled and tls.clientCA.enabled: a gateway ends its callers' TLS and shows no certificate of theirs" }}{{ end }}
 {{- if not $v.gateway.backendCA }}{{ fail "gateway.enabled and tls.enabled: name in gateway.backendCA who signed the server's certificate" }}{{ end }}
