@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 
@@ -160,7 +160,7 @@ def _address(targets: Sequence[str]) -> tuple[str, str | None]:
             addresses = socket.getaddrinfo(host.strip("[]"), int(port), socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
             raise ValueError(f"{one}: {error}") from error
-        found += [f"{address[4][0]!s}:{address[4][1]}" for address in addresses]
+        found += [f"{cast(str, address[4][0])}:{port}" for address in addresses]
     return f"ipv4:{','.join(dict.fromkeys(found))}", named[0]
 
 
