@@ -24,7 +24,9 @@ _BY_CHANNELS: Final = {
 def check_folder(folder: Path, variant: str | None) -> None:
     """Raise LoadError where a `diffusers` folder is no SDXL-type model from noise, or its weights are not to be had."""
     index = _read(folder / "model_index.json")
-    kind = str(index.get("_class_name"))
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        raise LoadError(f"{folder / 'model_index.json'}: does not say what pipeline it is of (_class_name)")
     if not kind.startswith("StableDiffusionXL"):
         raise LoadError(f"{folder}: is a {kind}, and SDXL-type models are served")
     if (index.get("text_encoder") or [None])[-1] is None:
