@@ -8,9 +8,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import save_random_model
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
+from tests.conftest import save_random_model
 from turbolens_server.config import ConfigError, ServerConfig, read_config
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.sampler import Sampler, UnsupportedScheduler, check_scheduler
