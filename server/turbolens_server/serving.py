@@ -24,6 +24,7 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine
+from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
@@ -188,7 +189,7 @@ class Serving:
     def _on_error(self, error: Exception) -> None:
         if device_is_lost(error) and not self.device_lost.is_set():
             self.device_lost.set()
-            get_logger().error("device lost", error=str(error).partition("\n")[0])
+            get_logger().error("device lost", error=first_line(error))
             self._telling = asyncio.create_task(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

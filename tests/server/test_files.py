@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from turbolens_server.files import WriteError, check_writable, whole_file, whole_folder, write_file, write_files
+from turbolens_server.files import (
+    WriteError,
+    check_writable,
+    first_line,
+    whole_file,
+    whole_folder,
+    write_file,
+    write_files,
+)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -23,6 +31,17 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  one\ntwo"), "one"), (RuntimeError("a" * 500), "a" * 200), (KeyError(), "KeyError"),
+        (MemoryError("\n"), "MemoryError"),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_an_error_is_short_and_says_something(error: Exception, line: str) -> None:
+    assert first_line(error) == line
 
 
 def test_a_file_appears_whole_in_folders_that_are_made(tmp_path: Path) -> None:

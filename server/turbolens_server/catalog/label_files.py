@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from turbolens_server.catalog.config import ImportLabelsConfig
 from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
-from turbolens_server.files import hash_file
+from turbolens_server.files import first_line, hash_file
 from turbolens_server.sae.bundle import load_bundle
 
 _ENDINGS: Final = (".csv", ".json", ".jsonl", ".parquet")
@@ -91,7 +91,7 @@ def read_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     except FileNotFoundError as error:
         raise LabelFileError(f"{path}: no such file") from error
     except Exception as error:  # csv, json and pyarrow raise many kinds
-        raise LabelFileError(f"{path}: unreadable ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+        raise LabelFileError(f"{path}: unreadable ({first_line(error)})") from error
     named: list[tuple[str, Mapping[str, Any]]] = []
     for at, row in enumerate(rows, 1):
         if not isinstance(row, dict):

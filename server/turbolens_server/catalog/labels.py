@@ -14,6 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from turbolens_server.files import first_line
 from turbolens_server.sae.bundle import FEATURES_FILE, BundleError, amend_bundle
 
 FILE_NAME: Final = FEATURES_FILE
@@ -128,7 +129,7 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
             for row in rows
         }
     except Exception as error:  # pyarrow raises many kinds
-        raise BundleError(f"{path}: unreadable ({str(error).splitlines()[0]})") from error
+        raise BundleError(f"{path}: unreadable ({first_line(error)})") from error
     if len(labels) < len(rows):
         raise BundleError(f"{path}: a feature has more than one row")
     if outside := [index for index in labels if not 0 <= index < d_sae]:

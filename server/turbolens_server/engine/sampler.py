@@ -13,6 +13,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from turbolens_server.files import first_line
+
 _ESTIMATES: Final = ("pred_original_sample", "denoised")
 """What samplers call their estimate of the clean latents where they tell it."""
 _SOLVES_FOR_CLEAN: Final = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
@@ -159,8 +161,9 @@ def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = (
             for t in run.timesteps if len(visited) == steps else ():
                 previews &= run.advance(torch.zeros_like(run.scaled(t)), t) is not None
         except Exception as error:  # each sampler has its own way to refuse a number of steps
-            why = " ".join(str(error).split())[:200]
-            raise UnsupportedScheduler(f"scheduler {name} cannot take {taken} ({why}){way_out}") from error
+            raise UnsupportedScheduler(
+                f"scheduler {name} cannot take {taken} ({first_line(error)}){way_out}"
+            ) from error
         if len(visited) != steps:
             raise UnsupportedScheduler(
                 f"scheduler {name} takes {len(visited)} passes of the U-Net for {taken}{way_out}"

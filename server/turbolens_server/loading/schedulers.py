@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import diffusers
 
+from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 
 _ENDINGS: Final = ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler")
@@ -40,8 +41,9 @@ def choose_scheduler(own: Any, name: str | None, spacing: str | None) -> Any:
     try:
         return kind.from_config(settings)
     except Exception as error:  # each has its own way to refuse settings, or needs a package
-        why = " ".join(str(error).split())[:200]
-        raise LoadError(f"--scheduler {kind.__name__}: cannot be made of the model's settings ({why})") from error
+        raise LoadError(
+            f"--scheduler {kind.__name__}: cannot be made of the model's settings ({first_line(error)})"
+        ) from error
 
 
 def hash_with(components_hash: str, scheduler: Any) -> str:

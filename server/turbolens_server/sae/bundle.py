@@ -379,7 +379,7 @@ def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:
         tensors = load_file(path)
         stats = FeatureStats(**{f.name: tensors[f.name].numpy() for f in dataclasses.fields(FeatureStats)})
     except Exception as error:
-        raise BundleError(f"{path}: unreadable ({error})") from error
+        raise BundleError(f"{path}: unreadable ({first_line(error)})") from error
     for name in ("mean", "max", "frequency"):
         if getattr(stats, name).shape != (d_sae,):
             raise BundleError(f"{path}: {name} has shape {getattr(stats, name).shape}, expected ({d_sae},)")

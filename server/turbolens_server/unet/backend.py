@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from turbolens_server.files import first_line
 from turbolens_server.unet.conditions import Conditions
 
 PREDICTION: Final = "prediction"
@@ -79,7 +80,9 @@ def need(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        raise BackendError(f"{module} cannot be imported ({error}); pip install 'turbolens[{extra}]'") from error
+        raise BackendError(
+            f"{module} cannot be imported ({first_line(error)}); pip install 'turbolens[{extra}]'"
+        ) from error
 
 
 def update_name(point: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbolens_server.files import first_line
 from turbolens_server.unet.backend import PREDICTION, BackendError, need
 
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -39,7 +40,7 @@ class OnnxRunner:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # ONNX Runtime has an exception type of its own for every status
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path} ({_one_line(error)})") from error
+            raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path} ({first_line(error)})") from error
         if provider not in self._session.get_providers():
             raise BackendError(f"ONNX Runtime {ort.__version__} could not start its {provider} on {device}")
         self._device = device
@@ -58,7 +59,3 @@ class OnnxRunner:
                 bind(name, tensor.device.type, tensor.device.index or 0, kind, list(tensor.shape), tensor.data_ptr())
         self._session.run_with_iobinding(binding, self._whole if PREDICTION in outputs else self._part)
         binding.synchronize_outputs()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

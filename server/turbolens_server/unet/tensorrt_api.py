@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from turbolens_server.files import first_line
 from turbolens_server.unet.backend import BackendError
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -93,7 +94,7 @@ def find_tensorrt() -> TensorRT:
             api = importlib.import_module(module)
             return TensorRT(flavour, api.__version__, api)
         except (ImportError, OSError, AttributeError) as error:
-            reasons.append(f"{module}: {error}")
+            reasons.append(f"{module}: {first_line(error)}")
     raise BackendError(
         f"no TensorRT can be imported ({'; '.join(reasons)}); pip install 'turbolens[tensorrt]', or "
         "'turbolens[tensorrt-rtx]' for RTX GPUs"

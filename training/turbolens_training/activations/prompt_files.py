@@ -16,6 +16,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from turbolens_server.files import first_line
+
 TEXT: Final = "text"
 """The kind of a column that holds text; of any other, its type in words."""
 _SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -252,7 +254,7 @@ def _kind(type_: Any) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> PromptError:
-    return PromptError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})")
+    return PromptError(f"{path}: cannot be read as Parquet ({first_line(error)})")
 
 
 _READERS: Final[dict[str, Callable[[Path, str | None], Column]]] = {

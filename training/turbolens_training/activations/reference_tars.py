@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from turbolens_server.files import hash_file
+from turbolens_server.files import first_line, hash_file
 from turbolens_server.unet.points import find_point
 from turbolens_training.activations.cache import CacheError, ShardCache, StoredUpdates
 
@@ -65,8 +65,7 @@ def read_tar(path: Path) -> Iterator[TarSample]:
         try:
             diff = torch.load(io.BytesIO(files["diff.pth"]), map_location="cpu", weights_only=True)
         except Exception as error:  # the reader of pickles raises many kinds
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CacheError(f"{where}.diff.pth: not a plain tensor ({why})") from error
+            raise CacheError(f"{where}.diff.pth: not a plain tensor ({first_line(error)})") from error
         if not isinstance(diff, Tensor) or diff.ndim not in (4, 5):
             raise CacheError(f"{where}.diff.pth: expected a tensor [B, steps, d_model, h, w]")
         if diff.ndim == 4:
