@@ -127,6 +127,9 @@ export interface LimitsJson {
   maxFound?: number;
   maxRequestFeatures?: number;
   maxReferences?: number;
+  maxRequestBytes?: number;
+  maxSelected?: number;
+  maxSaes?: number;
 }
 
 export interface SamplingJson {
