@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def _start(command: list[str], shows: str, until: str) -> tuple[subprocess.Popen
         found = re.search(shows, line)
         address = found[1] if found else address
         if until in line:
+            # Whoever writes to a pipe that nobody reads stops at some line.
+            threading.Thread(target=process.communicate, daemon=True).start()
             return process, address
     raise SystemExit(f"turbolens {command[0]} did not start")
 

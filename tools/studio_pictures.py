@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlencode
@@ -102,6 +103,7 @@ def main() -> None:
     studio = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         found = next(filter(None, (re.search(r"http://\S+", line) for line in studio.stdout or ())))
+        threading.Thread(target=studio.communicate, daemon=True).start()
         address, _, token = found[0].partition("/?token=")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
