@@ -13,7 +13,7 @@ import turbolens as tl
 from turbolens_server.embedded import start
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights, load_bundle, save_bundle
-from turbolens_server.sae.reference import encode_dense
+from turbolens_server.sae.twin import encode_dense
 from turbolens_training.activations.stream import collect_updates
 
 PROMPT, AT = "a big red star", "mid.0"

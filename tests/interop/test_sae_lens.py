@@ -11,7 +11,7 @@ import torch
 from turbolens_server.loading.hub import embedded_saes
 from turbolens_server.sae.bundle import SaeWeights, load_bundle, save_bundle
 from turbolens_server.sae.formats.read import read_sae
-from turbolens_server.sae.reference import decode_dense, encode_dense
+from turbolens_server.sae.twin import decode_dense, encode_dense
 
 pytestmark = pytest.mark.interop
 FOLDERS = sorted(embedded_saes().glob("*/"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from turbolens_server.engine.types import Job
-from turbolens_server.sae.reference import encode_dense
+from turbolens_server.sae.twin import encode_dense
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import tapped_forward
 

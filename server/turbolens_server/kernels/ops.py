@@ -1,7 +1,7 @@
 """The SAE kernels as PyTorch operators (namespace `turbolens`): known to autograd, `torch.compile` and export.
 
 On a CPU each runs in plain torch, on a GPU what :mod:`turbolens_server.kernels.choice` says; the slow twin of each is
-in :mod:`turbolens_server.kernels.reference`. The functions check their arguments and call the operator of their name.
+in :mod:`turbolens_server.kernels.twin`. The functions check their arguments and call the operator of their name.
 
 A NaN pre-activation counts as larger than any number and stays a NaN, so that it is seen and never hidden.
 """

@@ -1,6 +1,6 @@
 """Encode and decode with one SAE, per position, always: what a row gets never depends on its batch mates.
 
-The slow, readable twin of everything here is :mod:`turbolens_server.sae.reference`.
+The slow, readable twin of everything here is :mod:`turbolens_server.sae.twin`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.types import Job, NotFinite, Reference
 from turbolens_server.loading.load import load_engine
-from turbolens_server.sae.reference import encode_dense
+from turbolens_server.sae.twin import encode_dense
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.sampling import sample

@@ -16,8 +16,8 @@ from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.types import Job, SaeOptions
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
-from turbolens_server.sae.reference import encode_dense, steer_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.twin import encode_dense, steer_dense
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_server.steering.resolve import ResolvedEdit

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from turbolens_server.kernels import choice, ops, plain, reference
+from turbolens_server.kernels import choice, ops, plain, twin
 
 
 @st.composite
@@ -31,7 +31,7 @@ def test_topk_is_the_rule_of_its_twin_and_ties_go_to_the_smaller_feature(encoder
     x, W_enc, bias = encoder
     k = data.draw(st.integers(1, len(bias)))
     values, indices, flagged = ops.encode_topk(x, W_enc, bias, k)
-    expected, chosen = reference.select_topk(reference.pre_activations(x, W_enc, bias), k)
+    expected, chosen = twin.select_topk(twin.pre_activations(x, W_enc, bias), k)
     assert torch.equal(values, expected.float())
     positive = expected > 0
     assert torch.equal(indices[positive], chosen[positive])
@@ -66,7 +66,7 @@ def test_jumprelu_is_its_twin_and_tells_what_did_not_fit(encoder, data):
     threshold = torch.randint(-3, 4, (len(bias),), generator=torch.Generator().manual_seed(1)).float()
     slots = data.draw(st.integers(1, len(bias)))
     values, indices, counts = ops.encode_jumprelu(x, W_enc, bias, threshold, slots)
-    expected = reference.select_above(reference.pre_activations(x, W_enc, bias), threshold)
+    expected = twin.select_above(twin.pre_activations(x, W_enc, bias), threshold)
     assert counts.tolist() == [len(row) for row in expected]
     for got, at, row in zip(values.tolist(), indices.tolist(), expected, strict=True):
         kept = min(len(row), slots)
@@ -81,14 +81,14 @@ def test_gather_decode_is_its_twin_whatever_repeats(rows, width, seed):
     values = torch.rand(rows, width, generator=generator)
     indices = torch.randint(0, 3, (rows, width), generator=generator)
     W_dec = torch.randn(3, 7, generator=generator)
-    expected = reference.gather_decode(values, indices, W_dec)
+    expected = twin.gather_decode(values, indices, W_dec)
     assert torch.allclose(ops.gather_decode(values, indices, W_dec).double(), expected, atol=1e-5)
 
 
 def test_halves_are_encoded_in_float32():
     x, W_enc, bias = torch.randn(8, 40).half(), torch.randn(40, 30).half(), torch.randn(30)
     values, indices, _ = ops.encode_topk(x, W_enc, bias, 4)
-    expected, chosen = reference.select_topk(reference.pre_activations(x, W_enc, bias), 4)
+    expected, chosen = twin.select_topk(twin.pre_activations(x, W_enc, bias), 4)
     assert values.dtype == torch.float32
     assert torch.allclose(values.double(), expected, atol=1e-4)
     assert torch.equal(indices, chosen)

@@ -24,7 +24,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.rpc.warnings import late_start
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.sae.formats.read import find_saes
-from turbolens_server.sae.reference import encode_dense
+from turbolens_server.sae.twin import encode_dense
 from turbolens_server.serving import load_from
 
 

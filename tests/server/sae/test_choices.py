@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from turbolens_server.sae import sae as sae_module
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
-from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.twin import encode_dense
 
 D_MODEL, D_SAE, K_MAX, PREFIXES = 16, 40, 8, (10, 20, 40)
 

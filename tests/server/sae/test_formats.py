@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from turbolens_server.sae.bundle import Bundle, BundleError, load_bundle, save_bundle
 from turbolens_server.sae.formats.read import detect, find_saes, read_sae
-from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.twin import decode_dense, encode_dense
 from turbolens_server.unet.points import find_point, module_of
 
 

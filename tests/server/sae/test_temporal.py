@@ -23,9 +23,9 @@ from turbolens_server.engine.types import FeaturesReady, Job
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, BundleError, FeatureStats, SaeWeights, load_bundle, save_bundle
-from turbolens_server.sae.reference import decode_run_dense, encode_run_dense, steer_run_dense
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.temporal import by_step, changes, side_by_side
+from turbolens_server.sae.twin import decode_run_dense, encode_run_dense, steer_run_dense
 from turbolens_server.steering.compose import compose
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask

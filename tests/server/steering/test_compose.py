@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from turbolens_server.kernels import ops
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.twin import encode_dense
 from turbolens_server.steering.compose import compose, pack
 from turbolens_server.steering.kinds import KINDS
 from turbolens_server.steering.resolve import ResolvedEdit

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbolens_server.kernels import ops, reference
+from turbolens_server.kernels import ops, twin
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import encode_dense, steer_dense
+from turbolens_server.sae.twin import encode_dense, steer_dense
 from turbolens_server.steering.compose import compose, pack
 from turbolens_server.steering.resolve import ResolvedEdit
 
@@ -77,7 +77,7 @@ def test_a_batch_in_one_go_is_each_picture_by_the_dense_twin(batch):
     steered = run(ops.apply_edits, x, packed, codes)
     expected = torch.stack([steer_dense(BUNDLE, row, edits) for row, edits in zip(x, batch, strict=True)])
     assert torch.allclose(steered, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
-    assert torch.allclose(steered.double(), run(reference.apply_edits, x, packed, codes), atol=1e-4)
+    assert torch.allclose(steered.double(), run(twin.apply_edits, x, packed, codes), atol=1e-4)
 
 
 @given(st.lists(edit_lists(), min_size=1, max_size=4))

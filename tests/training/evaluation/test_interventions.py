@@ -9,8 +9,8 @@ import torch
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.twin import decode_dense, encode_dense
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.tapped import find_hook_points
 from turbolens_server.unet.torch_unet import TorchUNet

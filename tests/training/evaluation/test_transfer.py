@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import encode_dense
 from turbolens_server.sae.sae import Sae
+from turbolens_server.sae.twin import encode_dense
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.edits import (
     NOTHING,

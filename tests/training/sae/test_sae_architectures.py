@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle, BundleError, Nesting, SaeWeights, load_bundle, save_bundle
-from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Sae
-from turbolens_training.sae import maths, reference
+from turbolens_server.sae.twin import decode_dense, encode_dense
+from turbolens_training.sae import maths, twin
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.architectures.batch_topk import BatchTopK, batch_top_k
@@ -59,11 +59,11 @@ def test_selections_are_those_of_their_slow_twins(seed: int, k: int, positions: 
     pre, threshold = random_pre(seed, positions), random_weights(seed).threshold
     assert threshold is not None
     for active, expected in (
-        (maths.top_k(pre, k), reference.top_k(pre, k)),
-        (batch_top_k(pre, k), reference.batch_top_k(pre, k)),
-        (jump_relu(pre, threshold, 0.3), reference.jump_relu(pre, threshold)),
+        (maths.top_k(pre, k), twin.top_k(pre, k)),
+        (batch_top_k(pre, k), twin.batch_top_k(pre, k)),
+        (jump_relu(pre, threshold, 0.3), twin.jump_relu(pre, threshold)),
     ):
-        assert torch.equal(reference.dense(active, D_SAE), expected)
+        assert torch.equal(twin.dense(active, D_SAE), expected)
         assert torch.equal(active.counts(D_SAE), (expected > 0).sum(0))
 
 
@@ -72,7 +72,7 @@ def test_a_position_may_get_nothing() -> None:
     pre[1, 4] = 2.0
     weights = random_weights(0)
     for active in (maths.top_k(pre, 2), batch_top_k(pre, 2), jump_relu(pre, torch.zeros(D_SAE).double(), 0.1)):
-        z = reference.dense(active, D_SAE)
+        z = twin.dense(active, D_SAE)
         assert z.nonzero().tolist() == [[1, 4]]
         assert torch.allclose(maths.decode(active, weights.W_dec), z @ weights.W_dec)
 
@@ -82,8 +82,8 @@ def test_encoder_and_decoder_are_those_of_their_slow_twins(seed: int, k: int) ->
     weights = random_weights(seed)
     x = torch.randn(5, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     pre = maths.pre_activations(weights, x)
-    assert torch.allclose(pre, reference.pre_activations(weights, x))
-    z = reference.top_k(pre, k)
+    assert torch.allclose(pre, twin.pre_activations(weights, x))
+    z = twin.top_k(pre, k)
     assert torch.allclose(maths.decode(maths.top_k(pre, k), weights.W_dec), z @ weights.W_dec)
 
 
@@ -92,7 +92,7 @@ def test_the_matryoshka_loss_is_that_of_its_slow_twin(seed: int) -> None:
     weights = random_weights(seed)
     x = torch.randn(5, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     loss = Matryoshka(3, (1, 5), (5, 10)).run(weights, x).loss
-    assert loss.item() == pytest.approx(reference.matryoshka_loss(weights, x, 3, (1, 5), (5, 10)))
+    assert loss.item() == pytest.approx(twin.matryoshka_loss(weights, x, 3, (1, 5), (5, 10)))
 
 
 @given(SEEDS, st.floats(0.05, 2))
@@ -106,12 +106,12 @@ def test_thresholds_learn_by_the_straight_through_gradients(seed: int, bandwidth
     architecture.run(dataclasses.replace(weights, threshold=threshold.requires_grad_()), x).loss.backward()
 
     threshold = threshold.detach()
-    pre = reference.pre_activations(weights, x)
-    z = reference.jump_relu(pre, threshold)
+    pre = twin.pre_activations(weights, x)
+    z = twin.jump_relu(pre, threshold)
     of_values = 2 / x.numel() * (z @ weights.W_dec + weights.b_dec - x) @ weights.W_dec.T
     l0 = float((z > 0).sum()) / len(x)
     of_gates = torch.full_like(pre, 0.3 * 2 * (l0 / 4 - 1) / 4 / len(x))
-    expected = reference.threshold_gradient(pre, threshold, of_values, of_gates, bandwidth)
+    expected = twin.threshold_gradient(pre, threshold, of_values, of_gates, bandwidth)
     assert weights.threshold is not None
     assert weights.threshold.grad is not None
     assert torch.allclose(weights.threshold.grad, expected, rtol=1e-8, atol=1e-10)
@@ -213,7 +213,7 @@ def test_training_and_serving_select_the_same(variant: str) -> None:
     pre = maths.pre_activations(export.weights, x)
     active = build_architecture(VARIANTS[variant]).encode(export.weights, pre)
     bundle = Bundle("a", "a", export.architecture, export.k, export.weights, None, "", None, {})
-    assert torch.allclose(reference.dense(active, SMALL.d_sae), encode_dense(bundle, x), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(twin.dense(active, SMALL.d_sae), encode_dense(bundle, x), rtol=1e-4, atol=1e-3)
 
 
 def test_a_matryoshka_is_served_at_any_k_and_every_prefix(tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ from hypothesis import strategies as st
 
 import turbolens_training
 from turbolens_server.sae.bundle import Bundle, SaeWeights
-from turbolens_server.sae.reference import decode_dense, encode_dense
 from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.sae.twin import decode_dense, encode_dense
 from turbolens_training.activations.stream import Updates
 from turbolens_training.measures.quality import measure
-from turbolens_training.sae import maths, reference
+from turbolens_training.sae import maths, twin
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.batch_topk import batch_top_k
 from turbolens_training.sae.architectures.topk import TopK
@@ -79,12 +79,12 @@ def random_tokens(seed: int, n: int = 40) -> torch.Tensor:
 def test_auxk_teaches_the_dead_what_the_strongest_leave_over(seed: int, strongest: int) -> None:
     weights, x = random_weights(seed), random_tokens(seed)
     pre = maths.pre_activations(weights, x)
-    expected = reference.auxk_target(weights, x, strongest)
+    expected = twin.auxk_target(weights, x, strongest)
     for active in (maths.top_k(pre, K), batch_top_k(pre, K)):
         target = maths.auxk_target(weights, x, maths.strongest(pre, active, strongest))
         assert torch.allclose(target, expected)
     # What they learn, added to the reconstruction by the strongest, is x.
-    z = reference.top_k(reference.pre_activations(weights, x), strongest)
+    z = twin.top_k(twin.pre_activations(weights, x), strongest)
     assert torch.allclose(target + z @ weights.W_dec + weights.b_dec, x)
 
 
@@ -175,7 +175,7 @@ def test_a_perfect_sae_has_no_loss() -> None:
 
 def test_the_loss_does_not_depend_on_the_batchs_own_variance() -> None:
     x, y = random_tokens(0), random_tokens(1)
-    assert maths.reconstruction_loss(x, y).item() == pytest.approx(reference.fvu(x, y))
+    assert maths.reconstruction_loss(x, y).item() == pytest.approx(twin.fvu(x, y))
     small = maths.reconstruction_loss(0.1 * x, 0.1 * y).item()
     assert small == pytest.approx(0.01 * maths.reconstruction_loss(x, y).item())
 

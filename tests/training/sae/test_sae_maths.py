@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
-from turbolens_training.sae import reference
+from turbolens_training.sae import twin
 from turbolens_training.sae.maths import auxk_loss, decode, initial_weights, pre_activations, top_k, top_k_among
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
@@ -90,7 +90,7 @@ def test_auxk_is_the_share_of_the_residual_that_the_dead_leave_without_a_bias(de
     residual, encoder, rows, x = dead_features(dead=dead)
     pre = x @ encoder
     learning = top_k_among(pre, K_AUX, torch.arange(dead), torch.zeros(dead, dtype=torch.bool))
-    expected = reference.auxk_loss(pre, residual, rows, K_AUX)
+    expected = twin.auxk_loss(pre, residual, rows, K_AUX)
     assert auxk_loss(learning, residual, rows).item() == pytest.approx(expected, rel=1e-5)
     assert auxk_loss(top_k(torch.full_like(pre, -1.0), 1), residual, rows).item() == pytest.approx(1.0)
 
@@ -101,8 +101,8 @@ def test_only_members_that_are_not_barred_are_chosen(k: int) -> None:
     members, barred = torch.tensor([3, 7, 11, 12, 30]), torch.tensor([False, True, False, True, False])
     allowed = members[~barred]
     expected = torch.zeros(50, D_SAE)
-    expected[:, allowed] = reference.top_k(pre[:, allowed], k)
-    assert torch.equal(reference.dense(top_k_among(pre, k, members, barred), D_SAE), expected)
+    expected[:, allowed] = twin.top_k(pre[:, allowed], k)
+    assert torch.equal(twin.dense(top_k_among(pre, k, members, barred), D_SAE), expected)
 
 
 def test_auxk_does_not_reach_what_is_barred() -> None:

@@ -16,9 +16,9 @@ from torch.nn import functional
 import turbolens as tl
 from turbolens_server.catalog.labels import read_labels
 from turbolens_server.sae.bundle import Bundle, SaeWeights, load_bundle
-from turbolens_server.sae.reference import encode_run_dense
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.temporal import by_step, side_by_side
+from turbolens_server.sae.twin import encode_run_dense
 from turbolens_training import cli
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream
@@ -26,7 +26,7 @@ from turbolens_training.activations.stream import SceneStream
 from turbolens_training.activations.temporal import TemporalSource, sample_temporal
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.measures.quality import measure
-from turbolens_training.sae import reference
+from turbolens_training.sae import twin
 from turbolens_training.sae.architectures.temporal import Temporal
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_the_slow_twin(seed: int, k: int) -> None:
     weights, updates = random_weights(seed), random_updates(seed)
     architecture = Temporal(k, STEPS)
     done = architecture.run(weights, architecture.read(weights, torch.cat([*updates], 1)))
-    assert done.loss.item() == pytest.approx(reference.temporal_loss(weights, updates, k))
+    assert done.loss.item() == pytest.approx(twin.temporal_loss(weights, updates, k))
 
 
 def test_the_changes_of_every_step_start_with_unit_variance() -> None:

@@ -1,6 +1,6 @@
 """The maths that SAEs of every architecture share, as pure functions: encode, select, decode, and the losses.
 
-The slow, readable twin of everything here is :mod:`turbolens_training.sae.reference`.
+The slow, readable twin of everything here is :mod:`turbolens_training.sae.twin`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbolens_server.kernels import fused, plain, reference
+from turbolens_server.kernels import fused, plain, twin
 from turbolens_server.kernels.fused import Tiles, candidates_for
 
 SMALL = Tiles(block_m=16, block_n=16, block_k=16, merge_rows=16)
@@ -31,7 +31,7 @@ def encoders(draw):
 
 def check_topk(result, x, W_enc, bias, k):
     values, indices, _ = result
-    expected, chosen = reference.select_topk(reference.pre_activations(x, W_enc, bias), k)
+    expected, chosen = twin.select_topk(twin.pre_activations(x, W_enc, bias), k)
     positive = expected > 0
     assert torch.equal(values, expected.float())
     assert torch.equal(indices[positive], chosen[positive])
@@ -84,7 +84,7 @@ def test_nan_and_inf_come_first_and_stay_in_their_rows(dtype):
     W_enc[1] = 1  # inf everywhere, but NaN in what pads the last tile
     bias[[9, 30]] = math.nan
     values, indices, _ = fused.encode_topk(x.to(dtype), W_enc.to(dtype), bias, 4, tiles=SMALL)
-    expected, chosen = reference.select_topk(reference.pre_activations(x, W_enc, bias), 4)
+    expected, chosen = twin.select_topk(twin.pre_activations(x, W_enc, bias), 4)
     assert torch.equal(values.isnan(), expected.isnan())
     assert torch.equal(values.nan_to_num(), expected.float().nan_to_num())
     assert torch.equal(indices[~(expected <= 0)], chosen[~(expected <= 0)])
@@ -109,7 +109,7 @@ def test_jumprelu_is_its_twin_and_counts_what_did_not_fit(encoder, slots, seed):
     slots = min(slots, len(bias))
     threshold = whole(torch.Generator().manual_seed(seed), len(bias))
     values, indices, counts = fused.encode_jumprelu(x, W_enc, bias, threshold, slots, tiles=SMALL)
-    expected = reference.select_above(reference.pre_activations(x, W_enc, bias), threshold)
+    expected = twin.select_above(twin.pre_activations(x, W_enc, bias), threshold)
     assert counts.tolist() == [len(row) for row in expected]
     for got, at, row in zip(values.tolist(), indices.tolist(), expected, strict=True):
         pairs = list(zip(got, at, strict=True))
@@ -127,7 +127,7 @@ def test_gather_decode_is_its_twin_whatever_repeats(rows, width, d_model, seed):
     values, indices = whole(generator, rows, width), torch.randint(0, 3, (rows, width), generator=generator)
     W_dec = whole(generator, 3, d_model)
     decoded = fused.gather_decode(values, indices, W_dec.half())
-    assert torch.equal(decoded.double(), reference.gather_decode(values, indices, W_dec))
+    assert torch.equal(decoded.double(), twin.gather_decode(values, indices, W_dec))
 
 
 @few_examples
@@ -146,7 +146,7 @@ def test_edits_are_their_twin_for_rows_with_any_number_of_entries(entries, posit
         whole(generator, rows, positions, k),
         torch.randint(0, d_sae, (rows, positions, k), generator=generator),
     )
-    assert torch.equal(fused.apply_edits(*arguments).double(), reference.apply_edits(*arguments))
+    assert torch.equal(fused.apply_edits(*arguments).double(), twin.apply_edits(*arguments))
 
 
 def test_half_precision_updates_keep_their_type_and_untouched_rows_their_bits():
