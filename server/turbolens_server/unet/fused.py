@@ -30,7 +30,7 @@ _COMPILATIONS: Final = 256
 """Most compilations of one function: each shape of a block counts, for one picture and for several."""
 
 
-class Weights(NamedTuple):
+class WeightBias(NamedTuple):
     """A linear map or a convolution, or the last part of a norm."""
 
     weight: Tensor
@@ -40,26 +40,26 @@ class Weights(NamedTuple):
 class LayerWeights(NamedTuple):
     """A transformer layer of width d."""
 
-    norm1: Weights
-    qkv: Weights  # [3 d, d]
-    out1: Weights
-    norm2: Weights
-    query: Weights
-    out2: Weights
-    norm3: Weights
-    ff_in: Weights  # [8 d, d]: values and gates of a GEGLU
-    ff_out: Weights
+    norm1: WeightBias
+    qkv: WeightBias  # [3 d, d]
+    out1: WeightBias
+    norm2: WeightBias
+    query: WeightBias
+    out2: WeightBias
+    norm3: WeightBias
+    ff_in: WeightBias  # [8 d, d]: values and gates of a GEGLU
+    ff_out: WeightBias
 
 
 class ResnetWeights(NamedTuple):
     """A residual block of convolutions."""
 
-    norm1: Weights
-    conv1: Weights
-    time: Weights
-    norm2: Weights
-    conv2: Weights
-    shortcut: Weights | None
+    norm1: WeightBias
+    conv1: WeightBias
+    time: WeightBias
+    norm2: WeightBias
+    conv2: WeightBias
+    shortcut: WeightBias | None
     """A 1 x 1 convolution where the number of channels changes."""
 
 
@@ -81,7 +81,7 @@ def transformer_layer(tokens: Tensor, text: Tensor, w: LayerWeights, heads: int,
     return F.linear(values * F.gelu(gates), *w.ff_out) + tokens
 
 
-def enter(hidden: Tensor, norm: Weights, projection: Weights, groups: int, eps: float) -> Tensor:
+def enter(hidden: Tensor, norm: WeightBias, projection: WeightBias, groups: int, eps: float) -> Tensor:
     """What comes before a block's layers: [B, C, h, w] -> [B, h * w, d]."""
     tokens = F.group_norm(hidden, groups, *norm, eps).flatten(2).transpose(1, 2)
     return F.linear(tokens, *projection)
@@ -171,7 +171,7 @@ class FusedBlocks:
 
         with _many_compilations():
             _let_batch_vary(hidden)
-            tokens = self._enter(hidden, _weights(norm), _as_linear(module.proj_in), norm.num_groups, norm.eps)
+            tokens = self._enter(hidden, _weight_bias(norm), _as_linear(module.proj_in), norm.num_groups, norm.eps)
             for number, layer in enumerate(module.transformer_blocks):
                 if is_tapped(name, number, at):
                     tokens = run_layer(name, number, layer, tokens, text.hidden, steer, at)
@@ -198,7 +198,7 @@ def _many_compilations() -> Any:
     return torch._dynamo.config.patch(recompile_limit=_COMPILATIONS)
 
 
-def _layer_norm(tokens: Tensor, norm: Weights, eps: float) -> Tensor:
+def _layer_norm(tokens: Tensor, norm: WeightBias, eps: float) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:], *norm, eps)
 
 
@@ -211,13 +211,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 # Taking the weights
 
 
-def _weights(module: Any) -> Weights:
-    return Weights(module.weight, module.bias)
+def _weight_bias(module: Any) -> WeightBias:
+    return WeightBias(module.weight, module.bias)
 
 
-def _as_linear(module: Any) -> Weights:
+def _as_linear(module: Any) -> WeightBias:
     """A linear layer, or a 1 x 1 convolution as one."""
-    return Weights(module.weight.flatten(1), module.bias)
+    return WeightBias(module.weight.flatten(1), module.bias)
 
 
 def _join(linears: Sequence[nn.Linear]) -> Tensor:
@@ -249,15 +249,15 @@ def _layer_weights(name: str, layer: Any) -> LayerWeights:
         eps=layer.norm1.eps == layer.norm2.eps == layer.norm3.eps,
     )  # fmt: skip
     return LayerWeights(
-        norm1=_weights(layer.norm1),
-        qkv=Weights(_join([first.to_q, first.to_k, first.to_v]), None),
-        out1=_weights(first.to_out[0]),
-        norm2=_weights(layer.norm2),
-        query=_weights(second.to_q),
-        out2=_weights(second.to_out[0]),
-        norm3=_weights(layer.norm3),
-        ff_in=_weights(net[0].proj),
-        ff_out=_weights(net[2]),
+        norm1=_weight_bias(layer.norm1),
+        qkv=WeightBias(_join([first.to_q, first.to_k, first.to_v]), None),
+        out1=_weight_bias(first.to_out[0]),
+        norm2=_weight_bias(layer.norm2),
+        query=_weight_bias(second.to_q),
+        out2=_weight_bias(second.to_out[0]),
+        norm3=_weight_bias(layer.norm3),
+        ff_in=_weight_bias(net[0].proj),
+        ff_out=_weight_bias(net[2]),
     )
 
 
@@ -271,10 +271,10 @@ def _resnet_weights(name: str, module: ResnetBlock2D) -> ResnetWeights:
         norms=(module.norm1.num_groups, module.norm1.eps) == (module.norm2.num_groups, module.norm2.eps),
     )
     return ResnetWeights(
-        norm1=_weights(module.norm1),
-        conv1=_weights(module.conv1),
-        time=_weights(module.time_emb_proj),
-        norm2=_weights(module.norm2),
-        conv2=_weights(module.conv2),
-        shortcut=None if module.conv_shortcut is None else _weights(module.conv_shortcut),
+        norm1=_weight_bias(module.norm1),
+        conv1=_weight_bias(module.conv1),
+        time=_weight_bias(module.time_emb_proj),
+        norm2=_weight_bias(module.norm2),
+        conv2=_weight_bias(module.conv2),
+        shortcut=None if module.conv_shortcut is None else _weight_bias(module.conv_shortcut),
     )
