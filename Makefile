@@ -85,10 +85,10 @@ test-studio: $(STAMP)browser chromium  ## Rebuild the studio's page and compare;
 	@$(NPM) test
 	@$(NPM) run build -- --outDir $(CURDIR)/$(VENV)/studio-static --logLevel error
 	@diff -r $(VENV)/studio-static studio/turbolens_studio/static
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m browser tests/studio
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest tests/studio/test_in_browser.py
 
 test: $(STAMP)dev        ## Pass the tests
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow and not browser' --ignore tests/deploy
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not interop and not ray and not slow' --ignore tests/deploy --ignore tests/studio/test_in_browser.py
 
 test-deploy: $(STAMP)deploy  ## Check the charts, the image and the alerts with helm, promtool and hadolint, without a cluster
 	@$(PY) -m pytest -n 2 --dist loadfile tests/deploy

@@ -16,7 +16,6 @@ from visitor import PROMPT, TOKEN
 import turbolens as tl
 from turbolens._heatmap import colorize
 
-pytestmark = pytest.mark.browser
 SETTINGS = {"prompt": PROMPT, "seed": "7", "steps": "1"}
 RADIUS = 0.12 * SIZE
 
