@@ -15,6 +15,7 @@ with x_r and z_r the update and the activations of a reference run. The slow twi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -51,6 +52,8 @@ class RowEdits:
 
     def to(self, device: torch.device) -> RowEdits:
         """On a device."""
+        if self.gain.device == device:
+            return self
         return dataclasses.replace(
             self,
             gain=self.gain.to(device),
@@ -77,12 +80,11 @@ def compose(edits: Sequence[ResolvedEdit], positions: int) -> RowEdits:
         positions: P, of the grid.
     """
     features = torch.cat([torch.zeros(0, dtype=torch.int64), *(edit.features for edit in edits)]).unique()
+    whole = [edit for edit in edits if KINDS[edit.kind].whole]
     shape = (len(features), positions)
     gain, start = torch.ones(positions), torch.zeros(shape)
     patches: dict[str, Tensor] = {}
-    for edit in edits:
-        if not KINDS[edit.kind].whole:
-            continue
+    for edit in whole:
         gain = gain - edit.mask
         if edit.kind == "patch":
             patches[_named(edit)] = patches.get(_named(edit), 0) + edit.mask
@@ -96,8 +98,9 @@ def compose(edits: Sequence[ResolvedEdit], positions: int) -> RowEdits:
         if kind.whole:
             continue
         at = torch.searchsorted(features, edit.features)
-        own, put = (part(edit.amounts)[:, None] * edit.mask for part in (kind.own, kind.put))  # [F, P]
+        put = kind.put(edit.amounts)[:, None] * edit.mask  # [F, P]
         if kind.reads_own:
+            own = kind.own(edit.amounts)[:, None] * edit.mask
             slope[at] += own + slope[at] * own
             shift[at] += own * shift[at]
             for share in given.values():
@@ -140,6 +143,8 @@ class PackedEdits:
 
     def to(self, device: torch.device) -> PackedEdits:
         """On a device; the host does not wait for the copies to a GPU."""
+        if self.gain.device == device:
+            return self
 
         def move(tensor: Tensor) -> Tensor:
             if device.type == "cuda" and tensor.numel() and not tensor.is_cuda:
@@ -153,12 +158,16 @@ class PackedEdits:
 def pack(rows: Sequence[RowEdits | None], positions: int) -> PackedEdits:
     """Pack the edits of each row of a batch, all on one device; None: a row without edits."""
     present = [row for row in rows if row is not None]
+    if len(rows) == len(present) == 1:  # a picture alone in its batch: nothing to join
+        (row,) = present
+        offsets = torch.tensor([0, len(row.features)], dtype=torch.int32, device=row.gain.device)
+        return PackedEdits(row.gain[None], offsets, row.features, row.slope, row.shift)
     device = present[0].gain.device if present else torch.device("cpu")
     untouched, nothing = torch.ones(positions, device=device), torch.zeros(0, positions, device=device)
-    ends = torch.tensor([0, *(0 if row is None else len(row.features) for row in rows)]).cumsum(0)
+    ends = [0, *itertools.accumulate(0 if row is None else len(row.features) for row in rows)]
     return PackedEdits(
         gain=torch.stack([untouched if row is None else row.gain for row in rows]),
-        offsets=ends.int().to(device),
+        offsets=torch.tensor(ends, dtype=torch.int32, device=device),
         features=torch.cat([nothing[:, 0].long(), *(row.features for row in present)]),
         slope=torch.cat([nothing, *(row.slope for row in present)]),
         shift=torch.cat([nothing, *(row.shift for row in present)]),
