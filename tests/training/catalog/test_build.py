@@ -14,9 +14,8 @@ from turbolens_server.engine.types import Job
 from turbolens_server.files import hash_file
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.load import load_engine
-from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_bundle, load_bundle, save_bundle
+from turbolens_server.sae.bundle import FeatureStats, SaeWeights, amend_bundle, load_bundle, save_bundle, save_stats
 from turbolens_training.catalog import cli
-from turbolens_training.catalog.build import complete_stats
 
 D_SAE = 24
 
@@ -51,7 +50,7 @@ def test_prompts_give_statistics_and_examples_and_labels_stay(bundle: Path, tiny
     assert len(found.stats.update_rms) == 2
     assert found.stats.timesteps.tolist() == [999, 499]
     assert found.stats.frequency.sum() == pytest.approx(3, abs=0.01)
-    assert found.provenance["catalog"] == {"prompts": "prompts.txt", "pictures": 5, "seed": 0}
+    assert found.provenance["catalog"] == {"prompts": "prompts.txt", "pictures": 5, "seed": 0, "means": "published"}
     known = read_labels(bundle, D_SAE)
     assert known[4].label == "a cat"
     assert len({example.prompt for feature in known.values() for example in feature.examples}) == 5
@@ -81,7 +80,12 @@ def test_captions_are_read_as_training_reads_them(bundle: Path, tiny_folder: Pat
     cli.main([*argv, "--prompts", f"{tmp_path / 'a.csv'}:text"])
     examples = [example for feature in read_labels(bundle, D_SAE).values() for example in feature.examples]
     assert {example.prompt for example in examples} == {"a cat\u2028asleep", "a dog, running"}
-    assert load_bundle(bundle).provenance["catalog"] == {"prompts": "a.csv:text", "pictures": 2, "seed": 0}
+    assert load_bundle(bundle).provenance["catalog"] == {
+        "prompts": "a.csv:text",
+        "pictures": 2,
+        "seed": 0,
+        "means": "published",
+    }
     with pytest.raises(SystemExit, match=r"a\.csv: say which column"):
         cli.main([*argv, "--prompts", str(tmp_path / "a.csv")])
 
@@ -168,16 +172,38 @@ def test_only_bundles_are_built(bundle: Path, tmp_path: Path) -> None:
         cli.main(["build", "--saes", str(bundle.parent)])
 
 
-def test_statistics_are_completed_and_published_means_kept() -> None:
-    def stats(mean: float, steps: int) -> FeatureStats:
-        return FeatureStats(*(np.full(3, mean, np.float32) for _ in range(3)), np.arange(steps), np.ones(steps))
+@pytest.mark.parametrize("scenes", [True, False])
+def test_statistics_and_examples_are_of_the_same_passes(
+    scenes: bool, bundle: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Statistics from before, of other pictures, neither hide what the examples show nor forbid to add by the mean."""
+    nothing = np.zeros(D_SAE, np.float32)
+    save_stats(bundle, FeatureStats(nothing, nothing.copy(), nothing.copy(), np.array([999]), np.ones(1, np.float32)))
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring on snow\na cat\n")
+    prompts = [] if scenes else ["--prompts", str(tmp_path / "prompts.txt")]
+    argv = ["build", "--model", str(tiny_folder), "--saes", str(bundle), "--work", str(tmp_path), *prompts]
+    cli.main([*argv, "--images", "4", "--batch", "2", "--steps", "1", "2"])
+    stats, known = load_bundle(bundle).stats, read_labels(bundle, D_SAE)
+    assert stats is not None
+    assert stats.max.max() > 0
+    for index, feature in known.items():
+        largest = max((example.activation for example in feature.examples), default=0.0)
+        assert largest == stats.max[index]
+        assert bool(feature.examples) == (stats.frequency[index] > 0) == (stats.mean[index] > 0)
+        assert stats.mean[index] <= stats.max[index]
 
-    measured = stats(1, 2)
-    assert complete_stats(None, measured) is measured
-    both = complete_stats(stats(5, 0), measured)
-    assert (both.mean == 5).all()
-    assert (both.max == 1).all()
-    assert len(both.timesteps) == 2
+
+def test_published_means_are_kept_however_often_the_catalog_is_built(
+    bundle: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    argv = ["build", "--model", str(tiny_folder), "--saes", str(bundle), "--prompts", str(tmp_path / "prompts.txt")]
+    for _ in range(2):
+        cli.main([*argv, "--steps", "1"])
+        found = load_bundle(bundle)
+        assert found.stats is not None
+        assert (found.stats.mean == 7).all()
+        assert found.provenance["catalog"]["means"] == "published"
 
 
 def test_labels_are_imported_by_the_same_command(

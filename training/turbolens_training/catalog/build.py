@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
@@ -17,7 +16,6 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import Bundle, FeatureStats, save_stats
 from turbolens_server.sae.formats.read import find_saes, is_bundle
 from turbolens_server.sae.sae import Codes, Sae
-from turbolens_server.sae.temporal import side_by_side
 from turbolens_training.activations.prompt_specs import list_prompts
 from turbolens_training.activations.stream import (
     HELD_OUT,
@@ -30,10 +28,12 @@ from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
 from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
-from turbolens_training.measures.quality import measure
+from turbolens_training.measures.quality import SaeMeasurement
 from turbolens_training.measures.report import write_table
 
 _T = TypeVar("_T")
+PUBLISHED: Final = "published"
+"""Whose the means of a bundle are, where they are not the catalog's own."""
 
 
 def build(config: BuildConfig) -> None:
@@ -72,21 +72,52 @@ def build(config: BuildConfig) -> None:
         write_table(config.work / "labels", table)
 
 
-def complete_stats(known: FeatureStats | None, measured: FeatureStats) -> FeatureStats:
-    """Statistics of a bundle that lacks some: means that were published with it stay, as strengths are told in them."""
-    return measured if known is None else dataclasses.replace(measured, mean=known.mean)
+class Seen:
+    """What the pictures looked at show of one SAE's features: statistics and top examples, of the same passes."""
+
+    def __init__(self, config: BuildConfig, engine: Engine, sae: Sae) -> None:
+        grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
+        self.sae = sae
+        self._measured = SaeMeasurement.of(sae)
+        self._top = TopExamples(sae.bundle.d_sae, config.examples, grids[sae.bundle.hook_point])
+
+    def add(self, updates: Updates) -> list[Codes]:
+        """Take in a batch's updates; returns their codes, see :meth:`SaeMeasurement.look`."""
+        codes = self._measured.look(self.sae, updates)
+        self._top.add(updates, codes)
+        return codes
+
+    def examples(self) -> list[tuple[Example, ...]]:
+        """Of every feature, strongest first."""
+        return self._top.examples()
+
+    def stats(self) -> FeatureStats:
+        """Means that were published with the SAE stay, as strengths are told in them."""
+        measured, known = self._measured.stats(), self.sae.bundle.stats
+        return (
+            dataclasses.replace(measured, mean=known.mean)
+            if known and has_published_means(self.sae.bundle)
+            else measured
+        )
+
+
+def has_published_means(bundle: Bundle) -> bool:
+    """Whether the means of a bundle are not measured here, now or at an earlier build."""
+    if bundle.stats is None:
+        return False
+    return bundle.measured is None or dict(bundle.provenance.get("catalog") or {}).get("means") == PUBLISHED
 
 
 def _from_scenes(
     config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None
 ) -> list[dict[str, object]]:
-    """Look at pictures whose captions name every value; statistics are of other pictures, at every step.
+    """Look at pictures whose captions name every value, then at others of every number of steps.
 
     Args:
         config: the settings.
         engine: the model.
         saes: by hook point, all alike in their steps.
-        steps: of the runs that they read, if they are temporal; others look at one-step pictures.
+        steps: of the runs that they read, if they are temporal; others are labelled by one-step pictures.
 
     Returns:
         The rows of the table of what was labelled.
@@ -96,30 +127,27 @@ def _from_scenes(
         one_step_share=0.0, multi_steps=(steps or 1,),
     )  # fmt: skip
     batches = -(-config.images // config.batch)
-    seen, top = Observations(), _top_examples(config, engine, saes)
-    for chunk in _progress((stream.chunk(index) for index in range(batches)), "pictures", batches):
-        found = encode(saes, chunk.updates)
-        seen.add(chunk, {block: codes for block, (codes,) in found.items()})
-        for block, codes in found.items():
-            top[block].add(chunk.updates, codes)
+    truths = Observations()
+    seen = {block: Seen(config, engine, sae) for block, sae in saes.items()}
+    for chunk in _progress((stream.chunk(index) for index in range(batches)), "labels", batches):
+        truths.add(chunk, {block: one.add(chunk.updates)[0] for block, one in seen.items()})
+    mix = config.steps if steps is None else (steps,)
+    share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
+    mixed = SceneStream(
+        engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
+    )
+    for updates in _progress((mixed.chunk(index).updates for index in range(batches)), "pictures", batches):
+        for one in seen.values():
+            one.add(updates)
     table = []
     for point in engine.info.hook_points:
         if point.name not in saes:
             continue
-        bundle = saes[point.name].bundle
-        truth = seen.truth(point.grid(*engine.info.default_size))
-        rows = label_features(seen.active(point.name), truth, bundle.d_sae, config)
+        truth = truths.truth(point.grid(*engine.info.default_size))
+        rows = label_features(truths.active(point.name), truth, saes[point.name].bundle.d_sae, config)
         gone = {"labels": None, "zero_shot": None}  # those of others
-        _write(config, engine, bundle, rows, top[point.name].examples(), batches * config.batch, gone)
+        _write(config, engine, seen[point.name], rows, 2 * batches * config.batch, gone)
         table.append(summary(point.name, rows))
-    if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
-        mix = config.steps if steps is None else (steps,)
-        share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
-        mixed = SceneStream(
-            engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
-        )
-        updates = (mixed.chunk(index).updates for index in range(batches))
-        _measure(lacking, _progress(updates, "statistics", batches))
     return table
 
 
@@ -127,61 +155,37 @@ def _from_prompts(
     config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None, prompts: list[str],
     namer: Namer | None,
 ) -> None:  # fmt: skip
-    """Look at the prompts' pictures at every step; one pass for the examples, and one where statistics are lacking."""
+    """Look at the prompts' pictures at every step, once."""
     mix = config.steps if steps is None else (steps,)
-
-    def data() -> Iterator[Updates]:
-        return prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=mix)
-
     batches = -(-len(prompts) // config.batch)
-    top = _top_examples(config, engine, saes)
-    for updates in _progress(data(), "pictures", batches):
-        for block, codes in encode(saes, updates).items():
-            top[block].add(updates, codes)
-    examples = {block: found.examples() for block, found in top.items()}
-    named = {} if namer is None else namer.name(engine, examples)
+    seen = {block: Seen(config, engine, sae) for block, sae in saes.items()}
+    data = prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=mix)
+    for updates in _progress(data, "pictures", batches):
+        for one in seen.values():
+            one.add(updates)
+    named = {} if namer is None else namer.name(engine, {block: one.examples() for block, one in seen.items()})
     for block, sae in saes.items():
         known = read_labels(sae.bundle.folder, sae.bundle.d_sae)
         if namer is not None:
             known = {**without_zero_shot(known), **named[block]}
         rows = [known.get(index, FeatureLabels(index, "", 0.0, ())) for index in range(sae.bundle.d_sae)]
         new = {} if namer is None else {"zero_shot": {**namer.provenance, "labelled": len(named[block])}}
-        _write(config, engine, sae.bundle, rows, examples[block], len(prompts), new)
-    if lacking := {block: sae for block, sae in saes.items() if sae.bundle.measured is None}:
-        _measure(lacking, _progress(data(), "statistics", batches))
-
-
-@torch.inference_mode()
-def encode(saes: dict[str, Sae], updates: Updates) -> dict[str, list[Codes]]:
-    """What every SAE finds in a batch, by hook point: [N, P, K] of each step, or of a temporal one once, of all."""
-    return {
-        block: [sae.encode(x) for x in updates.by_block[block]]
-        if sae.bundle.steps is None
-        else [sae.encode(side_by_side(updates.by_block[block]))]
-        for block, sae in saes.items()
-    }
-
-
-def _top_examples(config: BuildConfig, engine: Engine, saes: dict[str, Sae]) -> dict[str, TopExamples]:
-    grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
-    return {block: TopExamples(sae.bundle.d_sae, config.examples, grids[block]) for block, sae in saes.items()}
-
-
-def _measure(saes: dict[str, Sae], data: Iterable[Updates]) -> None:
-    for block, measurement in measure(saes, data).items():
-        bundle = saes[block].bundle
-        save_stats(_folder(bundle), complete_stats(bundle.stats, measurement.stats()))
+        _write(config, engine, seen[block], rows, len(prompts), new)
 
 
 def _write(
-    config: BuildConfig, engine: Engine, bundle: Bundle, rows: list[FeatureLabels],
-    examples: list[tuple[Example, ...]], pictures: int, entries: Mapping[str, object | None],
+    config: BuildConfig, engine: Engine, seen: Seen, rows: list[FeatureLabels], pictures: int,
+    entries: Mapping[str, object | None],
 ) -> None:  # fmt: skip
+    bundle, examples = seen.sae.bundle, seen.examples()
     made_from = "captioned scenes" if config.prompts is None else Path(config.prompts).name
     made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}
+    if has_published_means(bundle):
+        made["means"] = PUBLISHED
     if engine.info.saes[bundle.name].forced:
         made["forced_on"] = engine.info.model_hash
     shown = [dataclasses.replace(row, examples=examples[row.index]) for row in rows]
+    save_stats(_folder(bundle), seen.stats())
     write_labels(_folder(bundle), shown, catalog=made, **entries)
 
 

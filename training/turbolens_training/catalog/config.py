@@ -12,7 +12,9 @@ LEAST_CROPS: Final = 3
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """Measure and name the features of bundles: statistics where they lack them, top examples, labels.
+    """Measure and name the features of bundles: statistics and top examples, of the same pictures, and labels.
+
+    Means that were published with an SAE stay, as strengths are told in them; others are measured anew.
 
     On the embedded model's captioned scenes every feature is named by what in a scene lifts it, from the ground truth;
     no judge, no guess. With --prompts any model's features get statistics and top examples, and keep their labels;

@@ -77,6 +77,30 @@ class SaeMeasurement:
         self._sum = torch.zeros(d_sae, dtype=torch.float64)
         self._max = torch.zeros(d_sae)
 
+    @classmethod
+    def of(cls, sae: Sae) -> SaeMeasurement:
+        """Of a served SAE, with nothing seen yet."""
+        return cls(sae.W_dec.shape[0], sae.bundle.k or sae.W_dec.shape[0])
+
+    @torch.inference_mode()
+    def look(self, sae: Sae, updates: StepUpdates) -> list[Codes]:
+        """Take in a batch's updates; returns their codes [N, P, K] of each step, or of a temporal SAE once, of all.
+
+        Raises:
+            ValueError: the updates of a temporal SAE are of another number of steps.
+            AssertionError: a TopK SAE has more than k features active, so it was not loaded as one.
+        """
+        shape = updates.by_block[sae.bundle.hook_point][0].shape[:2]
+        x = [u.flatten(0, 1).to(sae.W_dec.device, torch.float32) for u in updates.by_block[sae.bundle.hook_point]]
+        if sae.bundle.steps is not None:
+            found = [_encode(sae, side_by_side(x))]
+            self.add_run(updates.timesteps, x, found[0], by_step(sae.decode(found[0]), len(x)))
+        else:
+            found = [_encode(sae, update) for update in x]
+            for timestep, update, codes in zip(updates.timesteps, x, found, strict=True):
+                self.add(timestep, update, codes, sae.decode(codes))
+        return [Codes(codes.values.unflatten(0, shape), codes.indices.unflatten(0, shape)) for codes in found]
+
     def add(self, timestep: int, x: Tensor, codes: Codes, reconstruction: Tensor) -> None:
         """Take in the updates x [N, d_model] of one timestep, their codes and their reconstruction."""
         self.add_run([timestep], [x], codes, [reconstruction])
@@ -155,17 +179,10 @@ def measure(saes: Mapping[str, Sae], data: Iterable[StepUpdates]) -> dict[str, S
         ValueError: the data of a temporal SAE is of another number of steps.
         AssertionError: a TopK SAE has more than k features active, so it was not loaded as one.
     """
-    found = {name: SaeMeasurement(sae.W_dec.shape[0], sae.bundle.k or sae.W_dec.shape[0]) for name, sae in saes.items()}
+    found = {name: SaeMeasurement.of(sae) for name, sae in saes.items()}
     for updates in data:
         for name, sae in saes.items():
-            x = [update.flatten(0, 1).to(sae.W_dec.device, torch.float32) for update in updates.by_block[name]]
-            if sae.bundle.steps is not None:
-                codes = _encode(sae, side_by_side(x))
-                found[name].add_run(updates.timesteps, x, codes, by_step(sae.decode(codes), len(x)))
-                continue
-            for timestep, update in zip(updates.timesteps, x, strict=True):
-                codes = _encode(sae, update)
-                found[name].add(timestep, update, codes, sae.decode(codes))
+            found[name].look(sae, updates)
     return found
 
 
