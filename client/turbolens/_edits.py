@@ -335,7 +335,7 @@ def add(
 
     Args:
         features: one feature, several, or a dict of feature to weight.
-        strength: -40 to 40 is usual in means; at most 1000.
+        strength: -40 to 40 is usual in means; at most 1000, in raw units 1000 times the SAE's largest mean.
         unit: "mean" (the feature's mean activation where active), "raw", "norm" (the block's update norm), or
             "reference" (the feature's activation in a reference, at the same position and step).
         reference: for unit "reference": a name among the call's `references`.

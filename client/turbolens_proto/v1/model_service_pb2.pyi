@@ -399,7 +399,7 @@ class Limits(_message.Message):
     max_features_per_edit: _builtins.int
     """Features of one edit."""
     max_strength: _builtins.float
-    """|strength|, |factor|, |value| and |weight|."""
+    """|strength|, |factor|, |value| and |weight|; in UNIT_RAW as many times the SAE's scale, see there."""
     max_mask_bytes: _builtins.int
     """Bytes of one mask PNG."""
     max_message_bytes: _builtins.int

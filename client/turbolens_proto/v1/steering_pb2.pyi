@@ -28,7 +28,9 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     UNIT_UNSPECIFIED: _Unit.ValueType  # 0
     """The feature's mean."""
     UNIT_RAW: _Unit.ValueType  # 1
-    """The activation itself."""
+    """The activation itself. Amounts up to 1000 times the largest mean activation of the SAE's features are allowed, and
+    no fewer than 1000; up to a million where it has no statistics.
+    """
     UNIT_MEAN: _Unit.ValueType  # 2
     """The feature's mean activation over the positions where it is active, from its bundle's statistics."""
     UNIT_NORM: _Unit.ValueType  # 3
@@ -42,7 +44,9 @@ class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
 UNIT_UNSPECIFIED: Unit.ValueType  # 0
 """The feature's mean."""
 UNIT_RAW: Unit.ValueType  # 1
-"""The activation itself."""
+"""The activation itself. Amounts up to 1000 times the largest mean activation of the SAE's features are allowed, and
+no fewer than 1000; up to a million where it has no statistics.
+"""
 UNIT_MEAN: Unit.ValueType  # 2
 """The feature's mean activation over the positions where it is active, from its bundle's statistics."""
 UNIT_NORM: Unit.ValueType  # 3

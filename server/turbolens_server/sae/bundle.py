@@ -45,6 +45,8 @@ _STATS_FILE: Final = "feature_stats.safetensors"
 _WEIGHTS_FILE: Final = "sae_weights.safetensors"
 _PROVENANCE_FILE: Final = "provenance.json"
 
+_UNKNOWN_SCALE: Final = 1000.0
+"""Of activations. SAEs of SDXL's updates are known with activations of thousands."""
 _MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
 """What an architecture has beside the four tensors of all."""
 
@@ -125,6 +127,11 @@ class Bundle:
     def measured(self) -> FeatureStats | None:
         """The statistics, if they were measured; None too where they hold no more than means that others published."""
         return self.stats if self.stats is not None and len(self.stats.update_rms) else None
+
+    @property
+    def activation_scale(self) -> float:
+        """The largest mean activation of a feature, and no less than 1; a thousand where nobody told."""
+        return _UNKNOWN_SCALE if self.stats is None else max(1.0, float(self.stats.mean.max()))
 
     @property
     def steps(self) -> int | None:

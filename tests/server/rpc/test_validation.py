@@ -69,6 +69,7 @@ def violations(request, info=INFO) -> dict[str, str]:
 
 
 NAN, INF = float("nan"), float("inf")
+MEANS = np.full(16, 3000, np.float32)
 UNIT_RAW, UNIT_NORM = steering.UNIT_RAW, steering.UNIT_NORM
 A_RUN = {"source": {"prompt": {"text": "y"}}}
 MANY = [{"feature": {"sae": "mid.0", "index": i}} for i in range(1024)]
@@ -117,6 +118,11 @@ SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
         (a_request(an_edit(add={"strength": NAN})), "run.edits[0].add.strength", "finite"),
         (a_request(an_edit(scale={"factor": -INF})), "run.edits[0].scale.factor", "finite"),
         (a_request(an_edit(set={"value": 1000.5})), "run.edits[0].set.value", "1000"),
+        (
+            a_request(an_edit(sae="up.0.1", add={"strength": 1.1e6, "unit": UNIT_RAW})),
+            "run.edits[0].add.strength",
+            "1e+06",
+        ),
         (a_request(an_edit(replace={"strength": 1, "unit": 5})), "run.edits[0].replace.unit", "UNIT_RAW"),
         (
             a_request({**an_edit(), "features": [{**an_edit()["features"][0], "weight": INF}]}),
@@ -267,6 +273,20 @@ def test_the_size_of_an_answer_is_counted_before_any_work():
 
 def test_a_long_value_is_shown_short():
     assert len(violations(a_request(prompt="y" * 10**6))["run.source.prompt.text"]) < 200
+
+
+def test_a_raw_strength_may_be_as_large_as_the_saes_activations_ask_for():
+    """An SAE whose features are active at 3,000 is steered with 9,000; in other units that is a slip."""
+    loud = dataclasses.replace(_PLAIN.bundle, stats=dataclasses.replace(INFO.saes["mid.0"].bundle.stats, mean=MEANS))
+    info = an_info(saes={"up.0.1": dataclasses.replace(_PLAIN, bundle=loud)})
+    for kind in ({"add": {"strength": -9e3, "unit": UNIT_RAW}}, {"set": {"value": 3e6, "unit": UNIT_RAW}}):
+        validate_generate(a_request(an_edit(sae="up.0.1", **kind)), info, LIMITS)
+    for kind in ({"add": {"strength": 9e3}}, {"add": {"strength": 9e3, "unit": UNIT_NORM}}):
+        assert (
+            "-1000 to 1000" in violations(a_request(an_edit(sae="up.0.1", **kind)), info)["run.edits[0].add.strength"]
+        )
+    beyond = violations(a_request(an_edit(sae="up.0.1", set={"value": 3.1e6, "unit": UNIT_RAW})), info)
+    assert "3e+06" in beyond["run.edits[0].set.value"]
 
 
 def test_what_is_right_becomes_jobs():

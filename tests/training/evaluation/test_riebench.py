@@ -75,6 +75,15 @@ def test_masks_are_found_by_name_and_must_show_something(tmp_path: Path) -> None
     assert edited.on_grid(2, 2).tolist() == [[1, 1], [0, 0]]
 
 
+@pytest.mark.parametrize(("kind", "which"), [(2, "edited"), (3, "original")])
+def test_an_object_is_added_and_deleted_by_one_mask_for_both_pictures(tmp_path: Path, kind: int, which: str) -> None:
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 255
+    Image.fromarray(pixels).save(tmp_path / f"7_{which}.png")
+    ((original, edited),) = read_masks(tmp_path, [Item("7", kind, "a", "b")])
+    assert original.on_grid(2, 2).tolist() == edited.on_grid(2, 2).tolist() == [[1, 1], [0, 0]]
+
+
 def test_a_limit_counts_by_edit_type() -> None:
     items = [Item(str(i), kind, "a", "b") for i, kind in enumerate((1, 1, 9, 1, 9, 2))]
     assert [item.id for item in limited(items, 1)] == ["0", "2", "5"]

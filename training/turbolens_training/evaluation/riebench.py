@@ -42,6 +42,8 @@ EDIT_TYPES: Final = {
     1: "change object", 2: "add object", 3: "delete object", 4: "change content", 5: "change pose",
     6: "change color", 7: "change material", 8: "change background", 9: "change style",
 }  # fmt: skip
+_ADD: Final = 2
+_DELETE: Final = 3
 _TEXTS: Final = ("id", "original_prompt", "editing_prompt")
 
 
@@ -101,6 +103,9 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
 def read_masks(folder: Path, items: Sequence[Item]) -> list[tuple[Mask, Mask]]:
     """For every item the masks of its original and of its edited picture.
 
+    An object is added where it is in the edited picture, and deleted where it is in the original: there one mask
+    serves both pictures, as in the published runs, and the other is not looked for.
+
     Raises:
         ValueError: a mask is missing, unreadable, or black all over.
     """
@@ -115,7 +120,9 @@ def read_masks(folder: Path, items: Sequence[Item]) -> list[tuple[Mask, Mask]]:
             raise ValueError(f"masks: {path.name} is black all over, so nothing of item {item.id} could be edited")
         return mask
 
-    return [(read(item, "original"), read(item, "edited")) for item in items]
+    sides = {_ADD: ("edited",) * 2, _DELETE: ("original",) * 2}
+    return [(read(item, before), read(item, after)) for item in items
+            for before, after in [sides.get(item.kind, ("original", "edited"))]]  # fmt: skip
 
 
 def grid(config: RieBenchConfig) -> dict[Cell, Method]:

@@ -72,17 +72,21 @@ class Choice:
 
 
 def choose_features(scores: Tensor, n: int) -> Choice:
-    """The n best features of each picture to give, and the n worst to take.
+    """The n best features of each picture to give, and the n worst to take: fewer where fewer have a score.
+
+    Only what has more of the activation in the reference is given, and only what has less is taken. The published code
+    fills up with features of score 0, in whatever order its sort leaves them; at several steps these are not all zero.
 
     Args:
         scores: [N, all features].
-        n: at most half of all features.
+        n: at least 1.
     """
-    if not 0 < n <= scores.shape[1] // 2:
-        raise ValueError(f"features={n}: allowed are 1 to {scores.shape[1] // 2}, half of the SAEs' features")
+    if n < 1:
+        raise ValueError(f"features={n}: expected at least 1")
     order = scores.argsort(dim=1, descending=True, stable=True)
-    nothing = torch.zeros_like(scores, dtype=torch.bool)
-    return Choice(nothing.scatter(1, order[:, :n], True), nothing.scatter(1, order[:, -n:], True))
+    nothing, most = torch.zeros_like(scores, dtype=torch.bool), min(n, scores.shape[1])
+    given, taken = (nothing.scatter(1, some, True) for some in (order[:, :most], order[:, -most:]))
+    return Choice(given & (scores > 0), taken & (scores < 0))
 
 
 def choose_random_active(
@@ -97,7 +101,7 @@ def choose_random_active(
             active.append(mean_activations(first, run.masks[block], sae.W_dec.shape[0]) > 0)
         pooled = torch.cat(active, 1)
         lottery = torch.rand(pooled.shape, generator=generator).to(pooled.device) * pooled
-        chosen = torch.zeros_like(pooled).scatter(1, lottery.topk(n, dim=1).indices, True)
+        chosen = torch.zeros_like(pooled).scatter(1, lottery.topk(min(n, pooled.shape[1]), dim=1).indices, True)
         return chosen & pooled
 
     return Choice(draw(reference), draw(base))

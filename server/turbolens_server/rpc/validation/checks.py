@@ -80,9 +80,9 @@ class Checks:
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         self.wrong(field, f"got {shown}; {allowed}")
 
-    def number(self, field: str, value: float) -> float:
-        """An amount or a weight."""
-        bound = self.limits.max_strength
+    def number(self, field: str, value: float, scale: float = 1.0) -> float:
+        """An amount or a weight; `scale`: what 1 of it stands for."""
+        bound = self.limits.max_strength * scale
         if not math.isfinite(value) or abs(value) > bound:
             self.bad(field, value, f"must be finite and within -{bound:g} to {bound:g}")
             return 0.0

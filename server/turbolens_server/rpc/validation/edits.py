@@ -79,13 +79,20 @@ class EditChecks:
     def _amount(self, path: str, edit: steering_pb2.Edit, kind: EditKind) -> tuple[float, Unit]:
         named, message, field = KINDS[kind].amount, getattr(edit, kind), f"{path}.{kind}"
         amount, unit = 1.0, Unit.MEAN
-        if named is not None and (not KINDS[kind].reference or message.HasField(named)):
-            amount = self._checks.number(f"{field}.{named}", getattr(message, named))
         if KINDS[kind].unit and self._checks.known(f"{field}.unit", message.unit, steering_pb2.Unit):
             unit = _UNITS[message.unit]
+        if named is not None and (not KINDS[kind].reference or message.HasField(named)):
+            scale = self._raw_scale(edit) if unit is Unit.RAW else 1.0
+            amount = self._checks.number(f"{field}.{named}", getattr(message, named), scale)
         if unit is Unit.REFERENCE and KINDS[kind].whole:
             self._checks.bad(f"{field}.unit", unit.value, f"{kind} takes the other units alone")
         return amount, unit
+
+    def _raw_scale(self, edit: steering_pb2.Edit) -> float:
+        """What the activations themselves come to in the SAEs of an edit."""
+        saes = self._checks.info.saes
+        named = {item.feature.sae for item in edit.features if item.feature.sae in saes}
+        return max((saes[name].bundle.activation_scale for name in named), default=1.0)
 
     def _reference(self, path: str, edit: steering_pb2.Edit, kind: EditKind | None, unit: Unit) -> str | None:
         """The run that an edit reads beside its own."""
