@@ -17,7 +17,9 @@ from turbolens_training.evaluation import dose, evaluate, riebench
 from turbolens_training.sae.config import Gates, SaeConfig
 
 
-def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
+def test_sae_labels_and_dose_from_the_command_line(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The whole chain at its smallest; what comes out is served."""
     saes, work = tmp_path / "saes", tmp_path / "work"
     common = ["--model", str(tiny_folder), "--work", str(work), "--device", "cpu"]
@@ -27,6 +29,10 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
         cli.main(train)
     assert not saes.exists()
     cli.main([*train, "--allow-below-gates"])  # goes on from the checkpoint: trained already
+    told = capsys.readouterr().out
+    assert f"4 SAEs are in {saes}; held-out captioned scenes" in told
+    assert f"turbolens catalog build --model {tiny_folder} --saes {saes}" in told
+    assert f"turbolens serve --model {tiny_folder} --sae {saes}" in told
     catalog.main(["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
     dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
     fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
@@ -55,6 +61,27 @@ def test_sae_labels_and_dose_from_the_command_line(tiny_folder: Path, tmp_path: 
     rows = json.loads((work / "dose" / "dose.json").read_text())
     assert {row["strength"] for row in rows} <= {0.0, 8.0}
     assert {path.name for path in saes.iterdir()} == set(engine.info.saes)
+
+
+def test_bundles_of_an_earlier_run_are_replaced_only_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    saes, work = tmp_path / "saes", tmp_path / "work"
+    small = "--d-sae 32 --k 4 --steps 3 --batch 32 --images 4 --reservoir 64 --held-out-chunks 1 --allow-below-gates"
+    train = ["sae", "--model", str(tiny_folder), "--hook-points", "mid.0", "--device", "cpu", "--out", str(saes)]
+    train += small.split()
+    cli.main([*train, "--work", str(work)])
+    weights = saes / "mid.0" / "sae_weights.safetensors"
+    first = weights.read_bytes()
+    other = [*train, "--work", str(tmp_path / "other"), "--seed", "1"]
+    for argv in (other, [*other, "--resume"], [*train, "--work", str(work)]):  # there is nothing to resume in `other`
+        with pytest.raises(SystemExit, match=r"holds SAEs of an earlier run \(mid.0\).*--overwrite.*--resume"):
+            cli.main(argv)
+        assert weights.read_bytes() == first
+    cli.main([*train, "--work", str(work), "--resume"])
+    assert weights.read_bytes() == first
+    cli.main([*train, "--work", str(work), "--seed", "1", "--overwrite"])  # anew, though `work` holds another run
+    assert weights.read_bytes() != first
+    with pytest.raises(SystemExit):
+        cli.main([*train, "--overwrite", "--resume"])
 
 
 def test_settings_come_from_a_file_and_flags_come_on_top(

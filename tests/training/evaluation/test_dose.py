@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from turbolens_server.engine.engine import Engine
-from turbolens_training.evaluation.dose import Concept, candidates, draw_scenes, judge, labelled_features
+from turbolens_training.evaluation.dose import candidates, judge, labelled_features
+from turbolens_training.measures.concepts import Concept, draw_scenes
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import COUNT, jitter_from_noise
 

@@ -5,7 +5,6 @@ import torch
 
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.dose import pick_concepts
 from turbolens_training.evaluation.edits import NOTHING, PROMPT, Material, edit_pictures, patch
 from turbolens_training.evaluation.interventions import zero
 from turbolens_training.evaluation.pairs import Group, caption_pairs, draw_pairs, score_edits, split
@@ -19,6 +18,7 @@ from turbolens_training.evaluation.scene_edit import (
     with_series,
 )
 from turbolens_training.evaluation.transfer import EncodedPictures
+from turbolens_training.measures.concepts import pick_concepts
 
 NAMES = ("color=blue", "background=night", "position=left")
 

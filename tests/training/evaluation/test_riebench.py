@@ -10,12 +10,12 @@ from PIL import Image
 
 from turbolens_server.engine.engine import Engine
 from turbolens_training import cli
-from turbolens_training.evaluation.dose import pick_concepts
 from turbolens_training.evaluation.edits import NOTHING, PROMPT
 from turbolens_training.evaluation.pairs import caption_pairs, draw_pairs
 from turbolens_training.evaluation.riebench import Item, limited, read_items, read_masks, score_rows
 from turbolens_training.evaluation.scene_edit import Cell
 from turbolens_training.evaluation.similarity import ssim
+from turbolens_training.measures.concepts import pick_concepts
 from turbolens_training.mini.evaluate import psnr
 
 KINDS = {"shape": 1, "color": 6, "texture": 7, "background": 8, "style": 9}

@@ -85,6 +85,22 @@ def test_the_log_loses_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
 
 
+def test_a_run_ended_before_its_first_checkpoint_leaves_no_line_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 25}\n{"step": 50}\n')
+    assert not SaeTraining(CONFIG, Sparse(), CPU).resume(tmp_path / "state.pt")
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_a_checkpoint_is_due_by_time_too(tmp_path: Path) -> None:
+    often = SaeTraining(dataclasses.replace(CONFIG, checkpoint_minutes=1e-9), Sparse(), CPU)
+    seldom = SaeTraining(CONFIG, Sparse(), CPU)
+    for name, run in (("often", often), ("seldom", seldom)):
+        saved: list[int] = []
+        run.save = lambda path, run=run, saved=saved: saved.append(run.step)  # type: ignore[method-assign]
+        run.train(60, checkpoint=tmp_path / name / "state.pt")
+        assert saved == ([25, 50, 60] if name == "often" else [60])
+
+
 class Signalling(Sparse):
     """Tokens, and a SIGTERM with one of the chunks."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.dose import pick_concepts
 from turbolens_training.evaluation.edits import NOTHING, PROMPT, Method, edit_pictures, patch
 from turbolens_training.evaluation.interventions import zero
 from turbolens_training.evaluation.pairs import caption_pairs, draw_pairs, score_edits, split
 from turbolens_training.evaluation.sampling import saes_by_block, thumbnails
+from turbolens_training.measures.concepts import pick_concepts
 from turbolens_training.mini.evaluate import score_attributes
 
 ALL = "all"

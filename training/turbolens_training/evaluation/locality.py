@@ -20,7 +20,7 @@ from turbolens_server.engine.info import SaeInfo
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.dose import Scenes, generate
+from turbolens_training.measures.concepts import Scenes, generate
 from turbolens_training.mini.report import held_out
 
 _HALF: Final = BoxMask((Box(0, 0, 0.5, 1),))

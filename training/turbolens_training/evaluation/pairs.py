@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_training.evaluation.dose import Concept, Scenes, draw_scenes, judge
+from turbolens_training.evaluation.dose import judge
 from turbolens_training.evaluation.edits import CaptionPairs
+from turbolens_training.measures.concepts import Concept, Scenes, draw_scenes
 from turbolens_training.mini.captions import plain_caption
 from turbolens_training.mini.evaluate import psnr
 from turbolens_training.mini.render import render

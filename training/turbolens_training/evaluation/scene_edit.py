@@ -13,7 +13,7 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.sae import Sae
 from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.config import EvalConfig
-from turbolens_training.evaluation.dose import Concept, pick_concepts, read_labelled
+from turbolens_training.evaluation.dose import read_labelled
 from turbolens_training.evaluation.edits import (
     NOTHING,
     PROMPT,
@@ -29,6 +29,7 @@ from turbolens_training.evaluation.edits import (
 from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.pairs import EditScore, Group, caption_pairs, draw_pairs, score_edits
 from turbolens_training.evaluation.sampling import decode, device_of, saes_by_block, sample, thumbnails
+from turbolens_training.measures.concepts import Concept, pick_concepts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,11 @@ from turbolens_training.activations.config import DataConfig
 
 Variant = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
 VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
-OF_EXPORT: Final = ("gates", "allow_below_gates")
+OF_EXPORT: Final = ("gates", "allow_below_gates", "overwrite", "resume")
 """Settings that decide whether a result is exported, not what it is."""
 OF_THE_MACHINE: Final = (
     "model", "model_variant", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps",
+    "checkpoint_minutes",
 )  # fmt: skip
 """Settings that say where things are, and change nothing of what comes out."""
 OF_VARIANT: Final = {
@@ -66,7 +67,13 @@ class SaeConfig(DataConfig):
     shards: Path | None = None
     """Train on the shards of this one cache alone, and make no pictures."""
     out: Path = Path("runs/sae/bundles")
-    """Folder of the bundles: one for each hook point, by its name."""
+    """Folder of the bundles: one for each hook point, by its name. Those of an earlier run are never replaced, but by
+    --overwrite or --resume."""
+    overwrite: bool = False
+    """Start anew: replace the bundles of an earlier run in --out, and its checkpoint in --work."""
+    resume: bool = False
+    """Go on with the run in --work where there is one, and replace its own bundles in --out: for jobs that are started
+    again and again."""
     work: Path = Path("runs/sae")
     """Folder of the checkpoint, from which a run goes on, and of the table of quality."""
     variant: Variant = "topk"
@@ -79,8 +86,9 @@ class SaeConfig(DataConfig):
     """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`)."""
     nested_k: tuple[int, ...] = (4, 16)
     """Other k that a `matryoshka` is trained at; every k up to the largest can be served."""
-    prefixes: tuple[int, ...] = (64, 128)
-    """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all."""
+    prefixes: tuple[int, ...] | None = None
+    """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all; left out: a quarter and a
+    half of `d_sae`, where they are no smaller than the largest k."""
     run_steps: int = 4
     """Denoising steps of all pictures of a `temporal`, which is served at this number alone; a token is then a
     position's updates at all of them."""
@@ -112,7 +120,9 @@ class SaeConfig(DataConfig):
     reservoir: int = 65_536
     """Tokens in each block's shuffling reservoir; the first filling also sets mean and scale."""
     checkpoint_steps: int = 500
-    """Steps between checkpoints; a run goes on from its last one."""
+    """Most steps between checkpoints; a run goes on from its last one."""
+    checkpoint_minutes: float = 5.0
+    """Most minutes between them."""
     gates: Gates = dataclasses.field(default_factory=Gates)
     """What an SAE must reach to be exported."""
     allow_below_gates: bool = False
@@ -124,6 +134,10 @@ class SaeConfig(DataConfig):
         for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes}, expected above 0")
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite starts anew and resume goes on; choose one")
         if self.k > self.d_sae:
             raise ValueError(f"k={self.k}, expected 1 to d_sae={self.d_sae}")
         if not 0 <= self.auxk_share <= 1:
@@ -141,15 +155,27 @@ class SaeConfig(DataConfig):
                 if getattr(self, name) != getattr(DataConfig, name):
                     raise ValueError(f"{name} does nothing for a temporal, whose pictures all take run_steps")
         if self.variant == "matryoshka":
-            k_max = max((self.k, *self.nested_k))
+            k_max = self.k_max
             if not all(1 <= k <= self.d_sae for k in self.nested_k):
                 raise ValueError(f"nested_k={self.nested_k}, expected each 1 to d_sae={self.d_sae}")
-            sizes = [*self.prefixes, self.d_sae]
+            sizes = [*self.matryoshka_prefixes, self.d_sae]
             if sizes != sorted({*sizes}) or sizes[0] < k_max:
                 raise ValueError(
                     f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
                     f"d_sae={self.d_sae}"
                 )
+
+    @property
+    def k_max(self) -> int:
+        """Largest k that a `matryoshka` is trained at."""
+        return max((self.k, *self.nested_k))
+
+    @property
+    def matryoshka_prefixes(self) -> tuple[int, ...]:
+        """Sizes of the prefixes, without the whole."""
+        if self.prefixes is not None:
+            return self.prefixes
+        return tuple(size for size in (self.d_sae // 4, self.d_sae // 2) if size >= self.k_max)
 
     @property
     def auxk_places(self) -> int:

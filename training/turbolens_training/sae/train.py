@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 import shutil
 import signal
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.loading.places import EMBEDDED
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
 from turbolens_training.activations.temporal import TemporalSource
+from turbolens_training.checkpoints import previous
 from turbolens_training.measures.quality import measure
 from turbolens_training.measures.report import write_table
 from turbolens_training.sae.config import SaeConfig
@@ -59,9 +62,11 @@ def train_saes(config: SaeConfig) -> Path:
     Under `torchrun` each rank trains some of them, see `sae/distributed.py`.
 
     Raises:
+        ValueError: the bundles' folder holds those of an earlier run, which the settings do not let replace.
         BelowGatesError: an SAE fails a gate; the checkpoint and the table of quality are there to look at.
         SystemExit: SIGTERM came. The checkpoint is written, and the same command goes on from there.
     """
+    _keep_earlier(config)
     with join_ranks(config.device) as (ranks, device):
         engine = open_model(config, device)
         chunks, held_out = open_sources(engine, config, config.shards)
@@ -70,14 +75,28 @@ def train_saes(config: SaeConfig) -> Path:
     return config.out
 
 
+def _keep_earlier(config: SaeConfig) -> None:
+    """Refuse, before any work, to replace the bundles of an earlier run that nobody said to replace."""
+    earlier = sorted(folder.parent.name for folder in config.out.glob("*/cfg.json"))
+    going_on = config.resume and any(config.work.glob("**/state*.pt"))
+    if earlier and not (config.overwrite or going_on):
+        raise ValueError(
+            f"--out {config.out} holds SAEs of an earlier run ({', '.join(earlier)}): choose another folder, replace "
+            "them by --overwrite, or go on with the run in --work by --resume"
+        )
+
+
 def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSource, held_out: ChunkSource) -> None:
     """What one rank does."""
     device = next(engine.components.unet.parameters()).device
     run = SaeTraining(config, training, device, ranks=ranks)
     folder = config.work if ranks.world == 1 else config.work / f"rank-{ranks.rank}-of-{ranks.world}"
     checkpoint = folder / "state.pt"
+    if config.overwrite:
+        for left in (checkpoint, previous(checkpoint)):
+            left.unlink(missing_ok=True)
     if run.resume(checkpoint) and ranks.rank == 0:
-        print(f"going on from step {run.step} of {config.steps}", file=sys.stderr)
+        print(f"going on from step {run.step} of {config.steps}, the checkpoint in {config.work}", file=sys.stderr)
     with terminated() as stop:
         run.train(config.steps, checkpoint=checkpoint, stop=lambda: ranks.any(stop()))
     if run.step < config.steps:
@@ -122,4 +141,31 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
         stats={name: measurement.stats() for name, measurement in measured.items()},
         quality=rows,
         gates={name: record(config.gates, reasons) for name, reasons in below.items()},
+    )
+    ranks.barrier()
+    if ranks.rank == 0:
+        print(report(config, table))
+
+
+def report(config: SaeConfig, table: list[dict[str, str | float]]) -> str:
+    """What a run came to, in words: where the bundles are, what they are worth, what to do with them."""
+    worth = [
+        f"  {row['block']}: explains {row['explained_variance']:.1%} of the variance with {row['l0_mean']:g} active "
+        f"features at a position, {row['dead']:.1%} dead"
+        for row in table
+        if row["timestep"] == "all"
+    ]
+    variant = f" --variant {config.model_variant}" if config.model_variant else ""
+    model, prompts = f"--model {config.model}{variant}", "" if config.prompts == "scenes" else config.prompts
+    named = f" --prompts {shlex.quote(prompts)}" if prompts and config.model != EMBEDDED else ""
+    return "\n".join(
+        [
+            f"{len(worth)} SAEs are in {config.out}; held-out {prompts or 'captioned scenes'}:",
+            *worth,
+            f"by timestep: {config.work / 'quality.md'}",
+            "next, statistics, examples and labels of their features:",
+            f"  turbolens catalog build {model} --saes {config.out} --work {config.work}{named}",
+            "and then, serve them:",
+            f"  turbolens serve {model} --sae {config.out}",
+        ]
     )

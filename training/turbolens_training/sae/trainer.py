@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -167,6 +168,7 @@ class SaeTraining:
         self.source = source
         self._device = device
         self._cursor = 0  # the next chunk
+        self._saved = time.monotonic()  # when the last checkpoint was written, or the run began
         self._ranks = ranks
         self._seeds = {name: random.Random(f"{config.seed}/{name}").getrandbits(62) for name in source.widths}
         self._generators = {name: torch.Generator().manual_seed(seed) for name, seed in self._seeds.items()}
@@ -204,10 +206,18 @@ class SaeTraining:
                     if checkpoint:
                         self._log(checkpoint.with_name(LOG), progress)
                 ends = self.step == until or stop()
-                if checkpoint and (ends or self.step % self.config.checkpoint_steps == 0):
+                if checkpoint and (ends or self._is_due()):
                     self.save(checkpoint)
+                    self._saved = time.monotonic()
                 if ends:
                     break
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is, by steps or, on all ranks alike, by time."""
+        if self.step % self.config.checkpoint_steps == 0:
+            return True
+        late = time.monotonic() - self._saved > 60 * self.config.checkpoint_minutes
+        return self.step % _LOOK_EVERY == 0 and self._ranks.any(late)
 
     def _log(self, path: Path, progress: Mapping[str, Progress]) -> None:
         """Add a line for each SAE."""
@@ -304,6 +314,7 @@ class SaeTraining:
         steps = self._ranks.gather(None if state is None else state["step"])
         known = [step for step in steps if step is not None]
         if not known:
+            cut_log(path.with_name(LOG), 0)  # of a run that was ended before its first checkpoint
             return False
         if state is not None and len(known) == len(steps) and state["step"] > min(known):
             state = next(states, state)  # a rank was stopped before it had put its own in place

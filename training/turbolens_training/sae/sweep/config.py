@@ -93,8 +93,6 @@ class SweepConfig(DataConfig):
         folder = self.work / point.name
         settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)}
         settings |= {"reservoir": self.reservoir, "steps_per_chunk": SaeConfig.steps_per_chunk}
-        if point.variant == "matryoshka":
-            settings["prefixes"] = (point.d_sae // 4, point.d_sae // 2)
         if point.variant == "temporal":
             for name in ("one_step_share", "multi_steps"):
                 del settings[name]
@@ -111,4 +109,5 @@ class SweepConfig(DataConfig):
             out=folder / "bundles",
             work=folder,
             allow_below_gates=True,
+            resume=True,
         )
