@@ -192,15 +192,15 @@ def settle(folder: Path) -> None:
 
 
 def check_writable(*folders: Path) -> None:
-    """Refuse folders that cannot be written to, before the work whose results they are for; they are made.
+    """Refuse folders that cannot be written to, or made, before the work whose results they are for.
 
     Raises:
-        WriteError: one cannot be made, or takes no file.
+        WriteError: one takes no file, or no folder can be made where it is to be.
     """
     for folder in folders:
-        probe = _beside(folder / "probe")
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        probe = _beside(there / "probe")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
         except OSError as error:

@@ -117,7 +117,9 @@ def test_the_umask_says_who_may_read(tmp_path: Path, umask: int) -> None:
 
 def test_a_folder_that_takes_nothing_is_refused_before_the_work(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
-    assert not content(tmp_path)
+    assert not list(tmp_path.iterdir())
     write_file(tmp_path / "file", "")
     with pytest.raises(WriteError, match="file: cannot be written"):
         check_writable(tmp_path / "file")
+    with pytest.raises(WriteError, match="file/below: cannot be written"):
+        check_writable(tmp_path / "a", tmp_path / "file" / "below")

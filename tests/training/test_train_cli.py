@@ -160,3 +160,20 @@ def test_a_null_in_the_file_of_settings_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("prompts: null\n")
     with pytest.raises(SystemExit, match="prompts is null"):
         cli.main(["sae", "--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["mini", "--out", "{}"], ["sae", "--out", "{}"], ["sae", "--work", "{}"], ["sae", "--cache", "{}"],
+        ["sweep", "--work", "{}"], ["sweep", "--out", "{}"], ["cache", "fill", "--cache", "{}"],
+        ["cache", "import-tars", ".", "--cache", "{}"], ["dose", "--out", "{}"], ["eval", "--out", "{}"],
+        ["riebench", "--items", "items.csv", "--out", "{}"], ["rebuild", "--docs", "{}"], ["build", "--work", "{}"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_nothing_can_be_written_is_told_before_the_work(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    main = catalog.main if command[0] == "build" else cli.main
+    with pytest.raises(SystemExit, match="file/below: cannot be written"):
+        main([part.format(tmp_path / "file/below") for part in command])

@@ -48,6 +48,11 @@ class RebuildConfig:
     allow_below_gates: bool = False
     """Go on with SAEs that fail a gate of the export; their provenance says which."""
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.saes, self.work, self.docs)
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
@@ -81,10 +86,11 @@ def main(argv: list[str]) -> None:
     else:
         command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
-    from turbolens_server.files import WriteError
+    from turbolens_server.files import WriteError, check_writable
     from turbolens_server.loading.errors import LoadError
 
     try:
+        check_writable(*(command.action if isinstance(command, CacheConfig) else command).writes)
         run(command)
     except (LoadError, ValueError, ArithmeticError, WriteError) as error:
         sys.exit(f"turbolens train: {error}")

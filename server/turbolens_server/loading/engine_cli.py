@@ -57,6 +57,7 @@ class Build(_Cached):
     """As for `turbolens serve`; left out: the model's own."""
 
     def run(self) -> None:
+        from turbolens_server.files import check_writable
         from turbolens_server.unet.artifacts import ArtifactCache
         from turbolens_server.unet.backend import BackendError
         from turbolens_server.unet.export import MAX_BATCH
@@ -68,6 +69,7 @@ class Build(_Cached):
         tensorrt = find_tensorrt()
         if not (target := self.target or current_target()):
             raise BackendError("this machine has no GPU to build for; name a compute capability by --target")
+        check_writable(self.root())
         # In a process of its own: the build takes several times the weights, and what a process once held in many
         # pieces it does not give back.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as exporter:
@@ -187,10 +189,11 @@ def main(argv: list[str]) -> None:
     """Entry point; what cannot be done is one line and exit code 1."""
     command: Build | List | Verify | Prune = tyro.cli(Command, args=argv, prog=_PROG)
     # Imported late: a command's help and a mistyped setting must not wait for torch.
+    from turbolens_server.files import WriteError
     from turbolens_server.loading.errors import LoadError
     from turbolens_server.unet.backend import BackendError
 
     try:
         command.run()
-    except (BackendError, LoadError, ValueError) as error:
+    except (BackendError, LoadError, ValueError, WriteError) as error:
         sys.exit(f"{_PROG}: {error}")

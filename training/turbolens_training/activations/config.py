@@ -65,6 +65,11 @@ class FillCacheConfig(DataConfig):
     workers: int = 0
     """Ray workers that share the work, each with a model of its own; 0: this process does it."""
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.cache,)
+
 
 @dataclasses.dataclass(frozen=True)
 class VerifyCacheConfig:
@@ -72,6 +77,11 @@ class VerifyCacheConfig:
 
     path: tyro.conf.Positional[Path]
     """A cache, or a folder of caches."""
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +92,8 @@ class ImportTarsConfig:
     """Folder of the tars."""
     cache: Path = Path("runs/cache")
     """Folder that the cache is made in."""
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.cache,)

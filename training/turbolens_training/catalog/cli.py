@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     """Entry point: one line and exit code 1 for what cannot be done."""
     command: Command = tyro.cli(Command, args=argv, prog="turbolens catalog", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
-    from turbolens_server.files import WriteError
+    from turbolens_server.files import WriteError, check_writable
     from turbolens_server.loading.errors import LoadError
 
     try:
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
             case BuildConfig():
                 from turbolens_training.catalog.build import build
 
+                check_writable(*command.writes)
                 build(command)
             case ImportLabelsConfig():
                 from turbolens_server.catalog.label_files import import_labels

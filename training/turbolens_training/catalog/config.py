@@ -81,3 +81,8 @@ class BuildConfig:
             raise ValueError("words: needs an encoder")
         if not 0 < self.chance < 1:
             raise ValueError(f"chance={self.chance}, expected above 0 and below 1")
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.saes, self.work)

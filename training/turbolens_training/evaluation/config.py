@@ -39,6 +39,11 @@ class DoseConfig:
     batch: int = 32
     """Pictures of a batch."""
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -96,6 +101,11 @@ class EvalConfig:
     locality_strength: float = 0.5
     """How much it adds, as a share of the update's usual norm, so that blocks compare."""
 
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)
+
 
 @dataclasses.dataclass(frozen=True)
 class RieBenchConfig:
@@ -139,3 +149,8 @@ class RieBenchConfig:
     """Factors on the dense difference of the updates, the baseline."""
     examples: int = 9
     """Items whose pictures are shown."""
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)

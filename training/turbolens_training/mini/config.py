@@ -57,3 +57,8 @@ class MiniConfig:
     """Put the finished model in place of the one that the server ships."""
     report: bool = False
     """Do not train: measure the shipped model on 1,000 held-out scenes and write docs/mini."""
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)

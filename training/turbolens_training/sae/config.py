@@ -190,3 +190,8 @@ class SaeConfig(DataConfig):
         """Learning rate of a step: linear warm-up, constant, linear decay."""
         decay = max(1, round(self.decay_share * self.steps))
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up), (self.steps - step) / decay)
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out, self.work) if self.cache is None else (self.out, self.work, self.cache)

@@ -111,3 +111,8 @@ class SweepConfig(DataConfig):
             allow_below_gates=True,
             resume=True,
         )
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.cache, self.work, self.out)
