@@ -187,8 +187,13 @@ def rebuild(config: RebuildConfig) -> None:
     work = config.work / f"rebuild-{model_hash[:12]}"
     model, seed, device, saes = config.model, config.seed, config.device, config.saes
     allow, steps = config.allow_below_gates, config.steps
-    again = {"resume" if (work / "state.pt").exists() else "overwrite": True}
-    run(SaeConfig(model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow, **again))
+    resume = (work / "state.pt").exists()
+    run(
+        SaeConfig(
+            model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow,
+            resume=resume, overwrite=not resume,
+        )
+    )  # fmt: skip
     build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
     run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
     from turbolens_training.evaluation.summary import summarize
