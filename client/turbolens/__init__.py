@@ -9,6 +9,7 @@ with tl.connect("localhost:50051") as lens:
 """
 
 from turbolens import aio
+from turbolens._blocks import BlockFeatures, RunFeatures, TopFeature
 from turbolens._channel import TLS
 from turbolens._edits import (
     Edit,
@@ -44,11 +45,14 @@ from turbolens._errors import (
     Unavailable,
     Unimplemented,
 )
-from turbolens._features import BlockFeatures, Example, Feature, Label, Match, Near, RunFeatures, Table, TopFeature
+from turbolens._features import Example, Feature, Label, Match, Near
+from turbolens._gallery import Gallery, gallery
+from turbolens._model import HookPoint, Limits, Model, Sae
 from turbolens._provenance import Provenance
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
 from turbolens._sync import Lens, connect
+from turbolens._table import Table
 
 __all__ = [
     "TLS",
@@ -65,12 +69,16 @@ __all__ = [
     "FeatureRef",
     "Features",
     "FieldViolation",
+    "Gallery",
+    "HookPoint",
     "InternalError",
     "InvalidRequest",
     "Label",
     "Lens",
+    "Limits",
     "Mask",
     "Match",
+    "Model",
     "Near",
     "NotFound",
     "Overloaded",
@@ -83,6 +91,7 @@ __all__ = [
     "Reference",
     "Run",
     "RunFeatures",
+    "Sae",
     "Step",
     "Table",
     "TopFeature",
@@ -100,6 +109,7 @@ __all__ = [
     "edits_from_json",
     "edits_to_json",
     "feature",
+    "gallery",
     "mask",
     "patch",
     "polygon",

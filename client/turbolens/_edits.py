@@ -21,7 +21,7 @@ _UNITS: Final = {
     "reference": steering_pb2.UNIT_REFERENCE,
 }
 # An unspecified unit is the mean, says the contract.
-_UNIT_NAMES: Final[dict[int, Unit]] = {
+UNIT_NAMES: Final[dict[int, Unit]] = {
     steering_pb2.UNIT_UNSPECIFIED: "mean",
     steering_pb2.UNIT_MEAN: "mean",
     steering_pb2.UNIT_RAW: "raw",
@@ -145,8 +145,18 @@ def box(left: float, top: float, right: float, bottom: float) -> Mask:
 
 
 def boxes(*corners: tuple[float, float, float, float]) -> Mask:
-    """The union of boxes, each (left, top, right, bottom)."""
+    """The union of boxes, each (left, top, right, bottom).
+
+    Raises:
+        ValueError: the corners of one are not in this order, or not in the picture.
+    """
     checked = [[number(edge, "an edge of a box") for edge in box] for box in corners]
+    for left, top, right, bottom in checked:
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            wrong = f"({left:g}, {top:g}, {right:g}, {bottom:g})"
+            raise ValueError(
+                f"a box is (left, top, right, bottom), in [0, 1], left < right and top < bottom; got {wrong}"
+            )
     shapes = [steering_pb2.Box(left=le, top=to, right=ri, bottom=bo) for le, to, ri, bo in checked]
     return Mask(steering_pb2.Mask(boxes=steering_pb2.Boxes(boxes=shapes)))
 
@@ -270,7 +280,7 @@ class Edit:
             raise ValueError("an edit without a kind; update the client if the server is newer")
         inner: Any = getattr(message, kind)
         number = inner.unit if kind in _WITH_UNIT else steering_pb2.UNIT_UNSPECIFIED
-        if number not in _UNIT_NAMES:
+        if number not in UNIT_NAMES:
             raise ValueError(f"unit {number} is none that this client knows")
         unsaid = kind == "patch" or (kind == "transfer" and not inner.HasField("multiplier"))
         return cls(
@@ -280,7 +290,7 @@ class Edit:
                 for t in message.features
             ),
             1.0 if unsaid else getattr(inner, _AMOUNTS[kind]),
-            _UNIT_NAMES[number],
+            UNIT_NAMES[number],
             Mask(message.mask) if message.HasField("mask") else None,
             (message.steps.start, message.steps.end) if message.HasField("steps") else None,
             message.reference,

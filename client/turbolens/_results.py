@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from turbolens._features import BlockFeatures, LabelsOf, RunFeatures
+from turbolens._blocks import BlockFeatures, LabelsOf, RunFeatures
 from turbolens._png import with_text
 from turbolens._provenance import PNG_KEYWORD, Provenance
 from turbolens._run import FORMATS

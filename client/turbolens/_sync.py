@@ -14,13 +14,16 @@ from turbolens._channel import TLS, Connection, Token, connection, sync_channel
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import Closed, Overloaded, from_rpc_error
-from turbolens._features import Feature, Match, Near, Table
+from turbolens._features import Feature, Match, Near
+from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
+from turbolens._model import Model
 from turbolens._numbers import text, whole
 from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
 from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
+from turbolens._table import Table
 from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -53,16 +56,16 @@ class Lens:
         self._embedded = embedded
         self._closed = False
         self._services: Services | None = None
-        self._model: model_service_pb2.Model | None = None
+        self._model: Model | None = None
         self._labels = Labels()
 
-    def model(self) -> model_service_pb2.Model:
+    def model(self) -> Model:
         """The model, its hook points and SAEs, and every limit; asked once."""
         if self._model is None:
             services = self._open()
             answer = self._call(services.models.GetModel, model_service_pb2.GetModelRequest(), None)
-            self._model = answer.model
-            warn_of_skew(answer.model.versions.get("turbolens", ""))
+            self._model = Model.from_proto(answer.model)
+            warn_of_skew(self._model.versions.get("turbolens", ""))
         return self._model
 
     @overload
@@ -252,6 +255,25 @@ class Lens:
         services = self._open()
         answer = self._call(services.features.GetFeature, request, None)
         return Feature.from_proto(answer.feature)
+
+    def examples(self, feature: FeatureLike, *, limit: int = 4) -> Gallery:
+        """The pictures that lift a feature most, made again with its activations at that step laid over them.
+
+        Args:
+            feature: any form of a feature.
+            limit: at most so many; each is a picture to make.
+
+        Raises:
+            NotFound: there is no such SAE or feature.
+        """
+        known = self.get_feature(feature)
+        shown, captions = [], []
+        for example in known.examples[: whole(limit, "limit")]:
+            picture = self.generate(example.prompt, seed=example.seed, steps=example.steps, only=known.ref)
+            block = picture.features[known.ref.sae].at(example.step)
+            shown.append(block.overlay(known.ref, picture, scale=True))
+            captions.append(f"{example.activation:.3g}: {example.prompt} (seed {example.seed})")
+        return gallery(shown, captions)
 
     def list_features(self, sae: str, *, filter: str = "", order_by: str = "") -> Iterator[Feature]:
         """Every feature of an SAE that matches, page by page.

@@ -52,7 +52,9 @@ class Studio:
 
     async def model(self, request: Request) -> Response:
         """What is served, in the contract's JSON."""
-        return JSONResponse(json_format.MessageToDict(self.connection.model, always_print_fields_with_no_presence=True))
+        return JSONResponse(
+            json_format.MessageToDict(self.connection.model.message, always_print_fields_with_no_presence=True)
+        )
 
     async def features(self, request: Request) -> Response:
         """Features by words and filters."""

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Final, Literal
 
 import turbolens as tl
-from turbolens_proto.v1 import model_service_pb2
 
 State = Literal["connecting", "ready", "lost"]
 _RETRY_S: Final = 1.0
@@ -29,7 +28,7 @@ class Connection:
         self.generation = 0
         """Rises whenever a server is found, which may not be the one from before."""
         self._lens: tl.aio.AsyncLens | None = None
-        self._model: model_service_pb2.Model | None = None
+        self._model: tl.Model | None = None
         self._heard = 0.0
         self._changed: set[Callable[[], None]] = set()
         self._minding: asyncio.Task[None] | None = None
@@ -63,7 +62,7 @@ class Connection:
         return self._lens
 
     @property
-    def model(self) -> model_service_pb2.Model:
+    def model(self) -> tl.Model:
         """What is served.
 
         Raises:
@@ -94,7 +93,7 @@ class Connection:
             for callback in list(self._changed):
                 callback()
 
-    def _found(self, model: model_service_pb2.Model) -> None:
+    def _found(self, model: tl.Model) -> None:
         self._model = model
         self.generation += 1
         self.heard()

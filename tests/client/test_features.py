@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from fake_server import pack
@@ -12,6 +14,7 @@ from PIL import Image
 
 import turbolens as tl
 from turbolens._heatmap import colorize
+from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 
 BLOCK = "up.0.1"
@@ -98,7 +101,7 @@ def test_an_overlay_lies_where_the_feature_fires(client):
     heat = np.zeros((2, 2, 1))
     heat[0, 1] = 3
     grey = Image.new("RGB", (8, 8), (128, 128, 128))
-    shown = np.asarray(block_of(heat).overlay(0, grey))
+    shown = np.asarray(block_of(heat).overlay(0, grey, smooth=False))
     changed = (shown != 128).any(-1)
     assert changed[:4, 4:].all()
     assert not changed[4:].any()
@@ -123,3 +126,73 @@ def test_notebooks_show_tables_without_running_what_labels_say(client):
     assert "&lt;b&gt;star&lt;/b&gt;" in found._repr_html_()
     assert client.extract("x", seed=1)._repr_html_().count("<table>") == 2
     assert client.generate("x", seeds=[1, 2])._repr_html_().count("data:image/png;base64,") == 2
+
+
+def test_a_smooth_overlay_fades_from_where_the_feature_fires():
+    heat = np.zeros((4, 4, 1))
+    heat[1, 1] = 3
+    black = Image.new("RGB", (64, 64))
+    light = np.asarray(block_of(heat).overlay(0, black)).astype(int).sum(-1)
+    assert light[24, 24] == light.max() > 0
+    assert (np.diff(light[24, 24:]) <= 0).all()
+    assert not light[:, 40:].any()
+
+
+def test_a_scale_says_what_the_colours_are():
+    heat = np.ones((2, 2, 1)) * 3
+    grey = Image.new("RGB", (64, 64), "grey")
+    plain, scaled = (block_of(heat).overlay(0, grey, scale=scale) for scale in (False, True))
+    assert scaled.size == (64, 80)
+    assert np.array_equal(np.asarray(scaled)[:64], np.asarray(plain))
+    strip = np.asarray(scaled)[72, 12:40].astype(int)
+    assert strip[0].sum() < strip[-1].sum()  # from dark to light
+
+
+def test_activations_become_columns_for_pandas_and_arrow(client):
+    found = client.extract("x", seed=3, steps=2)
+    block = found["up.0.1"]
+    frame = block.to_pandas()
+    dense = np.zeros(block.shape, np.float32)
+    dense[frame["step"], frame["y"], frame["x"], frame["feature"]] = frame["activation"]
+    assert np.array_equal(dense, block.to_dense())
+    assert block.at(1).to_pandas()["step"].unique().tolist() == [1]
+    table = found.to_arrow()
+    assert table.column_names == ["sae", "step", "y", "x", "feature", "activation"]
+    assert table.num_rows == sum(len(one.values) for one in found.values())
+    rows = tl.Table(list(client.list_features("up.0.1")))
+    assert rows.to_arrow().num_rows == len(rows)
+    assert rows.to_pandas()["ref"][5] == "up.0.1/5"
+    assert block.top(3).to_pandas().columns.tolist() == ["feature", "mean", "label"]
+
+
+def test_without_pandas_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install pandas"):
+        block_of(np.ones((1, 1, 3))).to_pandas()
+
+
+def test_pictures_of_any_kind_stand_side_by_side(client):
+    pictures = [client.generate("x", seed=1), Image.new("RGB", (4, 4)), np.zeros((4, 4, 3), np.uint8)]
+    shown = tl.gallery(pictures)
+    assert shown.captions == ("seed 1", "1", "2")
+    assert len(shown) == 3
+    assert shown._repr_html_().count("<img") == 3
+    assert "&lt;b&gt;" in tl.gallery(pictures[:1], ["<b>"])._repr_html_()
+    with pytest.raises(ValueError, match="2 captions for 1 pictures"):
+        tl.gallery(pictures[:1], ["a", "b"])
+
+
+def test_the_pictures_of_a_feature_are_made_again_with_it_on_them(client, fake):
+    shown = client.examples("up.0.1/5", limit=1)
+    made = fake.last(gs.GenerateRequest).run
+    assert (made.source.prompt.text, list(made.seeds), made.sampling.steps) == ("a blue star", [9], 2)
+    assert [ref.index for ref in made.features.only] == [5]
+    assert shown.captions == ("3.5: a blue star (seed 9)",)
+    assert shown[0].size == (8, 24)
+
+
+def test_a_feature_and_a_match_are_small_to_look_at(client):
+    feature, match = client.get_feature("up.0.1/5"), client.search_features("blue")[0]
+    assert repr(feature) == "Feature(up.0.1/5, 'night' 0.90, active 25.00%, mean 1.5, max 4)"
+    assert repr(match) == "Match(down.2.1/1, 'blue', score 0.800, color=blue: word)"
+    assert "a blue star" in feature._repr_html_()
