@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from diffusers import LCMScheduler
 
 from turbolens_server.catalog.labels import read_labels
 from turbolens_server.engine.types import Job
+from turbolens_server.engine.walk import Walk
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_training import cli
@@ -177,3 +181,18 @@ def test_where_nothing_can_be_written_is_told_before_the_work(command: list[str]
     main = catalog.main if command[0] == "build" else cli.main
     with pytest.raises(SystemExit, match="file/below: cannot be written"):
         main([part.format(tmp_path / "file/below") for part in command])
+
+
+def test_steps_that_the_models_sampler_cannot_take_are_told_before_the_first_picture(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model, copy_function=os.link)
+    for file in (model / "scheduler/scheduler_config.json", model / "model_index.json"):
+        text = file.read_text()
+        file.unlink()
+        file.write_text(text.replace("EulerDiscreteScheduler", "LCMScheduler"))
+    LCMScheduler(original_inference_steps=10).save_pretrained(model / "scheduler")
+    monkeypatch.setattr(Walk, "step", None)
+    with pytest.raises(SystemExit, match="LCMScheduler cannot take 11 steps"):
+        cli.main(["sae", "--model", str(model), "--multi-steps", "2", "11", "--work", str(tmp_path / "work")])

@@ -53,6 +53,12 @@ class DataConfig:
         """Share of chunks sampled in one step, and the numbers of steps of the rest."""
         return self.one_step_share, self.multi_steps
 
+    @property
+    def most_steps(self) -> int:
+        """Most steps of a picture of the run."""
+        one_step_share, multi_steps = self.step_mix
+        return max((1,) if one_step_share == 1 else multi_steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class FillCacheConfig(DataConfig):

@@ -47,7 +47,7 @@ class ChunkSource(TokenSource, Protocol):
 
 
 def open_model(config: DataConfig, device: str | None = None) -> Engine:
-    """The model of a run, without SAEs, on the settings' device or another.
+    """The model of a run, without SAEs, on the settings' device or another; its sampler can take the run's steps.
 
     Raises:
         LoadError: it cannot be loaded.
@@ -58,6 +58,7 @@ def open_model(config: DataConfig, device: str | None = None) -> Engine:
         variant=config.model_variant,
         saes=[],
         hook_points=config.hook_points,
+        max_steps=config.most_steps,
     )
 
 

@@ -53,7 +53,7 @@ def build(config: BuildConfig) -> None:
             raise ValueError(f"{folder} is no bundle; make one of it by turbolens sae import")
     engine = load_engine(
         model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)],
-        force_sae=config.force_sae,
+        force_sae=config.force_sae, max_steps=max(4, *config.steps),
     )  # fmt: skip
     device = next(engine.components.unet.parameters()).device
     saes: dict[str, Sae] = {}

@@ -245,6 +245,7 @@ def evaluate(config: EvalConfig) -> None:
         variant=config.variant,
         saes=[str(config.saes)],
         force_sae=config.force_sae,
+        max_steps=max(4, config.steps),
     )
     temporal = [name for name, sae in engine.saes.items() if sae.bundle.steps is not None]
     if temporal and (others := [part for part in config.parts if part not in OF_RUNS]):
