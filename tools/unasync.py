@@ -24,6 +24,13 @@ WORDS = (
     (r"\bAsyncIterator\b", "Iterator"),
     (r"\bAsyncLens\b", "Lens"),
     (r"\basync_channel\b", "sync_channel"),
+    (r"\basync_window\b", "sync_window"),
+    (
+        r"turbolens\._many\.run import extract_many, generate_many, run_async",
+        "turbolens._many.run import extract_many, generate_many",
+    ),
+    (r"(?=from turbolens\._window)", "from turbolens._twin import run_sync\n"),
+    (r"\brun_async\b", "run_sync"),
     (r"__aenter__", "__enter__"),
     (r"__aexit__", "__exit__"),
     (r"turbolens\.aio\.connect", "turbolens.connect"),

@@ -47,6 +47,7 @@ from turbolens._errors import (
 )
 from turbolens._features import Example, Feature, Label, Match, Near
 from turbolens._gallery import Gallery, gallery
+from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
 from turbolens._provenance import Provenance
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
@@ -76,6 +77,7 @@ __all__ = [
     "Label",
     "Lens",
     "Limits",
+    "ManyReport",
     "Mask",
     "Match",
     "Model",
@@ -86,6 +88,7 @@ __all__ = [
     "Picture",
     "PictureReady",
     "Pictures",
+    "Progress",
     "Provenance",
     "Queued",
     "Reference",

@@ -101,9 +101,9 @@ class Coded:
             OSError: it cannot be written; a file that was there stays as it was.
         """
         path = Path(path)
-        _write(path, self._coded_as(path.suffix.lower()))
+        _write(path, self.coded_as(path.suffix.lower()))
 
-    def _coded_as(self, suffix: str) -> builtins.bytes:
+    def coded_as(self, suffix: str) -> builtins.bytes:
         """The picture in the format of a file's ending."""
         if suffix in _ENDINGS and FORMATS[_ENDINGS[suffix]] == self._message.format:
             return self._message.data
@@ -112,7 +112,7 @@ class Coded:
         return file.getvalue()
 
     def _repr_png_(self) -> builtins.bytes:
-        return Coded._coded_as(self, ".png")
+        return Coded.coded_as(self, ".png")
 
 
 class Picture(Coded):
@@ -152,8 +152,8 @@ class Picture(Coded):
         """
         super().save(path)
 
-    def _coded_as(self, suffix: str) -> builtins.bytes:
-        coded = super()._coded_as(suffix)
+    def coded_as(self, suffix: str) -> builtins.bytes:
+        coded = super().coded_as(suffix)
         told = self.provenance if _ENDINGS.get(suffix) == "png" else None
         return coded if told is None else with_text(coded, PNG_KEYWORD, told.to_json())
 

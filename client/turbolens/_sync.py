@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Unpack, overload
 
@@ -17,6 +18,11 @@ from turbolens._errors import Closed, Overloaded, from_rpc_error
 from turbolens._features import Feature, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
+from turbolens._many.options import ExtractManyOptions, GenerateManyOptions
+from turbolens._many.progress import ManyReport
+from turbolens._many.prompts import Prompts
+from turbolens._many.run import extract_many, generate_many
+from turbolens._many.tables import Form
 from turbolens._model import Model
 from turbolens._numbers import text, whole
 from turbolens._provenance import Provenance
@@ -24,6 +30,8 @@ from turbolens._results import Event, Extraction, Picture, Pictures, event_of, w
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
 from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
 from turbolens._table import Table
+from turbolens._twin import run_sync
+from turbolens._window import sync_window
 from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -58,6 +66,7 @@ class Lens:
         self._services: Services | None = None
         self._model: Model | None = None
         self._labels = Labels()
+        self._window = sync_window()
 
     def model(self) -> Model:
         """The model, its hook points and SAEs, and every limit; asked once."""
@@ -117,9 +126,10 @@ class Lens:
             TurboLensError: anything else that went wrong.
         """
         call = generate_call(prompt, seed, seeds, options)
-        request = call.generate(labels=self._labels.wanted(call.run))
         services = self._open()
-        answer = self._call(services.generation.Generate, request, call.timeout)
+        with self._window:
+            request = call.generate(labels=self._labels.wanted(call.run))
+            answer = self._call(services.generation.Generate, request, call.timeout)
         self._learn(call, [chunk for made in answer.generations for chunk in made.features])
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
         made = [Picture(g, prompt, account, warnings, self._labels.of) for g in answer.generations]
@@ -159,9 +169,10 @@ class Lens:
             TurboLensError: anything else that went wrong.
         """
         call = extract_call(prompt, seed, seeds, options)
-        request = call.extract(labels=self._labels.wanted(call.run))
         services = self._open()
-        answer = self._call(services.features.ExtractFeatures, request, call.timeout)
+        with self._window:
+            request = call.extract(labels=self._labels.wanted(call.run))
+            answer = self._call(services.features.ExtractFeatures, request, call.timeout)
         self._learn(call, [chunk for made in answer.extractions for chunk in made.features])
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
         made = [Extraction(e, prompt, account, warnings, self._labels.of) for e in answer.extractions]
@@ -202,6 +213,54 @@ class Lens:
         services = self._open()
         for event in self._events(services.features.StreamFeatures, request, call):
             yield event
+
+    @takes(ExtractManyOptions)
+    def extract_many(
+        self, prompts: Prompts, out: str | Path, *, form: Form = "pooled", **options: Unpack[ExtractManyOptions]
+    ) -> ManyReport:
+        """The features of very many prompts, as a Parquet table; needs `turbolens[tables]`.
+
+        Killed and called again with the same arguments, it goes on where it was: nothing is lost, and nothing is there
+        twice. Memory does not grow with the number of prompts.
+
+        Args:
+            prompts: a file (.txt, .jsonl, .csv, .parquet), or texts, or mappings with a prompt and perhaps a seed.
+            out: a .parquet file, in order of the prompts. While the run lasts, a hidden folder of parts is beside it.
+            form: "pooled": a row for each prompt, seed and SAE, with lists of the features active anywhere and of
+                their means over steps and positions, maxima, and shares of positions where they are active. "full": a
+                row for each step too, with every activation and its position. A prompt that cannot be made has one row,
+                whose `error` says why.
+            options: those of :meth:`extract` but for `seed`, and:
+
+                seeds: every prompt is run with each, unless its row has a `seed`; left out: 0.
+                column: of rows, the one that is the prompt; left out: `prompt`.
+                progress: True: a line on stderr; a function: called with a :class:`Progress`; None: a line where
+                    stderr is a terminal.
+                overwrite: begin anew, whatever is there.
+                patience: seconds for which a server that is away or full is asked again; left out: 300.
+
+        Raises:
+            ValueError: `out` is there and was made from other prompts, settings or models; the text says in what.
+            TurboLensError: the server stayed away, or fails; what was made is kept.
+        """
+        return run_sync(lambda lens: extract_many(lens, prompts, out, form, options), self)
+
+    @takes(GenerateManyOptions)
+    def generate_many(self, prompts: Prompts, out: str | Path, **options: Unpack[GenerateManyOptions]) -> ManyReport:
+        """The pictures of very many prompts, as files in a folder with a `metadata.jsonl`, a line for each picture.
+
+        Goes on where it was, as :meth:`extract_many` does. `failed.jsonl` has the prompts that cannot be made, and why.
+
+        Args:
+            prompts: as for :meth:`extract_many`.
+            out: a folder.
+            options: those of :meth:`generate` but for `seed`, features and latents, and those of the whole of
+                :meth:`extract_many`.
+
+        Raises:
+            ValueError, TurboLensError: as for :meth:`extract_many`.
+        """
+        return run_sync(lambda lens: generate_many(lens, prompts, out, options), self)
 
     def search_features(self, query: str, *, block: str | None = None, limit: int = 10) -> Table:
         """Features for words, best first; each goes straight into an edit.

@@ -157,6 +157,8 @@ class Fake(
 
     def Generate(self, request, context):  # noqa: N802
         self._came("Generate", request, context)
+        if request.run.source.prompt.text.startswith("bad"):
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "is bad")
         made = [self._generation(request, seed) for seed in self._seeds(request)]
         warnings = [run.Warning(code="PROMPT_CUT", message="cut")] if len(request.run.source.prompt.text) > 50 else []
         return gs.GenerateResponse(
@@ -196,6 +198,22 @@ class Fake(
         self._came("ExtractFeatures", request, context)
         made = [fs.Extraction(seed=seed, features=self._features(request, seed)) for seed in self._seeds(request)]
         return fs.ExtractFeaturesResponse(extractions=made, provenance=self._account(request))
+
+    def ExtractFeaturesBatch(self, requests, context):  # noqa: N802
+        self._came("ExtractFeaturesBatch", None, context)
+        for item in requests:
+            self.on.get("item", lambda _: None)(item)
+            answer = fs.ExtractFeaturesBatchResponse(item=item.item)
+            request = item.request
+            if request.run.source.prompt.text.startswith("bad"):
+                field = fs.FieldViolation(field="run.source.prompt.text", description="is bad")
+                answer.error.MergeFrom(fs.ItemError(code=3, message="is bad", violations=[field]))
+            else:
+                made = [fs.Extraction(seed=s, features=self._features(request, s)) for s in self._seeds(request)]
+                answer.response.MergeFrom(
+                    fs.ExtractFeaturesResponse(extractions=made, provenance=self._account(request))
+                )
+            yield answer
 
     def StreamFeatures(self, request, context):  # noqa: N802
         self._came("StreamFeatures", request, context)
