@@ -194,8 +194,8 @@ def _error_of(message: pb.ItemError) -> TurboLensError:
 
 def _backoff_s(tries: int, error: TurboLensError) -> float:
     least, most = _BACKOFF_S
-    told = error.retry_after or 0.0
-    return max(told, min(least * 2**tries, most)) * (1 + random.random() / 4)  # no secret
+    wait: float = min(least * 2 ** min(tries, 16), most)
+    return max(error.retry_after or 0.0, wait) * (1 + random.random() / 4)  # no secret
 
 
 def failed(error: TurboLensError) -> str:
