@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from turbolens._errors import TurboLensError
 from turbolens._blocks import RunFeatures
+from turbolens._errors import TurboLensError
 from turbolens._many import folders, tables
 from turbolens._many.job import check_served, describe
 from turbolens._many.options import ManyOptions
