@@ -18,7 +18,7 @@ HEADER = '"""The sync client. Made from `_async.py` by `tools/unasync.py`: edit 
 WORDS = (
     (r"await asyncio\.to_thread\((.+)\)", r"\1()"),
     (r"await asyncio\.sleep\(", "time.sleep("),
-    (r"import asyncio\n", "import time\n"),
+    (r"import asyncio\n", ""),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait ", ""),
     (r"\bAsyncIterator\b", "Iterator"),

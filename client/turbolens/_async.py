@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Unpack, overload
+from typing import Any, Final, NamedTuple, Unpack, overload
 
 import grpc
 
 from turbolens._channel import TLS, Connection, Token, async_channel, connection
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import Closed, Overloaded, from_rpc_error
+from turbolens._errors import Closed, Overloaded, Unavailable, from_rpc_error
 from turbolens._features import Feature, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
@@ -24,7 +26,7 @@ from turbolens._many.prompts import Prompts
 from turbolens._many.run import extract_many, generate_many, run_async
 from turbolens._many.tables import Form
 from turbolens._model import Model
-from turbolens._numbers import text, whole
+from turbolens._numbers import seconds, text, whole
 from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
@@ -35,6 +37,9 @@ from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
 from turbolens_proto.v1.model_service_pb2_grpc import ModelServiceStub
+
+_READY_S: Final = 0.5
+"""Between questions to a server that does not say when it will be ready."""
 
 
 class Services(NamedTuple):
@@ -54,11 +59,16 @@ class AsyncLens:
     """A connection to a TurboLens server; made by :func:`turbolens.aio.connect`."""
 
     def __init__(
-        self, to: Connection, *, timeout: float = 60.0, attempts: int = ATTEMPTS, embedded: Embedded | None = None
+        self,
+        to: Connection,
+        *,
+        timeout: float | None = 60.0,
+        attempts: int = ATTEMPTS,
+        embedded: Embedded | None = None,
     ) -> None:
         self._to = to
         self._target = to.target.removeprefix("dns:///")
-        self._timeout = timeout
+        self._timeout = math.inf if timeout is None else seconds(timeout, "timeout")
         self._attempts = attempts
         self._embedded = embedded
         self._closed = False
@@ -75,6 +85,26 @@ class AsyncLens:
             self._model = Model.from_proto(answer.model)
             warn_of_skew(self._model.versions.get("turbolens", ""))
         return self._model
+
+    async def wait_ready(self, timeout: float | None = 300.0) -> Model:
+        """Wait until the server answers and has its model, which it then tells.
+
+        Args:
+            timeout: seconds; None: no limit.
+
+        Raises:
+            Unavailable: it did not come.
+            TurboLensError: it answered that it will not serve this caller.
+        """
+        until = time.monotonic() + (math.inf if timeout is None else seconds(timeout, "timeout"))
+        while True:
+            try:
+                return await self.model()
+            except Unavailable as error:
+                wait = error.retry_after or _READY_S
+                if time.monotonic() + wait > until:
+                    raise
+            await asyncio.sleep(wait)
 
     @overload
     async def generate(
@@ -116,7 +146,7 @@ class AsyncLens:
                 format: "png", "jpeg", "webp" or "raw".
                 quality: of JPEG and WebP, 1 to 100.
                 latents: return the final latent too.
-                timeout: seconds; None: the connection's.
+                timeout: seconds, or infinity, which is no limit; None: the connection's.
                 request_id: for the server's log; empty: the server makes one.
 
         Returns:
@@ -425,7 +455,7 @@ class AsyncLens:
                     raise
             await asyncio.sleep(wait)
 
-    async def _attempt(self, method: Any, request: Any, call: Call, timeout: float) -> AsyncIterator[Event]:
+    async def _attempt(self, method: Any, request: Any, call: Call, timeout: float | None) -> AsyncIterator[Event]:
         messages = method(request, timeout=timeout, metadata=self._to.metadata())
         try:
             async for message in messages:
@@ -450,7 +480,7 @@ def connect(
     token: Token | None = None,
     metadata: Sequence[tuple[str, str | bytes]] = (),
     tls: TLS | bool | None = None,
-    timeout: float = 60.0,
+    timeout: float | None = 60.0,
     attempts: int = ATTEMPTS,
     **settings: Any,
 ) -> AsyncLens:
@@ -465,7 +495,8 @@ def connect(
         metadata: pairs that every call brings, for proxies on the way; keys in lower case.
         tls: for a server behind TLS; True: with the system's certificates; False: in the clear even with a token. None:
             by TURBOLENS_TLS_CA, TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY, files in PEM, where one is set.
-        timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise.
+        timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise;
+            None: no limit.
         attempts: of a call at a server that is full and says when to come back; 1: none but the first.
         settings: of the embedded server, such as `model` or `sae`.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
+
 from turbolens._edits import FeatureRef
 from turbolens._table import Table, card
 from turbolens_proto.v1 import feature_service_pb2
@@ -55,6 +58,8 @@ class Feature:
     labels: tuple[Label, ...]
     examples: tuple[Example, ...] = ()
     """The pictures that lift it most, strongest first; from `get_feature` alone."""
+    direction: npt.NDArray[np.float32] | None = dataclasses.field(default=None, compare=False)
+    """Its decoder row, float32 [d_model]: what an activation of 1 writes; from `get_feature` alone."""
 
     @classmethod
     def from_proto(cls, message: feature_service_pb2.Feature) -> Feature:
@@ -62,9 +67,9 @@ class Feature:
         labels = tuple(Label(lb.attribute, lb.value, lb.region, lb.score) for lb in message.labels)
         examples = tuple(Example(e.prompt, e.seed, e.steps, e.step, e.y, e.x, e.activation) for e in message.examples)
         ref = FeatureRef(message.ref.sae, message.ref.index)
-        return cls(
-            ref, message.label, message.label_score, message.frequency, message.mean, message.max, labels, examples
-        )
+        direction = np.asarray(message.direction, np.float32) if message.direction else None
+        known = (message.label, message.label_score, message.frequency, message.mean, message.max)
+        return cls(ref, *known, labels, examples, direction)
 
     def __repr__(self) -> str:
         known = f"{self.label!r} {self.label_score:.2f}" if self.label else "no label"

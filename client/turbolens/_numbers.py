@@ -5,8 +5,11 @@ None is none: protobuf takes it for a field that was left out, which is 0 or the
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any
+from typing import Any, Final
+
+_LONGEST_S: Final = 366 * 24 * 3600
 
 
 def whole(value: Any, what: str) -> int:
@@ -39,6 +42,18 @@ def number(value: Any, what: str) -> float:
     if kind.__name__.startswith("bool") or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
         raise TypeError(f"{what} is {value!r}; give a number")
     return float(value)
+
+
+def seconds(value: Any, what: str) -> float:
+    """How long something may take; infinity: as long as it does.
+
+    Raises:
+        TypeError, ValueError: it is no number, not above 0, or longer than a year, past which gRPC ends calls at once.
+    """
+    given = number(value, what)
+    if not (0 < given <= _LONGEST_S or given == math.inf):
+        raise ValueError(f"{what} is {given:g}; give seconds above 0 and up to {_LONGEST_S} (a year), or inf: no limit")
+    return given
 
 
 def text(value: Any, what: str) -> str:

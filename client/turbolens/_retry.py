@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import uuid
@@ -20,13 +21,13 @@ class Attempts:
     """The attempts of one call, within its time."""
 
     def __init__(self, timeout: float, most: int) -> None:
-        """`timeout` is in seconds; `most` attempts are made."""
+        """`timeout` is in seconds, perhaps infinite; `most` attempts are made."""
         self._until = time.monotonic() + timeout
         self._left = most
 
-    def left_s(self) -> float:
-        """Seconds that the next attempt may take."""
-        return max(self._until - time.monotonic(), 0.001)
+    def left_s(self) -> float | None:
+        """Seconds that the next attempt may take, as gRPC has them: None is no limit."""
+        return None if self._until == math.inf else max(self._until - time.monotonic(), 0.001)
 
     def wait_s(self, error: TurboLensError) -> float | None:
         """Seconds until the next attempt; None where another would not help, or not in time."""

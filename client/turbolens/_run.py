@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
-from turbolens._numbers import text, whole, whole_or_none
+from turbolens._numbers import seconds, text, whole, whole_or_none
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -279,6 +279,8 @@ def _call(
     of_call = {name: given.pop(name) for name in _OF_A_CALL if name in given}
     if of_call.get("quality") is not None:
         of_call["quality"] = whole(of_call["quality"], "quality")
+    if of_call.get("timeout") is not None:
+        of_call["timeout"] = seconds(of_call["timeout"], "timeout")
     only, float32 = given.pop("only", None), given.pop("float32", False)
     saes, refs = _wanted(features, only, float32, argument)
     run = Run(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Unpack, overload
+from typing import Any, Final, NamedTuple, Unpack, overload
 
 import grpc
 
 from turbolens._channel import TLS, Connection, Token, connection, sync_channel
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import Closed, Overloaded, from_rpc_error
+from turbolens._errors import Closed, Overloaded, Unavailable, from_rpc_error
 from turbolens._features import Feature, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
@@ -24,7 +25,7 @@ from turbolens._many.prompts import Prompts
 from turbolens._many.run import extract_many, generate_many
 from turbolens._many.tables import Form
 from turbolens._model import Model
-from turbolens._numbers import text, whole
+from turbolens._numbers import seconds, text, whole
 from turbolens._provenance import Provenance
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
@@ -36,6 +37,9 @@ from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
 from turbolens_proto.v1.model_service_pb2_grpc import ModelServiceStub
+
+_READY_S: Final = 0.5
+"""Between questions to a server that does not say when it will be ready."""
 
 
 class Services(NamedTuple):
@@ -55,11 +59,16 @@ class Lens:
     """A connection to a TurboLens server; made by :func:`turbolens.connect`."""
 
     def __init__(
-        self, to: Connection, *, timeout: float = 60.0, attempts: int = ATTEMPTS, embedded: Embedded | None = None
+        self,
+        to: Connection,
+        *,
+        timeout: float | None = 60.0,
+        attempts: int = ATTEMPTS,
+        embedded: Embedded | None = None,
     ) -> None:
         self._to = to
         self._target = to.target.removeprefix("dns:///")
-        self._timeout = timeout
+        self._timeout = math.inf if timeout is None else seconds(timeout, "timeout")
         self._attempts = attempts
         self._embedded = embedded
         self._closed = False
@@ -76,6 +85,26 @@ class Lens:
             self._model = Model.from_proto(answer.model)
             warn_of_skew(self._model.versions.get("turbolens", ""))
         return self._model
+
+    def wait_ready(self, timeout: float | None = 300.0) -> Model:
+        """Wait until the server answers and has its model, which it then tells.
+
+        Args:
+            timeout: seconds; None: no limit.
+
+        Raises:
+            Unavailable: it did not come.
+            TurboLensError: it answered that it will not serve this caller.
+        """
+        until = time.monotonic() + (math.inf if timeout is None else seconds(timeout, "timeout"))
+        while True:
+            try:
+                return self.model()
+            except Unavailable as error:
+                wait = error.retry_after or _READY_S
+                if time.monotonic() + wait > until:
+                    raise
+            time.sleep(wait)
 
     @overload
     def generate(self, prompt: str, *, seed: int | None = None, **options: Unpack[GenerateOptions]) -> Picture: ...
@@ -115,7 +144,7 @@ class Lens:
                 format: "png", "jpeg", "webp" or "raw".
                 quality: of JPEG and WebP, 1 to 100.
                 latents: return the final latent too.
-                timeout: seconds; None: the connection's.
+                timeout: seconds, or infinity, which is no limit; None: the connection's.
                 request_id: for the server's log; empty: the server makes one.
 
         Returns:
@@ -418,7 +447,7 @@ class Lens:
                     raise
             time.sleep(wait)
 
-    def _attempt(self, method: Any, request: Any, call: Call, timeout: float) -> Iterator[Event]:
+    def _attempt(self, method: Any, request: Any, call: Call, timeout: float | None) -> Iterator[Event]:
         messages = method(request, timeout=timeout, metadata=self._to.metadata())
         try:
             for message in messages:
@@ -443,7 +472,7 @@ def connect(
     token: Token | None = None,
     metadata: Sequence[tuple[str, str | bytes]] = (),
     tls: TLS | bool | None = None,
-    timeout: float = 60.0,
+    timeout: float | None = 60.0,
     attempts: int = ATTEMPTS,
     **settings: Any,
 ) -> Lens:
@@ -458,7 +487,8 @@ def connect(
         metadata: pairs that every call brings, for proxies on the way; keys in lower case.
         tls: for a server behind TLS; True: with the system's certificates; False: in the clear even with a token. None:
             by TURBOLENS_TLS_CA, TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY, files in PEM, where one is set.
-        timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise.
+        timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise;
+            None: no limit.
         attempts: of a call at a server that is full and says when to come back; 1: none but the first.
         settings: of the embedded server, such as `model` or `sae`.
 

@@ -127,6 +127,44 @@ def test_the_async_client_waits_without_holding_the_loop(running, fake):
     assert asyncio.run(call()) > 10
 
 
+@pytest.mark.parametrize("timeout", [float("nan"), 0, -1, 1e10, float("-inf")])
+def test_absurd_timeouts_are_refused_by_name(running, client, timeout):
+    for ask in (
+        lambda: client.generate("x", timeout=timeout),
+        lambda: tl.connect(running.target, timeout=timeout),
+        lambda: client.wait_ready(timeout),
+    ):
+        with pytest.raises(ValueError, match=r"timeout is .* inf: no limit"):
+            ask()
+
+
+def test_no_limit_can_be_said(running, client):
+    assert client.generate("x", seed=3, timeout=float("inf")).seed == 3
+    for none in (None, float("inf")):
+        with tl.connect(running.target, timeout=none) as patient:
+            assert patient.generate("x", seed=3).seed == 3
+            assert list(patient.stream_generate("x", seed=3))
+
+
+def test_wait_ready_waits_for_a_server_that_loads(client, fake):
+    loads = [2]
+
+    def loading(context):
+        if loads[0]:
+            loads[0] -= 1
+            refuse(context, grpc.StatusCode.UNAVAILABLE, "the model is loading", details.ErrorInfo(reason="LOADING"))
+
+    fake.on["GetModel"] = loading
+    assert client.wait_ready(20).name == "fake"
+
+
+def test_wait_ready_gives_up_in_time():
+    started = time.monotonic()
+    with tl.connect("127.0.0.1:9", timeout=5) as nobody, pytest.raises(tl.Unavailable):
+        nobody.wait_ready(2)
+    assert time.monotonic() - started < 12
+
+
 def test_a_wait_past_the_timeout_gives_the_refusal_itself_and_at_once(running, fake):
     fake.on["Generate"] = full(30, times=9)
     start = time.monotonic()

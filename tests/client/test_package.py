@@ -18,7 +18,7 @@ transfer
 """
 METHODS = """
 close examples extract extract_many generate generate_many get_feature list_features model nearest_features
-search_features stream_features stream_generate
+search_features stream_features stream_generate wait_ready
 """
 
 

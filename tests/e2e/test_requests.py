@@ -157,6 +157,16 @@ def test_the_examples_of_a_feature_are_true(lens):
         assert there == pytest.approx(example.activation, rel=1e-2)
 
 
+def test_the_direction_of_a_feature_is_its_decoder_row(lens):
+    near = lens.nearest_features("up.0.1/202", limit=1)[0]
+    rows = [lens.get_feature(ref).direction for ref in ("up.0.1/202", near)]
+    d_model = next(point.d_model for point in lens.model().hook_points if point.name == "up.0.1")
+    assert rows[0].shape == (d_model,)
+    cosine = rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])
+    assert cosine == pytest.approx(near.cosine, abs=1e-3)
+    assert near.feature.direction is None
+
+
 def test_streamed_features_are_the_extracted_ones(lens):
     streamed = [e for e in lens.stream_features(PROMPT, seed=7, steps=2) if isinstance(e, tl.Features)]
     whole = lens.extract(PROMPT, seed=7, steps=2)

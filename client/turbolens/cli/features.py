@@ -76,7 +76,11 @@ class Show(Calls):
             tables.append(tl.Table(feature.labels, ("attribute", "value", "region", "score")))
         if feature.examples:
             tables.append(tl.Table(feature.examples, ("activation", "y", "x", "step", "steps", "seed", "prompt")))
-        self.show(dataclasses.asdict(feature) | {"ref": str(feature.ref)}, "\n\n".join(map(str, tables)))
+        direction = None if feature.direction is None else feature.direction.tolist()
+        self.show(
+            dataclasses.asdict(feature) | {"ref": str(feature.ref), "direction": direction},
+            "\n\n".join(map(str, tables)),
+        )
 
 
 FeatureCommands = Annotated[

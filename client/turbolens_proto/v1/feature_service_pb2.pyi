@@ -35,6 +35,7 @@ class Feature(_message.Message):
     MAX_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "saes/{sae}/features/{index}"."""
     label: _builtins.str
@@ -61,6 +62,10 @@ class Feature(_message.Message):
         leave them out.
         """
 
+    @_builtins.property
+    def direction(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Its decoder row, d_model long: what an activation of 1 writes into the block's output. From GetFeature alone."""
+
     def __init__(
         self,
         *,
@@ -73,10 +78,11 @@ class Feature(_message.Message):
         max: _builtins.float = ...,
         labels: _abc.Iterable[Global___FeatureLabel] | None = ...,
         examples: _abc.Iterable[Global___FeatureExample] | None = ...,
+        direction: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "frequency", b"frequency", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "examples", b"examples", "frequency", b"frequency", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,10 @@ class Catalog:
         """
         return self._features[sae]
 
+    def direction(self, sae: str, index: int) -> list[float]:
+        """A feature's decoder row, [d_model]."""
+        return [float(value) for value in self._decoders[sae][index].float()]
+
     def nearest(self, sae: str, index: int, most: int) -> list[Near]:
         """The features of an SAE by the cosine of their decoder direction with one feature's, nearest first."""
         directions = self._decoders[sae].float()

@@ -36,13 +36,14 @@ _NAME: Final = re.compile(r"saes/(?P<sae>[^/]+)(?:/features/(?P<index>[0-9]+))?"
 
 
 def get_feature(catalog: Catalog, request: pb.GetFeatureRequest) -> pb.GetFeatureResponse:
-    """One feature by resource name, with its top examples.
+    """One feature by resource name, with its top examples and direction.
 
     Raises:
         RpcError: NOT_FOUND.
     """
     feature = _feature_of(catalog, request.name)
     message = _message(feature)
+    message.direction.extend(catalog.direction(feature.sae, feature.index))
     message.examples.extend(pb.FeatureExample(**dataclasses.asdict(example)) for example in feature.examples)
     return pb.GetFeatureResponse(feature=message)
 

@@ -102,7 +102,7 @@ class EditChecks:
             have = ", ".join(sorted(self._references)) or "none"
             self._checks.bad(f"{path}.reference", name, f"must be a name among the run's references, which are: {have}")
         elif name and not reads:
-            self._checks.bad(f"{path}.reference", name, f"{kind} reads none, but with UNIT_REFERENCE")
+            self._checks.bad(f"{path}.reference", name, f'{kind} reads none, but with unit="reference"')
         return name if reads else None
 
     def _features(
@@ -166,11 +166,11 @@ class EditChecks:
         bundle = self._checks.info.saes[sae].bundle
         stats = bundle.stats
         if unit is Unit.MEAN and stats is None:
-            self._checks.bad(field, "mean", f"{sae} has no statistics; use UNIT_RAW")
+            self._checks.bad(field, "mean", f'{sae} has no statistics; use unit="raw"')
         elif unit is Unit.MEAN and stats is not None and not stats.mean[index] > 0:
-            self._checks.bad(field, "mean", f"{sae}/{index} was never active, so it has no mean; use UNIT_RAW")
+            self._checks.bad(field, "mean", f'{sae}/{index} was never active, so it has no mean; use unit="raw"')
         elif unit is Unit.NORM and bundle.measured is None:
-            self._checks.bad(field, "norm", f"{sae} has no statistics of its block's norm; use UNIT_RAW or UNIT_MEAN")
+            self._checks.bad(field, "norm", f'{sae}: no statistics of the norm of its block; use unit="raw" or "mean"')
 
     def _window(self, field: str, edit: steering_pb2.Edit) -> tuple[int, int] | None:
         if not edit.HasField("steps"):
