@@ -8,7 +8,7 @@ with tl.connect("localhost:50051") as lens:
     steered = lens.generate(picture.prompt, seed=7, steer=[tl.add(blue, 8, mask=tl.box(0, 0, 0.5, 1))])
 """
 
-from turbolens import aio
+from turbolens import aio, steering
 from turbolens._blocks import BlockFeatures, RunFeatures, TopFeature
 from turbolens._channel import TLS
 from turbolens._edits import (
@@ -120,5 +120,6 @@ __all__ = [
     "replace",
     "scale",
     "set_to",
+    "steering",
     "transfer",
 ]

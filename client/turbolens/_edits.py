@@ -91,7 +91,8 @@ def to_ref(like: FeatureLike) -> FeatureRef:
     raise TypeError(f"{like!r} is no feature; give a search result, feature(sae, index) or a (sae, index) tuple")
 
 
-def _terms(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
+def terms_of(features: Features) -> tuple[tuple[FeatureRef, float | None], ...]:
+    """Features in any of their forms, each with its weight; None: none is given."""
     if isinstance(features, Mapping):
         return tuple((to_ref(like), number(weight, f"the weight of {like}")) for like, weight in features.items())
     if isinstance(features, (str, FeatureRef, HasRef)):
@@ -108,7 +109,7 @@ def to_refs(features: FeatureLike | Sequence[FeatureLike]) -> list[FeatureRef]:
     Raises:
         TypeError, ValueError: one is no feature.
     """
-    return [ref for ref, _ in _terms(features)]
+    return [ref for ref, _ in terms_of(features)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -352,12 +353,12 @@ def add(
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
     """
-    return Edit("add", _terms(features), strength, unit, mask, steps, reference)
+    return Edit("add", terms_of(features), strength, unit, mask, steps, reference)
 
 
 def scale(features: Features, factor: float, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
     """Multiply activations by `factor`; 1 changes nothing."""
-    return Edit("scale", _terms(features), factor, "mean", mask, steps)
+    return Edit("scale", terms_of(features), factor, "mean", mask, steps)
 
 
 def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
@@ -375,14 +376,14 @@ def set_to(
     steps: Steps = None,
 ) -> Edit:
     """Fix activations at `value` units, wherever they stood."""
-    return Edit("set", _terms(features), value, unit, mask, steps, reference)
+    return Edit("set", terms_of(features), value, unit, mask, steps, reference)
 
 
 def replace(
     features: Features, strength: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
-    return Edit("replace", _terms(features), strength, unit, mask, steps)
+    return Edit("replace", terms_of(features), strength, unit, mask, steps)
 
 
 def patch(blocks: str | Sequence[str], reference: str, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
@@ -418,7 +419,7 @@ def transfer(
         steps: half-open range of 0-based steps; None: every step.
     """
     taken = tuple(to_refs(remove))
-    return Edit("transfer", _terms(features), multiplier, "mean", mask, steps, reference, taken)
+    return Edit("transfer", terms_of(features), multiplier, "mean", mask, steps, reference, taken)
 
 
 def edits_to_json(edits: Sequence[Edit]) -> str:

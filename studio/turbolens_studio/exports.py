@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import zipfile
 from typing import Any, Final
 
@@ -12,11 +11,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import turbolens as tl
-from turbolens_studio.wire import BadRun, Run
+from turbolens_studio.wire import Run
 from turbolens_studio.workshop import Made
 
-SCHEMA: Final = "turbolens.steering/1"
-"""Kind and version of a steering file."""
 PNG_KEY: Final = "turbolens"
 """Of the text in a PNG that is its provenance, as the SDK writes it."""
 _STEERING: Final = "steering.json"
@@ -29,7 +26,7 @@ class ForeignFile(ValueError):
 
 def as_json(run: Run) -> bytes:
     """A steering file."""
-    return (json.dumps({"schema": SCHEMA, **run.settings()}, indent=2) + "\n").encode()
+    return tl.steering.Steering(run.edits, prompt=run.prompt, seed=run.seed, steps=run.steps).to_json().encode()
 
 
 def as_png(made: Made) -> bytes:
@@ -114,20 +111,12 @@ def read_any(data: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             raise ForeignFile("neither a PNG, a zip nor a steering file") from None
     try:
-        found = json.loads(text)
-    except ValueError:
-        raise ForeignFile("no steering file: not JSON") from None
-    if not isinstance(found, dict) or not isinstance(found.get("schema"), str):
-        raise ForeignFile("no steering file: it names no schema")
-    kind, _, number = found["schema"].partition("/")
-    if kind != SCHEMA.partition("/")[0]:
-        raise ForeignFile(f"of schema {found['schema'][:60]!r}, expected {SCHEMA!r}")
-    if number != SCHEMA.partition("/")[2]:
-        raise ForeignFile(f"of version {number[:20]!r}; this studio reads version {SCHEMA.partition('/')[2]}")
-    try:
-        run = Run.from_json({name: found.get(name) for name in ("prompt", "seed", "steps", "edits")})
-    except BadRun as error:
-        raise ForeignFile(f"broken at {error}") from None
+        steering = tl.steering.Steering.from_json(text)
+    except ValueError as error:
+        raise ForeignFile(str(error)) from None
+    if steering.references:
+        raise ForeignFile("edits that read other runs, which the studio cannot show yet")
+    run = Run(steering.prompt or "", steering.seed or 0, steering.steps, steering.edits)
     return run.settings()
 
 

@@ -14,7 +14,7 @@ FieldViolation Gallery HookPoint InternalError InvalidRequest Label Lens Limits 
 NotFound Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Run
 RunFeatures Sae Step Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented Warning ablate add aio
 box boxes connect edits_from_json edits_to_json feature gallery mask patch polygon reference replace scale set_to
-transfer
+steering transfer
 """
 METHODS = """
 close examples extract extract_many generate generate_many get_feature list_features model nearest_features

@@ -20,6 +20,7 @@ _OWN: Final = {
     "extract": "turbolens.cli.pictures:Extract",
     "features": "turbolens.cli.features:FeatureCommands",
     "provenance": "turbolens.cli.provenance:Provenance",
+    "steer": "turbolens.cli.steer:SteerCommands",
     "doctor": "turbolens.cli.doctor:Doctor",
     "completion": "turbolens.cli.completion:Completion",
 }
@@ -42,6 +43,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens generate "a blue ring ..."  make pictures, steered or not
   turbolens extract "a blue ring ..."   show the features behind pictures
   turbolens features search blue        find features by words; also: list, show
+  turbolens steer apply FILE PROMPT     make a picture with a steering file; also: validate, diff
   turbolens provenance picture.png      say how a picture was made
   turbolens engine build                build a TensorRT engine; also: list, verify, prune
   turbolens train ...                   train the embedded model and SAEs
