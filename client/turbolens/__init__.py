@@ -45,7 +45,7 @@ from turbolens._errors import (
     Unavailable,
     Unimplemented,
 )
-from turbolens._features import Example, Feature, Label, Match, Near
+from turbolens._features import Effect, Example, Feature, Label, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
@@ -64,6 +64,7 @@ __all__ = [
     "DeadlineExceeded",
     "Done",
     "Edit",
+    "Effect",
     "Example",
     "Extraction",
     "Feature",

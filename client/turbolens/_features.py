@@ -41,6 +41,22 @@ class Example:
     activation: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Effect:
+    """What adding a feature does to pictures, together with those before it in a group that moves them to a value."""
+
+    attribute: str
+    value: str
+    moved: float
+    """Share of pictures of other values that are then nearest to this value, of all that the attribute has."""
+    others_right: float
+    """Share of the other attributes that are then still right."""
+    strength: float
+    """At which each was added, in its mean activation."""
+    rank: int
+    """Place in the group, from 1."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Feature:
     """What is known of one feature."""
@@ -60,16 +76,25 @@ class Feature:
     """The pictures that lift it most, strongest first; from `get_feature` alone."""
     direction: npt.NDArray[np.float32] | None = dataclasses.field(default=None, compare=False)
     """Its decoder row, float32 [d_model]: what an activation of 1 writes; from `get_feature` alone."""
+    effects: tuple[Effect, ...] = ()
+    """What adding it does, the largest effect first; none where it moves nothing, or nobody measured."""
+    icon_strength: float | None = None
+    """`generate("", steer=[replace(feature, icon_strength)])` shows what it draws by itself; None: nothing that was
+    seen."""
 
     @classmethod
     def from_proto(cls, message: feature_service_pb2.Feature) -> Feature:
         """From the server's message."""
         labels = tuple(Label(lb.attribute, lb.value, lb.region, lb.score) for lb in message.labels)
         examples = tuple(Example(e.prompt, e.seed, e.steps, e.step, e.y, e.x, e.activation) for e in message.examples)
+        effects = tuple(
+            Effect(e.attribute, e.value, e.moved, e.others_right, e.strength, e.rank) for e in message.effects
+        )
         ref = FeatureRef(message.ref.sae, message.ref.index)
         direction = np.asarray(message.direction, np.float32) if message.direction else None
         known = (message.label, message.label_score, message.frequency, message.mean, message.max)
-        return cls(ref, *known, labels, examples, direction)
+        icon = message.icon_strength if message.HasField("icon_strength") else None
+        return cls(ref, *known, labels, examples, direction, effects, icon)
 
     def __repr__(self) -> str:
         known = f"{self.label!r} {self.label_score:.2f}" if self.label else "no label"
@@ -83,6 +108,7 @@ class Feature:
             "max": f"{self.max:.4g}",
         }
         tables = [Table(self.labels, ("attribute", "value", "region", "score"))] if self.labels else []
+        tables += [Table(self.effects, ("attribute", "value", "rank", "moved", "others_right"))] if self.effects else []
         tables += [Table(self.examples, ("activation", "seed", "prompt"))] if self.examples else []
         return card(str(self.ref), rows, "".join(table._repr_html_() for table in tables))
 

@@ -300,7 +300,7 @@ class Lens:
             limit: at most so many, up to 100.
 
         Returns:
-            A list of :class:`Match`.
+            A list of :class:`Match`; of an empty one `hint` says why, and what would help.
         """
         request = feature_service_pb2.SearchFeaturesRequest(
             query=text(query, "the query"), saes=[block] if block else [], page_size=whole(limit, "limit")
@@ -308,7 +308,7 @@ class Lens:
         services = self._open()
         answer = self._call(services.features.SearchFeatures, request, None)
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
-        return Table(matches, ("ref", "feature.label", "score", "reason"))
+        return Table(matches, ("ref", "feature.label", "score", "reason"), answer.hint)
 
     def nearest_features(self, feature: FeatureLike, *, limit: int = 10) -> Table:
         """The features of the same SAE that write most alike, nearest first.

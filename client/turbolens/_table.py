@@ -17,15 +17,18 @@ OF_FEATURES: Final = ("ref", "label", "label_score", "frequency", "mean", "max")
 class Table(list[Any]):
     """A list of rows that notebooks show as a table."""
 
-    def __init__(self, rows: Sequence[Any], columns: Sequence[str] = OF_FEATURES) -> None:
+    def __init__(self, rows: Sequence[Any], columns: Sequence[str] = OF_FEATURES, hint: str = "") -> None:
         """A table of results.
 
         Args:
             rows: any results, such as features of `lens.list_features`.
             columns: their attributes, dotted where they are deeper; the default is for features.
+            hint: of an empty table, why it is.
         """
         super().__init__(rows)
         self._paths = tuple(columns)
+        self.hint = hint
+        """Of an empty table: why it is, and what would help; shown in its place."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,11 +56,15 @@ class Table(list[Any]):
         return {name: [row[i] for row in plain] for i, name in enumerate(self.columns)}
 
     def _repr_html_(self) -> str:
+        if self.hint:
+            return f"<p>{html.escape(self.hint)}</p>"
         names = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.cells())
         return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
     def __str__(self) -> str:
+        if self.hint:
+            return self.hint
         rows = [self.columns, *self.cells()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

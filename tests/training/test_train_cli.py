@@ -37,7 +37,9 @@ def test_sae_labels_and_dose_from_the_command_line(
     assert f"4 SAEs are in {saes}; held-out captioned scenes" in told
     assert f"turbolens catalog build --model {tiny_folder} --saes {saes}" in told
     assert f"turbolens serve --model {tiny_folder} --sae {saes}" in told
-    catalog.main(["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2"])
+    catalog.main(
+        ["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2", "--effect-scenes", "0"]
+    )
     dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
     fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
     cli.main(["dose", *dose, *fast, "--concepts", "color=blue", "background=night"])

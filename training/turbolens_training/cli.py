@@ -194,7 +194,7 @@ def rebuild(config: RebuildConfig) -> None:
             resume=resume, overwrite=not resume,
         )
     )  # fmt: skip
-    build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images))
+    build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images, icons=True))
     run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
     from turbolens_training.evaluation.summary import summarize
     from turbolens_training.mini.report import write_report

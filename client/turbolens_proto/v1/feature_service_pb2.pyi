@@ -36,6 +36,8 @@ class Feature(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     DIRECTION_FIELD_NUMBER: _builtins.int
+    EFFECTS_FIELD_NUMBER: _builtins.int
+    ICON_STRENGTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "saes/{sae}/features/{index}"."""
     label: _builtins.str
@@ -48,6 +50,10 @@ class Feature(_message.Message):
     """Mean activation where it is active; 0 where the SAE has no statistics."""
     max: _builtins.float
     """Largest activation seen; 0 where the SAE has no statistics."""
+    icon_strength: _builtins.float
+    """Strength of `replace` on the empty prompt, in UNIT_MEAN, at which something shows: the feature's icon. Unset: nothing
+    does at any that was tried, or nobody looked.
+    """
     @_builtins.property
     def ref(self) -> _steering_pb2.FeatureRef:
         """The same as a reference, to put in an edit."""
@@ -66,6 +72,10 @@ class Feature(_message.Message):
     def direction(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Its decoder row, d_model long: what an activation of 1 writes into the block's output. From GetFeature alone."""
 
+    @_builtins.property
+    def effects(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureEffect]:
+        """What adding it does to pictures, the largest effect first; none where it moves nothing, or nobody measured."""
+
     def __init__(
         self,
         *,
@@ -79,14 +89,62 @@ class Feature(_message.Message):
         labels: _abc.Iterable[Global___FeatureLabel] | None = ...,
         examples: _abc.Iterable[Global___FeatureExample] | None = ...,
         direction: _abc.Iterable[_builtins.float] | None = ...,
+        effects: _abc.Iterable[Global___FeatureEffect] | None = ...,
+        icon_strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_icon_strength", b"_icon_strength", "icon_strength", b"icon_strength", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "examples", b"examples", "frequency", b"frequency", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_icon_strength", b"_icon_strength", "direction", b"direction", "effects", b"effects", "examples", b"examples", "frequency", b"frequency", "icon_strength", b"icon_strength", "label", b"label", "label_score", b"label_score", "labels", b"labels", "max", b"max", "mean", b"mean", "name", b"name", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__icon_strength: _TypeAlias = _typing.Literal["icon_strength"]  # noqa: Y015
+    _WhichOneofArgType__icon_strength: _TypeAlias = _typing.Literal["_icon_strength", b"_icon_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__icon_strength) -> _WhichOneofReturnType__icon_strength | None: ...
+
+Global___Feature: _TypeAlias = Feature  # noqa: Y015
+
+@_typing.final
+class FeatureEffect(_message.Message):
+    """What adding a feature does to pictures of captioned scenes, by their ground truth: together with those before it in a
+    group of features that moves pictures to a value.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    OTHERS_RIGHT_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    attribute: _builtins.str
+    """What kind of thing it moves: "color", "shape", "background", ..."""
+    value: _builtins.str
+    """Towards which value."""
+    moved: _builtins.float
+    """Share of pictures of other values that are then nearest to this value, of all that the attribute has."""
+    others_right: _builtins.float
+    """Share of the other attributes that are then still right."""
+    strength: _builtins.float
+    """Strength at which each was added, in UNIT_MEAN."""
+    rank: _builtins.int
+    """Place in the group, from 1."""
+    def __init__(
+        self,
+        *,
+        attribute: _builtins.str = ...,
+        value: _builtins.str = ...,
+        moved: _builtins.float = ...,
+        others_right: _builtins.float = ...,
+        strength: _builtins.float = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "moved", b"moved", "others_right", b"others_right", "rank", b"rank", "strength", b"strength", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Feature: _TypeAlias = Feature  # noqa: Y015
+Global___FeatureEffect: _TypeAlias = FeatureEffect  # noqa: Y015
 
 @_typing.final
 class FeatureExample(_message.Message):
@@ -709,6 +767,9 @@ class SearchFeaturesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MATCHES_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    hint: _builtins.str
+    """Where there is none: why, and what would help, for people."""
     @_builtins.property
     def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureMatch]:
         """Best first."""
@@ -717,10 +778,11 @@ class SearchFeaturesResponse(_message.Message):
         self,
         *,
         matches: _abc.Iterable[Global___FeatureMatch] | None = ...,
+        hint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "matches", b"matches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -736,12 +798,14 @@ class FeatureMatch(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How well it answers the query, 0 to 1: how near the words are to one of its labels, times how sure that label is
+    """How well it answers the query, 0 to 1. Where the effects of its SAE's features were measured: how near the words are
+    to a value that it moves pictures to in a group, times `moved` and `others_right` of the whole group, a little less
+    at each rank; features that are labelled with the value and move nothing to it are left out. Elsewhere: how near the words are to one of its labels, times how sure that label is
     (less so where it is not the feature's first), times how common the feature is among its SAE's (one half at the
     median), where its SAE has measured statistics.
     """
     reason: _builtins.str
-    """The label it was found by, and how: "color=blue: word"."""
+    """What it was found by, and how: "color=blue: word, moves 0.92 of pictures"."""
     @_builtins.property
     def feature(self) -> Global___Feature:
         """The feature."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from turbolens_server.catalog.labels import FeatureLabels, read_labels
+from turbolens_server.catalog.labels import Effect, FeatureLabels, Label, read_labels
 from turbolens_server.catalog.query import Feature
-from turbolens_server.catalog.search import commonness, cosines, nearness, sureness, words_of
+from turbolens_server.catalog.search import Nearness, commonness, cosines, nearness, sureness, words_of
 from turbolens_server.engine.info import SaeInfo
 from turbolens_server.sae.bundle import BundleError
 
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 _MOST_EMBEDDED: Final = 2000
 """Distinct labels whose meaning is embedded at the start; of more than that, search goes by their words alone."""
+_LATER: Final = 0.95
+"""What each further place in a group counts for."""
+_TOLD: Final = 40
+"""Values that a hint names."""
 _SECOND_MEANING: Final = 0.5
 """What a label that is not the feature's best counts for: the feature stands for something else first."""
 
@@ -31,7 +35,7 @@ class Match:
     score: float
     """How well it answers, 0 to 1."""
     reason: str
-    """By which label, and how."""
+    """By what, and how."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,9 +60,11 @@ class Catalog:
         self._features = {name: _features(sae, labels[name]) for name, sae in saes.items()}
         self._synonyms = {name: _synonyms(sae) for name, sae in saes.items()}
         self._values = {
-            name: {label.value for known in by_feature.values() for label in known.labels}
+            name: {one.value for known in by_feature.values() for one in (*known.labels, *known.effects)}
             for name, by_feature in labels.items()
         }
+        self._moved = {name: moved for name, sae in saes.items() if (moved := measured_attributes(sae))}
+        """By SAE whose features' effects were measured: the attributes."""
         self._decoders = {name: sae.bundle.weights.W_dec for name, sae in saes.items()}
         self._common = {name: _common(sae) for name, sae in saes.items()}
         """By SAE and feature: how far it can be relied on to be there, 1 where nobody measured."""
@@ -103,8 +109,11 @@ class Catalog:
         return [Near(features[int(i)], float(cosine)) for cosine, i in zip(best.values, best.indices, strict=True)]
 
     def search(self, words: str, saes: Iterable[str], most: int, embedded: npt.NDArray[np.float32]) -> list[Match]:
-        """Features for words, best first: how near a label is to the words, times how sure the label is, times how
-        common the feature is among its SAE's, where that was measured.
+        """Features for words, best first.
+
+        Where it was measured what an SAE's features move: how near a value is to the words, times how well the feature
+        moves pictures to it and leaves all else alone; what moves nothing is left out. Elsewhere: how near a label is,
+        times how sure it is, times how common the feature is among its SAE's, where that was measured.
 
         Args:
             words: one or a few.
@@ -117,20 +126,66 @@ class Catalog:
         found: list[Match] = []
         for sae in dict.fromkeys(saes) or self._features:
             near = {v: nearness(query, v, self._synonyms[sae], meaning.get(v, 0.0)) for v in self._values[sae]}
-            for feature in self._features[sae]:
-                best = max(
-                    (
-                        (near[lb.value].score * sureness(lb.score) * (1.0 if rank == 0 else _SECOND_MEANING), lb)
-                        for rank, lb in enumerate(feature.labels)
-                    ),
-                    key=lambda pair: pair[0],
-                    default=None,
-                )
-                if best is not None and best[0] > 0:
-                    score, label = best[0] * float(self._common[sae][feature.index]), best[1]
-                    found.append(Match(feature, score, f"{label.attribute}={label.value}: {near[label.value].how}"))
+            answers = self._by_effects if sae in self._moved else self._by_labels
+            found += [match for match in answers(sae, near) if match.score > 0]
         found.sort(key=lambda match: -match.score)
         return found[:most]
+
+    def _by_effects(self, sae: str, near: Mapping[str, Nearness]) -> Iterator[Match]:
+        """By what moves pictures to a value; labels tell where nobody measured what their attribute's features move."""
+        if not any(feature.effects for feature in self._features[sae]):
+            return  # nothing that this block writes reaches the picture
+        every = sorted((e for feature in self._features[sae] for e in feature.effects), key=lambda e: e.rank)
+        whole = {(e.attribute, e.value): e for e in every}  # the last of each group
+        for feature in self._features[sae]:
+            ways = []
+            for one in feature.effects:
+                group = whole[one.attribute, one.value]
+                how = f"{_how(one, near)}, {group.rank} together move {group.moved:.2g} of pictures"
+                ways.append((near[one.value].score * group.score * _LATER ** (one.rank - 1), how))
+            for score, how, label in self._labelled(sae, feature, near):
+                if label.attribute not in self._moved[sae]:
+                    ways.append((score, how))
+            if ways:
+                yield Match(feature, *max(ways))
+
+    def _by_labels(self, sae: str, near: Mapping[str, Nearness]) -> Iterator[Match]:
+        for feature in self._features[sae]:
+            if ways := [(score, how) for score, how, _ in self._labelled(sae, feature, near)]:
+                yield Match(feature, *max(ways))
+
+    def _labelled(self, sae: str, feature: Feature, near: Mapping[str, Nearness]) -> Iterator[tuple[float, str, Label]]:
+        common = float(self._common[sae][feature.index])
+        for rank, label in enumerate(feature.labels):
+            sure = sureness(label.score) * (1.0 if rank == 0 else _SECOND_MEANING)
+            yield near[label.value].score * sure * common, _how(label, near), label
+
+    def hint(self, words: str, saes: Iterable[str]) -> str:
+        """Why a search found nothing, and what would help."""
+        searched = tuple(dict.fromkeys(saes) or self._features)
+        values = sorted(set().union(*(self._values[sae] for sae in searched)))
+        if not searched:
+            return "this server has no SAE; serve one by --sae"
+        if not values:
+            return (
+                f"{', '.join(searched)} ha{'s' if len(searched) == 1 else 've'} no labels: make them by turbolens "
+                "catalog build, or take those of others by turbolens catalog import-labels"
+            )
+        query = words_of(words)
+        if fit := [v for v in values if nearness(query, v, {}, 0.0).score > 0]:
+            return f"features are labelled {fit[0]!r}, but none moves pictures to it; list_features shows them"
+        told = ", ".join(values[:_TOLD]) + (", ..." if len(values) > _TOLD else "")
+        return f"nothing fits {words!r}; labels say {told}"
+
+
+def _how(one: Label | Effect, near: Mapping[str, Nearness]) -> str:
+    return f"{one.attribute}={one.value}: {near[one.value].how}"
+
+
+def measured_attributes(sae: SaeInfo) -> frozenset[str]:
+    """The attributes to which it was measured what an SAE's features move pictures; none where nobody did."""
+    found = (sae.bundle.provenance.get("catalog") or {}).get("effects") or {}
+    return frozenset(found.get("attributes", ()))
 
 
 def _synonyms(sae: SaeInfo) -> dict[str, list[str]]:
@@ -157,5 +212,10 @@ def _features(sae: SaeInfo, labels: Mapping[int, FeatureLabels]) -> list[Feature
         label, score, every, examples = (
             (known.label, known.label_score, known.labels, known.examples) if known else ("", 0.0, (), ())
         )
-        features.append(Feature(sae.name, index, label, score, frequency, mean, largest, tuple(every), tuple(examples)))
+        effects, icon = (known.effects, known.icon_strength) if known else ((), None)
+        features.append(
+            Feature(
+                sae.name, index, label, score, frequency, mean, largest, tuple(every), tuple(examples), effects, icon
+            )
+        )
     return features

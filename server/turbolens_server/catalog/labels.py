@@ -33,6 +33,16 @@ _EXAMPLE: Final = pa.struct(
     ]
 )
 _EXAMPLES: Final = pa.list_(_EXAMPLE)
+_EFFECT: Final = pa.struct(
+    [
+        ("attribute", pa.string()),
+        ("value", pa.string()),
+        ("moved", pa.float32()),
+        ("others_right", pa.float32()),
+        ("strength", pa.float32()),
+        ("rank", pa.int32()),
+    ]
+)
 SCHEMA: Final = pa.schema(
     [
         ("index", pa.int32()),
@@ -40,8 +50,12 @@ SCHEMA: Final = pa.schema(
         ("label_score", pa.float32()),
         ("labels", pa.list_(_LABEL)),
         ("examples", _EXAMPLES),
+        ("effects", pa.list_(_EFFECT)),
+        ("icon_strength", pa.float32()),
     ]
 )
+_OPTIONAL: Final = ("examples", "effects", "icon_strength")
+"""Columns that a file need not have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +87,27 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Effect:
+    """What adding a feature does to pictures, together with those before it in a group that moves them to a value."""
+
+    attribute: str
+    value: str
+    moved: float
+    """Share of pictures of other values that are then nearest to this one, of all the attribute's values."""
+    others_right: float
+    """Share of the other attributes that are then still right."""
+    strength: float
+    """At which each was added, in its mean activation."""
+    rank: int
+    """Place in the group, from 1."""
+
+    @property
+    def score(self) -> float:
+        """Moved, and nothing else broken: 0 to 1."""
+        return self.moved * self.others_right
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FeatureLabels:
     """What one feature stands for."""
 
@@ -84,6 +119,11 @@ class FeatureLabels:
     """Every meaning that was measured, best first."""
     examples: tuple[Example, ...] = ()
     """The pictures that lift it most, strongest first, each picture once."""
+    effects: tuple[Effect, ...] = ()
+    """What adding it does, the largest effect first; none where it moves nothing, or nobody measured."""
+    icon_strength: float | None = None
+    """Of `replace` on the empty prompt, in its mean activation, at which something shows; None: nothing does, or nobody
+    looked."""
 
 
 def write_labels(folder: Path, rows: Sequence[FeatureLabels], **entries: Any) -> None:
@@ -114,8 +154,9 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
     path = folder / FILE_NAME
     try:
         table = pq.read_table(path)
-        if "examples" not in table.column_names:  # a file of labels alone
-            table = table.append_column("examples", pa.nulls(len(table), _EXAMPLES))
+        for name in _OPTIONAL:  # a file of labels alone
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         _check_types(table.schema)
         rows = table.cast(SCHEMA).to_pylist()
         labels = {
@@ -125,6 +166,8 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
                 _score(row["label_score"] or 0.0),
                 tuple(_label(**label) for label in row["labels"] or ()),
                 tuple(_example(**example) for example in row["examples"] or ()),
+                tuple(_effect(**effect) for effect in row["effects"] or ()),
+                None if row["icon_strength"] is None else _score(row["icon_strength"]),
             )
             for row in rows
         }
@@ -156,6 +199,13 @@ def _example(prompt: str | None, activation: float | None, **at: int | None) -> 
     if prompt is None or activation is None or len(numbers) < len(at):
         raise ValueError("an example lacks its prompt, place or activation")
     return Example(prompt=prompt, activation=_score(activation), **numbers)
+
+
+def _effect(attribute: str | None, value: str | None, rank: int | None, **numbers: float | None) -> Effect:
+    measured = {name: _score(number) for name, number in numbers.items() if number is not None}
+    if attribute is None or value is None or rank is None or len(measured) < len(numbers):
+        raise ValueError("an effect lacks its attribute, value or a number")
+    return Effect(attribute, value, **measured, rank=rank)
 
 
 def _score(value: float) -> float:

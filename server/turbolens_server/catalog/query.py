@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from turbolens_server.catalog.labels import Example, Label
+from turbolens_server.catalog.labels import Effect, Example, Label
 
 NUMBERS: Final = ("index", "label_score", "frequency", "mean", "max")
 TEXTS: Final = ("label", "attribute", "value")
@@ -44,6 +44,9 @@ class Feature:
     """Best first."""
     examples: tuple[Example, ...]
     """Strongest first."""
+    effects: tuple[Effect, ...] = ()
+    """Largest first."""
+    icon_strength: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

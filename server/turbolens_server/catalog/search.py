@@ -18,6 +18,8 @@ _PREFIX: Final = 0.8
 _TYPO: Final = 0.7
 _TYPO_RATIO: Final = 0.75
 _MEANING: Final = 0.4  # what the text encoder alone can give: it knows words, not labels
+_LEAST_COSINE: Final = 0.6
+"""Below it any word is as near to some label."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[s
         cosine: of the query's and the value's text embeddings.
     """
     names = {value.lower(): "word", **{word.lower(): "synonym" for word in synonyms.get(value, ())}}
-    best = Nearness(_MEANING * float(np.clip(cosine, 0, 1)), "meaning")
+    best = Nearness(_MEANING * min(cosine, 1.0) if cosine >= _LEAST_COSINE else 0.0, "meaning")
     for name, kind in names.items():
         parts = words_of(name)
         if parts == list(query):

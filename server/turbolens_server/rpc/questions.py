@@ -104,7 +104,8 @@ def search(
     return pb.SearchFeaturesResponse(
         matches=[
             pb.FeatureMatch(feature=_message(match.feature), score=match.score, reason=match.reason) for match in found
-        ]
+        ],
+        hint="" if found else catalog.hint(request.query, request.saes),
     )
 
 
@@ -169,4 +170,6 @@ def _message(feature: Feature) -> pb.Feature:
             pb.FeatureLabel(attribute=lb.attribute, value=lb.value, region=lb.region, score=lb.score)
             for lb in feature.labels
         ],
+        effects=[pb.FeatureEffect(**dataclasses.asdict(effect)) for effect in feature.effects],
+        icon_strength=feature.icon_strength,
     )

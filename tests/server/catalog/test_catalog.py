@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import pytest
 import turbolens as tl
 from turbolens_proto.v1 import feature_service_pb2 as pb
 from turbolens_server.catalog.catalog import Catalog
-from turbolens_server.catalog.labels import FeatureLabels, Label, read_labels, write_labels
+from turbolens_server.catalog.labels import Effect, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.query import QueryError, parse_filter, parse_order
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.questions import get_feature, list_features
-from turbolens_server.sae.bundle import BundleError
+from turbolens_server.sae.bundle import BundleError, load_bundle
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,61 @@ def test_search_finds_words_synonyms_and_typos(lens):
     for words in ("azure", "blu", "bleu"):
         assert lens.search_features(words)[0].reason.startswith("color=blue")
     assert len(lens.search_features("night", limit=3)) == 3
+
+
+def a_catalog(engine, tmp_path, rows, **entries) -> Catalog:
+    """One SAE with these rows, and a text encoder that knows no word."""
+    info = engine.info.saes["up.0.0"]
+    folder = shutil.copytree(info.bundle.folder, tmp_path / "up.0.0")
+    write_labels(folder, rows, **entries)
+    bundle = load_bundle(folder)
+    return Catalog({"up.0.0": dataclasses.replace(info, bundle=bundle)}, lambda texts: np.zeros((len(texts), 2)))
+
+
+def blue(index, effects=(), score=0.99) -> FeatureLabels:
+    return FeatureLabels(index, "blue", score, (Label("color", "blue", "thing", score),), (), effects)
+
+
+NOTHING = np.zeros(2)
+MEASURED = {"catalog": {"effects": {"scenes": 4, "attributes": ["color"]}}}
+
+
+def test_search_ranks_by_what_moves_pictures_and_leaves_out_what_does_not(engine, tmp_path):
+    def effect(rank: int, moved: float) -> tuple[Effect, ...]:
+        return (Effect("color", "blue", moved, 1.0, 4.0, rank),)
+
+    thing = FeatureLabels(8, "on a thing", 0.9, (Label("thing", "thing", "cell", 0.9),))
+    rows = [blue(3), blue(5, effect(2, 0.9), 0.7), FeatureLabels(7, "", 0.0, (), (), effect(1, 0.4)), thing]
+    catalog = a_catalog(engine, tmp_path, rows, **MEASURED)
+    found = catalog.search("blue", (), 10, NOTHING)
+    assert [match.feature.index for match in found] == [7, 5]  # in the order in which they were taken together
+    assert [match.score for match in found] == pytest.approx([0.9, 0.9 * 0.95])
+    assert found[0].reason == "color=blue: word, 2 together move 0.9 of pictures"
+    # Nobody measured what moves `thing`, which no edit can: its labels still answer.
+    assert [match.feature.index for match in catalog.search("thing", (), 10, NOTHING)] == [8]
+
+
+def test_a_block_that_moves_nothing_is_left_out_of_search_and_said_why(engine, tmp_path):
+    catalog = a_catalog(engine, tmp_path, [blue(3)], **MEASURED)
+    assert catalog.search("blue", (), 10, NOTHING) == []
+    assert "labelled 'blue', but none moves" in catalog.hint("blue", ())
+
+
+def test_what_fits_nothing_is_said_with_what_there_is(lens, engine, tmp_path):
+    found = lens.search_features("elephant")
+    assert found == []
+    assert found.hint.startswith("nothing fits 'elephant'; labels say ")
+    assert "blue" in found.hint
+    assert str(found) == found.hint
+    assert "import-labels" in a_catalog(engine, tmp_path, []).hint("blue", ())
+    assert "--sae" in Catalog({}, lambda texts: np.zeros((len(texts), 2))).hint("blue", ())
+
+
+def test_effects_and_icons_are_read_as_they_were_written(tmp_path, engine):
+    folder = shutil.copytree(engine.info.saes["mid.0"].bundle.folder, tmp_path / "mid.0")
+    row = dataclasses.replace(blue(2, (Effect("color", "blue", 0.5, 0.75, 4.0, 1),), 0.75), icon_strength=8.0)
+    write_labels(folder, [row, blue(3, score=0.75)])
+    assert read_labels(folder, 256) == {2: row, 3: blue(3, score=0.75)}
 
 
 @pytest.mark.parametrize(("query", "block"), [("", None), ("  ", None), ("x" * 201, None), ("blue", "up.9")])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
 from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
@@ -25,9 +26,11 @@ from turbolens_training.activations.stream import (
     prompt_updates,
 )
 from turbolens_training.catalog.config import BuildConfig
+from turbolens_training.catalog.effects import STRENGTH, contrasts, measure_effects, measure_icons
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
 from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
+from turbolens_training.measures.concepts import Concept
 from turbolens_training.measures.quality import SaeMeasurement
 from turbolens_training.measures.report import write_table
 
@@ -61,15 +64,19 @@ def build(config: BuildConfig) -> None:
         if info.hook_point in saes:
             raise ValueError(f"{config.saes} holds two bundles of {info.hook_point}; build one folder at a time")
         saes[info.hook_point] = Sae(info.bundle, device)
-    table = []
+    table: list[dict[str, object]] = []
+    contrast: dict[str, dict[Concept, Tensor]] = {}
     for steps in dict.fromkeys(sae.bundle.steps for sae in saes.values()):
         alike = {block: sae for block, sae in saes.items() if sae.bundle.steps == steps}
         if prompts is None:
-            table += _from_scenes(config, engine, alike, steps)
+            rows, found = _from_scenes(config, engine, alike, steps)
+            table, contrast = table + rows, contrast | found
         else:
             _from_prompts(config, engine, alike, steps, prompts, namer)
     if table:
         write_table(config.work / "labels", table)
+    if contrast or config.icons:
+        _write_effects(config, contrast)
 
 
 class Seen:
@@ -110,7 +117,7 @@ def has_published_means(bundle: Bundle) -> bool:
 
 def _from_scenes(
     config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None
-) -> list[dict[str, object]]:
+) -> tuple[list[dict[str, object]], dict[str, dict[Concept, Tensor]]]:
     """Look at pictures whose captions name every value, then at others of every number of steps.
 
     Args:
@@ -120,7 +127,7 @@ def _from_scenes(
         steps: of the runs that they read, if they are temporal; others are labelled by one-step pictures.
 
     Returns:
-        The rows of the table of what was labelled.
+        The rows of the table of what was labelled, and by SAE the contrasts by which effects are looked for.
     """
     stream = SceneStream(
         engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True,
@@ -139,16 +146,19 @@ def _from_scenes(
     for updates in _progress((mixed.chunk(index).updates for index in range(batches)), "pictures", batches):
         for one in seen.values():
             one.add(updates)
-    table = []
+    table, found = [], {}
     for point in engine.info.hook_points:
         if point.name not in saes:
             continue
-        truth = truths.truth(point.grid(*engine.info.default_size))
-        rows = label_features(truths.active(point.name), truth, saes[point.name].bundle.d_sae, config)
+        truth, active = truths.truth(point.grid(*engine.info.default_size)), truths.active(point.name)
+        d_sae = saes[point.name].bundle.d_sae
+        rows = label_features(active, truth, d_sae, config)
+        if steps is None and config.effect_scenes:
+            found[saes[point.name].bundle.name] = contrasts(active, truth, d_sae, Concept.all())
         gone = {"labels": None, "zero_shot": None}  # those of others
         _write(config, engine, seen[point.name], rows, 2 * batches * config.batch, gone)
         table.append(summary(point.name, rows))
-    return table
+    return table, found
 
 
 def _from_prompts(
@@ -187,6 +197,33 @@ def _write(
     shown = [dataclasses.replace(row, examples=examples[row.index]) for row in rows]
     save_stats(_folder(bundle), seen.stats())
     write_labels(_folder(bundle), shown, catalog=made, **entries)
+
+
+def _write_effects(config: BuildConfig, contrast: Mapping[str, Mapping[Concept, Tensor]]) -> None:
+    """Measure what features do to pictures, in the means that were just written, and write it beside their labels."""
+    engine = load_engine(
+        model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)],
+        force_sae=config.force_sae,
+    )  # fmt: skip
+    concepts = list(Concept.all())
+    effects = measure_effects(
+        engine, contrast, concepts, scenes=config.effect_scenes, batch=config.batch, seed=config.seed
+    )
+    for name, info in engine.info.saes.items():
+        if info.bundle.steps is not None:
+            continue  # of whole runs: not steered at one step
+        made = dict(info.bundle.provenance["catalog"])
+        if name in effects:
+            attributes = list(dict.fromkeys(concept.attribute for concept in concepts))
+            made["effects"] = {"scenes": config.effect_scenes, "strength": STRENGTH, "attributes": attributes}
+        icons = measure_icons(engine, name, config.batch) if config.icons else {}
+        rows = [
+            dataclasses.replace(
+                row, effects=tuple(effects.get(name, {}).get(row.index, ())), icon_strength=icons.get(row.index)
+            )
+            for row in read_labels(info.bundle.folder, info.bundle.d_sae).values()
+        ]
+        write_labels(_folder(info.bundle), rows, catalog=made)
 
 
 def _folder(bundle: Bundle) -> Path:

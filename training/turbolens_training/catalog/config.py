@@ -58,6 +58,12 @@ class BuildConfig:
     of scenes one of them at random. One that stands twice is taken twice as often."""
     examples: int = 5
     """Top examples of each feature, each of another picture."""
+    effect_scenes: int = 16
+    """Scenes on which it is measured what adding features does to pictures, for each value of each attribute; 0: it is
+    not. Prompts have no truth to measure by."""
+    icons: bool = False
+    """Find the strength at which each feature draws something by itself (`replace` on the empty prompt): up to four
+    pictures of every feature."""
     least_score: float = 0.6
     """Lowest selectivity that makes a label; a feature without one has an empty label."""
     least_z: float = 5.0
@@ -69,6 +75,8 @@ class BuildConfig:
         for name in ("images", "batch", "least_active"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.effect_scenes < 0:
+            raise ValueError(f"effect_scenes={self.effect_scenes}, expected at least 0")
         if self.examples < 0:
             raise ValueError(f"examples={self.examples}, expected at least 0")
         if not self.steps or min(self.steps) < 1:

@@ -26,18 +26,23 @@ class DoseConfig:
     """Seed of the scenes."""
     concepts: tuple[str, ...] = ()
     """Each `attribute=value`; empty: every value of every attribute."""
-    scenes: int = 32
+    scenes: int = 48
     """Scenes for each concept's curve."""
     choice_scenes: int = 12
-    """Other scenes, on which the features are chosen."""
-    choice_strength: float = 8.0
-    """Strength at which they are chosen."""
-    singles: int = 3
+    """Other scenes, on which the features and their strength are chosen."""
+    singles: int = 2
     """Features of each block that are tried alone, best labels first."""
-    strengths: tuple[float, ...] = (-8.0, -4.0, 0.0, 4.0, 8.0, 16.0)
-    """Strengths of the curve, in each feature's mean activation."""
+    strengths: tuple[float, ...] = (-8.0, 0.0, 4.0, 8.0, 16.0)
+    """Strengths of the curve, in each feature's mean activation; one of those above 0 is chosen."""
     batch: int = 32
     """Pictures of a batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "choice_scenes", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if 0 not in self.strengths or max(self.strengths) <= 0:
+            raise ValueError(f"strengths={self.strengths}, expected 0, to compare with, and at least one above it")
 
     @property
     def writes(self) -> tuple[Path, ...]:

@@ -1,20 +1,20 @@
 """Dose and response: does steering by a concept's features move that attribute, more with strength, and it alone?
 
-The judge is the counterfactual test: the scene rendered with the wanted value and with its own, same jitter; a
-picture has moved when it is nearer to the first. Everything is chosen by measurement: candidates by their labels,
-among them the best on scenes of their own, and then the curve on scenes that took no part in the choice.
+The judge is the counterfactual test: the scene rendered with every value of the attribute, same jitter. Features and
+strength are chosen on scenes of their own, by a trial of what the catalog knows to move pictures and of what is
+labelled; curve and table are of scenes that took no part in the choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from turbolens_server.catalog.catalog import Catalog, measured_attributes
 from turbolens_server.catalog.labels import read_labels
 from turbolens_server.catalog.search import commonness
 from turbolens_server.engine.engine import Engine
@@ -24,68 +24,39 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.steering.edits import Edit, WeightedFeature
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves
-from turbolens_training.measures.concepts import Concept, Scenes, draw_scenes, generate, pick_concepts
+from turbolens_training.measures.concepts import Concept, draw_scenes, generate, pick_concepts
+from turbolens_training.measures.counterfactual import Effect, Sheet, interval
 from turbolens_training.measures.report import write_table
-from turbolens_training.mini.evaluate import score_attributes
-from turbolens_training.mini.render import render
-from turbolens_training.mini.scenes import (
-    jitter_from_noise,
-)
 
 GROUP: Final = 5
-"""Features of a group."""
-_POOL: Final = 4096
-"""Random scenes among which those fit for a concept are found."""
+"""Features of a group of labelled ones."""
+RECIPE: Final = (4, 4.0)
+"""The README's: so many features that search finds, each added at this strength."""
+_FINALISTS: Final = 3
+"""Steerings that are tried at every strength."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """Features to add together; the weights keep a group's push about as long as that of one feature."""
+    """Features of one block to add together."""
 
     block: str
     features: tuple[int, ...]
+    weight: float = 1.0
+    """Of each. 1/sqrt(n) keeps the push of n features about as long as that of one: their decoder rows are nearly
+    orthogonal. A group that was grown at full strength has 1."""
 
     def edit(self, strength: float) -> Edit:
-        weight = len(self.features) ** -0.5  # decoder rows of different features are nearly orthogonal
-        features = tuple(WeightedFeature(self.block, index, weight) for index in self.features)
+        features = tuple(WeightedFeature(self.block, index, self.weight) for index in self.features)
         return Edit("add", features, strength)
 
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """What became of the scenes."""
-
-    moved: float
-    """Share of pictures nearer to the wanted value than to their own."""
-    margin: float
-    """Mean of (error to own - error to wanted) / distance between the two: -1 is the own picture, 1 the wanted."""
-    others: float
-    """Share of the other attributes that are still right, mean over attributes."""
-
-    @property
-    def score(self) -> float:
-        """Moved, and nothing broken."""
-        return self.moved * self.others
-
-
-def judge(scenes: Scenes, concept: Concept, pictures: Tensor) -> Effect:
-    """The counterfactual test of steered pictures [N, 3, h, w]."""
-    jitter, size = jitter_from_noise(scenes.noise), pictures.shape[-1]
-    wanted_codes = scenes.codes.clone()
-    wanted_codes[:, concept.column] = concept.code
-    own, wanted = (render(codes, jitter, size)[0] for codes in (scenes.codes, wanted_codes))
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().mean((1, 2, 3))
-
-    gain = distance(pictures, own) - distance(pictures, wanted)
-    moved = gain > 0
-    margin = gain / distance(own, wanted).clamp(min=1e-6)
-    # The other attributes are judged beside whichever of the two values the picture shows.
-    shown = torch.where(moved[:, None], wanted_codes, scenes.codes)
-    scores = score_attributes(shown, scenes.noise, pictures)
-    others = [score.right for name, score in scores.items() if name != concept.attribute and score.count]
-    return Effect(moved.float().mean().item(), margin.mean().item(), sum(others) / len(others))
+    def call(self, strength: float) -> str:
+        """The SDK's call of the same edit."""
+        names = [f'"{self.block}/{index}"' for index in self.features]
+        if self.weight != 1:
+            weighted = ", ".join(f"{name}: {self.weight:.4g}" for name in names)
+            return f"tl.add({{{weighted}}}, {strength:g})"
+        return f"tl.add({names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}, {strength:g})"
 
 
 def read_labelled(info: SaeInfo, folder: Path) -> list[dict[str, Any]]:
@@ -107,57 +78,142 @@ def labelled_features(rows: list[dict[str, Any]], concept: Concept, n: int) -> l
     return sorted(best, key=lambda index: -best[index])[:n]
 
 
-def candidates(labels: dict[str, list[dict[str, Any]]], concept: Concept, singles: int) -> list[Steering]:
-    """What is tried for a concept: in each block the best-labelled features alone, and the best few together."""
+def grown_group(rows: list[dict[str, Any]], concept: Concept) -> tuple[int, ...]:
+    """The group that the catalog knows to move pictures to this concept, in its order; empty where it knows none."""
+    ranks = {
+        effect["rank"]: row["index"]
+        for row in rows
+        for effect in row.get("effects", ())
+        if (effect["attribute"], effect["value"]) == (concept.attribute, concept.value)
+    }
+    return tuple(ranks[rank] for rank in sorted(ranks))
+
+
+def candidates(labels: Mapping[str, list[dict[str, Any]]], concept: Concept, singles: int) -> list[Steering]:
+    """What is tried for a concept: in each block the best-labelled features alone and the best few together, and the
+    group that the catalog knows to move pictures, whole and its first alone."""
     found = []
     for block, rows in labels.items():
         best = labelled_features(rows, concept, max(singles, GROUP))
         found += [Steering(block, (index,)) for index in best[:singles]]
         if len(best) > 1:
-            found.append(Steering(block, tuple(best[:GROUP])))
-    return found
+            together = tuple(best[:GROUP])
+            found.append(Steering(block, together, len(together) ** -0.5))
+        if group := grown_group(rows, concept):
+            found += [Steering(block, group), Steering(block, group[:1])]
+    return list(dict.fromkeys(found))
 
 
-def _row(concept: Concept, steering: Steering, strength: float, effect: Effect) -> dict[str, object]:
-    return {
-        "attribute": concept.attribute,
-        "value": concept.value,
-        "block": steering.block,
-        "features": " ".join(map(str, steering.features)),
-        "strength": strength,
-        "moved": round(effect.moved, 3),
-        "margin": round(effect.margin, 3),
-        "others_right": round(effect.others, 3),
-    }
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Scenes of a concept, on which steerings are tried."""
+
+    engine: Engine
+    concept: Concept
+    sheet: Sheet
+    batch: int
+
+    @classmethod
+    def draw(cls, engine: Engine, concept: Concept, scenes: int, key: str, batch: int) -> Judge:
+        drawn = draw_scenes(engine, concept, scenes, key)
+        return cls(engine, concept, Sheet(drawn, engine.info.default_size[0] // engine.components.vae_downscale), batch)
+
+    def __call__(self, edit: Edit) -> Effect:
+        """What the edit comes to in one-step pictures."""
+        return self.sheet.judge(self.concept, generate(self.engine, self.sheet.scenes, edit, self.batch))
 
 
-def choose(
-    engine: Engine, labels: dict[str, list[dict[str, Any]]], concept: Concept, config: DoseConfig
-) -> list[tuple[Steering, Effect]]:
-    """Every candidate with its effect on the scenes of the choice, best first.
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A steering with its effect on the scenes of the choice, at the strength that is best there."""
 
-    Where none moves a picture all the way at that strength, the one that comes closest is best.
+    steering: Steering
+    strength: float
+    effect: Effect
+
+
+def choose(judge: Judge, tried: Iterable[Steering], strengths: Iterable[float]) -> list[Trial]:
+    """Every steering at its best strength, best first.
+
+    Where none moves a picture all the way, the one that comes closest is best. All are tried at one strength, and at
+    the others the few that are best there.
     """
-    scenes = draw_scenes(engine, concept, config.choice_scenes, f"{config.seed}/choice")
-    tried = []
-    for steering in candidates(labels, concept, config.singles):
-        drawn = generate(engine, scenes, steering.edit(config.choice_strength), config.batch)
-        tried.append((steering, judge(scenes, concept, drawn)))
-    return sorted(tried, key=lambda pair: (-pair[1].score, -pair[1].margin))
+    first, *others = sorted(strengths, key=lambda strength: abs(strength - RECIPE[1]))
+
+    def order(trial: Trial) -> tuple[float, float]:
+        return -trial.effect.score, -trial.effect.margin
+
+    trials = sorted((Trial(s, first, judge(s.edit(first))) for s in tried), key=order)
+    for at, trial in enumerate(trials[:_FINALISTS]):
+        again = (Trial(trial.steering, strength, judge(trial.steering.edit(strength))) for strength in others)
+        trials[at] = min([trial, *again], key=order)
+    return sorted(trials, key=order)
 
 
-def block_table(trials: list[tuple[Concept, Steering, Effect]]) -> list[dict[str, object]]:
+def row(concept: Concept, effect: Effect, **more: object) -> dict[str, object]:
+    """A row of a table: both tests, with their intervals, and what else changed."""
+    shares: dict[str, object] = {}
+    for name, share in (("moved", effect.moved), ("nearest", effect.nearest)):
+        shares |= {name: round(share, 3), f"{name}_95": [round(end, 2) for end in interval(share, effect.count)]}
+    known: dict[str, object] = {"attribute": concept.attribute, "value": concept.value, **more, "n": effect.count}
+    return known | shares | {"margin": round(effect.margin, 3), "others_right": round(effect.others, 3)}
+
+
+def block_table(trials: list[tuple[Concept, Trial]]) -> list[dict[str, object]]:
     """Which block carries which attribute: each block's best effect on a value, mean over the attribute's values."""
     best: dict[str, dict[str, dict[str, float]]] = {}
-    for concept, steering, effect in trials:
-        values = best.setdefault(concept.attribute, {}).setdefault(steering.block, {})
-        values[concept.value] = max(effect.score, values.get(concept.value, 0.0))
+    for concept, trial in trials:
+        values = best.setdefault(concept.attribute, {}).setdefault(trial.steering.block, {})
+        values[concept.value] = max(trial.effect.score, values.get(concept.value, 0.0))
     rows: list[dict[str, object]] = []
     for attribute, blocks in best.items():
         tried = {value for values in blocks.values() for value in values}  # a block without a candidate moves nothing
         means = {block: round(sum(values.values()) / len(tried), 3) for block, values in blocks.items()}
         rows.append({"attribute": attribute, **means, "best": max(means, key=lambda block: means[block])})
     return rows
+
+
+def _without_effects(info: SaeInfo) -> SaeInfo:
+    """The SAE as it was before anybody measured what its features move."""
+    made = {k: v for k, v in dict(info.bundle.provenance.get("catalog") or {}).items() if k != "effects"}
+    provenance = {**info.bundle.provenance, "catalog": made}
+    return dataclasses.replace(info, bundle=dataclasses.replace(info.bundle, provenance=provenance))
+
+
+class Recipe:
+    """The README's recipe, by what search finds, and by the labels alone in the same block."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._search = Catalog(engine.info.saes, engine.embed_text)
+        without = {name: _without_effects(info) for name, info in engine.info.saes.items()}
+        self._labels = Catalog(without, engine.embed_text)
+
+    def edits(self, concept: Concept) -> dict[str, Edit | None]:
+        """By `by_label` and `by_search`; None: nothing is found."""
+        words = concept.value
+        embedded = self._engine.embed_text([words])[0]
+        count, strength = RECIPE
+        found = self._search.search(words, (), count, embedded)
+        blocks = tuple(dict.fromkeys(match.feature.sae for match in found[:1]))
+        labelled = [m for m in self._labels.search(words, blocks, 100, embedded) if words in m.feature.label]
+        return {
+            name: Edit("add", tuple(WeightedFeature(m.feature.sae, m.feature.index) for m in matches), strength)
+            if matches
+            else None
+            for name, matches in (("by_label", labelled[:count]), ("by_search", found))
+        }
+
+    def row(self, judge: Judge) -> dict[str, object]:
+        """What both come to on scenes of a concept."""
+        found: dict[str, object] = {"attribute": judge.concept.attribute, "value": judge.concept.value}
+        for name, edit in self.edits(judge.concept).items():
+            effect = judge(edit) if edit else None
+            found |= {f"{name}_features": " ".join(f"{f.sae}/{f.index}" for f in edit.features) if edit else "none"}
+            for measure in ("moved", "nearest", "others"):
+                found[f"{name}_{measure}"] = round(getattr(effect, measure), 3) if effect else ""
+            found["n"] = effect.count if effect else found.get("n", 0)
+        return found
 
 
 def measure_dose(config: DoseConfig) -> None:
@@ -167,39 +223,50 @@ def measure_dose(config: DoseConfig) -> None:
         model=config.model, device=config.device, variant=config.variant, saes=sources, force_sae=config.force_sae
     )
     labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
-    concepts = pick_concepts(config.concepts)
-    trials, curves, chosen = [], [], []
-    for concept in tqdm(concepts, desc="dose", unit="concept"):
-        tried = choose(engine, labels, concept, config)
-        trials += [(concept, steering, effect) for steering, effect in tried]
-        single = next((s for s, _ in tried if len(s.features) == 1), None)
-        group = next((s for s, _ in tried if len(s.features) > 1), None)
-        scenes = draw_scenes(engine, concept, config.scenes, f"{config.seed}/curve")
-        for steering in filter(None, (single, group)):
-            effects = {}
+    recipe = Recipe(engine) if any(measured_attributes(info) for info in engine.info.saes.values()) else None
+    trials, curves, chosen, recipes = [], [], [], []
+    for concept in tqdm(pick_concepts(config.concepts), desc="dose", unit="concept"):
+        choice = Judge.draw(engine, concept, config.choice_scenes, f"{config.seed}/choice", config.batch)
+        tried = choose(choice, candidates(labels, concept, config.singles), [s for s in config.strengths if s > 0])
+        trials += [(concept, trial) for trial in tried]
+        judge = Judge.draw(engine, concept, config.scenes, f"{config.seed}/curve", config.batch)
+        for best in tried[:1]:
+            steering = best.steering
             for strength in config.strengths:
-                drawn = generate(engine, scenes, steering.edit(strength), config.batch)
-                effects[strength] = judge(scenes, concept, drawn)
-                curves.append(_row(concept, steering, strength, effects[strength]))
-            chosen.append((max(effect.score for effect in effects.values()), concept, steering))
+                effect = judge(steering.edit(strength))
+                curves.append(
+                    row(
+                        concept, effect, block=steering.block, features=" ".join(map(str, steering.features)),
+                        strength=strength, chosen=strength == best.strength, call=steering.call(strength),
+                    )
+                )  # fmt: skip
+            chosen.append((best.effect.score, concept, steering))
+        if recipe is not None:
+            recipes.append(recipe.row(judge))
     write_table(config.out / "dose", curves)
     write_table(config.out / "blocks", block_table(trials))
+    write_table(config.out / "recipe", recipes)
     plot_curves(config.out / "dose.png", curves)
     if chosen:
-        best: dict[str, tuple[float, Concept, Steering]] = {}
-        for entry in chosen:
-            attribute = entry[1].attribute
-            if attribute not in best or entry[0] > best[attribute][0]:
-                best[attribute] = entry
-        strips = []
-        height, width = engine.info.default_size
-        for _, concept, steering in best.values():
-            scene = draw_scenes(engine, concept, 1, f"{config.seed}/curve")
-            jobs = [
-                Job(scene.prompts[0], scene.seeds[0], 1, height, width, (steering.edit(strength),))
-                for strength in config.strengths
-            ]
-            pictures = [result.picture for result in engine.run(jobs) if result and result.picture is not None]
-            name = "+".join(map(str, steering.features))
-            strips.append((f"{concept}\n{steering.block}/{name}", scene.prompts[0], pictures))
-        contact_strip(config.out / "strips.png", strips, config.strengths)
+        draw_strips(engine, config, chosen)
+
+
+def draw_strips(engine: Engine, config: DoseConfig, chosen: list[tuple[float, Concept, Steering]]) -> None:
+    """One scene of each attribute at every strength, steered to the value that moves best."""
+    best: dict[str, tuple[float, Concept, Steering]] = {}
+    for entry in chosen:
+        attribute = entry[1].attribute
+        if attribute not in best or entry[0] > best[attribute][0]:
+            best[attribute] = entry
+    strips = []
+    height, width = engine.info.default_size
+    for _, concept, steering in best.values():
+        scene = draw_scenes(engine, concept, 1, f"{config.seed}/curve")
+        jobs = [
+            Job(scene.prompts[0], scene.seeds[0], 1, height, width, (steering.edit(strength),))
+            for strength in config.strengths
+        ]
+        pictures = [result.picture for result in engine.run(jobs) if result and result.picture is not None]
+        name = "+".join(map(str, steering.features))
+        strips.append((f"{concept}\n{steering.block}/{name}", scene.prompts[0], pictures))
+    contact_strip(config.out / "strips.png", strips, config.strengths)

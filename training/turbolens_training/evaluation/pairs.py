@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
-from turbolens_training.evaluation.dose import judge
 from turbolens_training.evaluation.edits import CaptionPairs
 from turbolens_training.measures.concepts import Concept, Scenes, draw_scenes
+from turbolens_training.measures.counterfactual import Sheet
 from turbolens_training.mini.captions import plain_caption
 from turbolens_training.mini.evaluate import psnr
 from turbolens_training.mini.render import render
@@ -81,7 +81,7 @@ def split(groups: Sequence[Group], pictures: Tensor) -> Iterator[tuple[Group, Te
 
 def score_group(group: Group, pictures: Tensor) -> EditScore:
     """Score the edited pictures [N, 3, h, w] of one group."""
-    effect = judge(group.scenes, group.concept, pictures)
+    effect = Sheet(group.scenes, pictures.shape[-1]).judge(group.concept, pictures)
     target = group.exact(pictures.shape[-1])[1]
     return EditScore((1 + effect.margin) / 2, effect.moved, psnr(pictures, target).mean().item(), effect.others)
 

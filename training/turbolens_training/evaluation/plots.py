@@ -17,9 +17,9 @@ from matplotlib import pyplot as plt
 
 
 def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Share moved, and share of other attributes right (dashed), by strength: a panel for each attribute.
+    """Share of pictures nearest to a value of all, and of other attributes right (dashed), by strength.
 
-    Where one feature and a group were measured, the group is drawn thin.
+    A panel for each attribute.
     """
     attributes = list(dict.fromkeys(row["attribute"] for row in rows))
     figure, axes = plt.subplots(1, max(1, len(attributes)), figsize=(3.2 * max(1, len(attributes)), 3.2), squeeze=False)
@@ -29,11 +29,10 @@ def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             if row["attribute"] == attribute:
                 curves.setdefault((row["value"], row["features"]), []).append(row)
         values = list(dict.fromkeys(value for value, _ in curves))
-        for (value, features), points in curves.items():
+        for (value, _), points in curves.items():
             strengths = [point["strength"] for point in points]
-            color, single = f"C{values.index(value)}", " " not in features
-            label = value if single else None
-            axis.plot(strengths, [p["moved"] for p in points], color=color, lw=1.8 if single else 0.7, label=label)
+            color = f"C{values.index(value)}"
+            axis.plot(strengths, [p["nearest"] for p in points], color=color, lw=1.8, label=value)
             axis.plot(strengths, [p["others_right"] for p in points], color=color, lw=0.6, ls="--")
         axis.set(title=attribute, xlabel="strength (mean activations)", ylim=(-0.03, 1.03))
         axis.legend(fontsize=6)
