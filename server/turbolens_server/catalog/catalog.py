@@ -60,7 +60,8 @@ class Catalog:
         self._features = {name: _features(sae, labels[name]) for name, sae in saes.items()}
         self._synonyms = {name: _synonyms(sae) for name, sae in saes.items()}
         self._values = {
-            name: {one.value for known in by_feature.values() for one in (*known.labels, *known.effects)}
+            name: {label.value for known in by_feature.values() for label in known.labels}
+            | {effect.value for known in by_feature.values() for effect in known.effects}
             for name, by_feature in labels.items()
         }
         self._moved = {name: moved for name, sae in saes.items() if (moved := measured_attributes(sae))}
