@@ -10,8 +10,8 @@ import turbolens as tl
 # What callers may rely on: a change here is a change of the product, and belongs in the changelog.
 NAMES = """
 TLS BlockFeatures Cancelled Closed Coded DeadlineExceeded Done Edit Effect Example Extraction Feature FeatureRef
-Features FieldViolation Gallery HookPoint InternalError InvalidRequest Label Lens Limits ManyReport Mask Match Model Near
-NotFound Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Run
+Features FieldViolation Gallery HookPoint InternalError InvalidRequest Label Lens Limits ManyReport Mask Match Model
+Near NotFound Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Run
 RunFeatures Sae Step Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented Warning ablate add aio
 box boxes connect edits_from_json edits_to_json feature gallery mask patch polygon reference replace scale set_to
 steering transfer
