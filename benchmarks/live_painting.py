@@ -60,6 +60,10 @@ def main(rounds: int = 60, out: Path = RESULTS / "live_painting.json") -> None:
             strokes, engines, calls = [], [], []
             for at in range(rounds + 3):
                 strokes.append(_stroke(page, at))
+                print(
+                    f"stroke {at}: {strokes[-1]['total']:.0f} ms, the server {strokes[-1]['server']:.0f}",
+                    file=sys.stderr,
+                )
                 engines.append(_timed(lambda: engine.run(jobs)))
                 calls.append(_timed(lambda: lens.generate(PROMPT, seed=7, steer=steer, format="raw")))
             browser.close()

@@ -1,4 +1,4 @@
-"""Draw docs/studio/*.png anew: every screen of the studio at 1440 and 390 pixels, light and dark.
+"""Draw docs/studio/*.webp anew: every screen of the studio at 1440 and 390 pixels, light and dark.
 
 python tools/studio_pictures.py
 
@@ -7,6 +7,7 @@ Starts `turbolens studio --embedded`; needs Chromium and what `make test-studio`
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -28,10 +29,8 @@ NARROW: Final = (390, 844, "dark")
 def _save(page: Page, name: str, width: int) -> None:
     page.wait_for_timeout(800)
     page.mouse.move(2, 400)
-    path = OUT / f"{name}-{width}.png"
-    page.screenshot(path=path)
-    # Few colors: what matters are shapes and words, and the files are in the repository.
-    Image.open(path).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
+    path = OUT / f"{name}-{width}.webp"  # small, since the repository holds them
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, quality=84, method=6)
     print(path)
 
 
@@ -42,8 +41,10 @@ def _open(page: Page, address: str, path: str, **query: str) -> None:
 
 def draw(page: Page, address: str, width: int) -> None:
     """Every screen at one width."""
-    _open(page, address, "explore", f="up.0.0/123")
+    _open(page, address, "explore")
     page.wait_for_selector("[data-feature]", timeout=60000)
+    page.locator("[data-feature^='up.0.0/'] .row-main", has_text="red").click()
+    page.evaluate("scrollTo(0, 0)")
     _save(page, "explore", width)
     _open(page, address, "features", q="star")
     _wait_for_thumbs(page)

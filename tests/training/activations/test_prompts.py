@@ -186,6 +186,13 @@ def test_a_stream_of_a_file_is_a_function_of_its_index(tiny_engine: Engine, tmp_
     assert stream(TRAINING).identity != tiny_engine.info.model_hash
 
 
+def test_prompts_that_the_model_does_not_read_to_their_end_are_warned_of(tiny_engine: Engine, tmp_path: Path) -> None:
+    spec = write(tmp_path, ".txt", [f"{prompt} and a red ring{' and a red ring' * 40}" for prompt in PROMPTS])
+    stream = PromptStream(tiny_engine, open_prompts(spec, seed=0), seed=0, split=TRAINING, images=2)
+    with pytest.warns(UserWarning, match="longer than the 77 tokens that the model reads"):
+        stream.updates(0)
+
+
 MANY = [f"p {i}" for i in range(100)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +17,16 @@ Intervention = Callable[[int, str, Tensor], Tensor]
 
 @torch.inference_mode()
 def begin(engine: Engine, captions: Sequence[str], seeds: Sequence[int], steps: int) -> Walk:
-    """A walk at the model's default size; the same seed gives the engine's own first noise."""
-    return engine.begin(engine.components.text.encode_together(captions), seeds, steps)
+    """A walk at the model's default size; the same seed gives the engine's own first noise.
+
+    What no caption may lose unseen is warned of, once in a process: the end of one that is longer than the model reads.
+    """
+    encoder = engine.components.text
+    text = encoder.encode_together(captions)
+    if any(text.tokens_cut):
+        reads = f"the {encoder.max_tokens} tokens that the model reads"
+        warnings.warn(f"prompts are longer than {reads}: the end of such a prompt does not reach it", stacklevel=2)
+    return engine.begin(text, seeds, steps)
 
 
 class HookPointTap:

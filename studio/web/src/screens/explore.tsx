@@ -123,7 +123,7 @@ export function Explore() {
             {cell.value && here.value?.length ? (
               <><b>Row {cell.value.row + 1}, column {cell.value.column + 1}:</b> {here.value.slice(0, 3).map((one) => briefOf(one.sae, one.index).label || `${one.sae}/${one.index}`).join(" · ")}</>
             ) : about ? (
-              <><b>{about.label || `${about.sae}/${about.index}`}</b> where it is bright</>
+              <><b>{about.label || `${about.sae}/${about.index}`}</b> {now?.values.some((value) => value > 0) ? "where it is bright" : "does not fire in this picture"}</>
             ) : (
               <>Point at the picture to see what fires there, or at a feature to see where it does.</>
             )}

@@ -25,7 +25,7 @@ export function Features() {
   return (
     <div class="features-grid">
       <section class="finder" aria-label="Find features">
-        <Segmented label="Find by" value={by} options={[["words", "By words and filters"], ["place", "By a place in the picture"]]}
+        <Segmented label="Find by" value={by} options={[["words", "By words"], ["place", "By a place in the picture"]]}
           onChange={(next) => setQuery({ by: next === "place" ? "place" : "" }, "push")} />
         {by === "words" ? <ByWords /> : <ByPlace />}
       </section>
