@@ -342,35 +342,52 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"{folder}: cfg.json has steps={config.get('steps')!r}, expected {len(weights.scales)}, as scales has"
         )
+    for key, size in zip(("d_in", "d_sae"), weights.W_enc.shape, strict=True):
+        if config.get(key, size) != size:
+            raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}, expected {size}, as the weights have")
     k = None if architecture == "jumprelu" else config.get("k")
-    if architecture != "jumprelu" and not (isinstance(k, int) and 0 < k <= weights.W_enc.shape[1]):
+    if architecture != "jumprelu" and not (_whole(k) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
     nesting = _read_nesting(config, folder, weights.W_enc.shape[1]) if architecture == "turbolens-matryoshka" else None
-    metadata = config.get("metadata") or {}
-    ours = metadata.get("turbolens") or {}
-    hook_point = ours.get("hook_point")
+    ours = _object(_object(config, "metadata", folder), "turbolens", folder)
+    name, hook_point, model_hash = (ours.get(key) for key in ("name", "hook_point", "model_hash"))
     if not hook_point:
         raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
+    for key, value in (("name", name or ""), ("hook_point", hook_point), ("model_hash", model_hash or "")):
+        if not isinstance(value, str):
+            raise BundleError(f"{folder}: cfg.json has metadata.turbolens.{key}={value!r}, expected text")
     return Bundle(
-        name=ours.get("name") or hook_point,
+        name=name or hook_point,
         hook_point=hook_point,
         architecture=architecture,
         k=k,
         weights=weights,
         stats=_load_stats(folder, weights.W_enc.shape[1]),
         hash=hash_file(folder / _WEIGHTS_FILE),
-        model_hash=ours.get("model_hash"),
+        model_hash=model_hash,
         provenance=_read_provenance(folder),
         folder=folder,
         nesting=nesting,
     )
 
 
+def _object(config: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise BundleError(f"{folder}: cfg.json has {key}={value!r}, expected an object")
+    return value
+
+
+def _whole(value: object) -> bool:
+    """Whether a value of JSON is a whole number; Python takes `true` for one."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _read_nesting(config: dict[str, Any], folder: Path, d_sae: int) -> Nesting:
     k, k_max, prefixes = config["k"], config.get("k_max"), config.get("prefixes")
-    if not (isinstance(k_max, int) and k <= k_max <= d_sae):
+    if not (_whole(k_max) and k <= k_max <= d_sae):
         raise BundleError(f"{folder}: cfg.json has k_max={k_max!r}, expected {k} to {d_sae}")
-    widths = [width for width in prefixes if isinstance(width, int)] if isinstance(prefixes, list) else []
+    widths = [width for width in prefixes if _whole(width)] if isinstance(prefixes, list) else []
     if not (widths and widths == prefixes == sorted({*widths}) and widths[-1] == d_sae and widths[0] >= k_max):
         raise BundleError(
             f"{folder}: cfg.json has prefixes={prefixes!r}, expected rising sizes from at least {k_max} up to {d_sae}"
@@ -387,7 +404,11 @@ def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:
         stats = FeatureStats(**{f.name: tensors[f.name].numpy() for f in dataclasses.fields(FeatureStats)})
     except Exception as error:
         raise BundleError(f"{path}: unreadable ({first_line(error)})") from error
-    for name in ("mean", "max", "frequency"):
-        if getattr(stats, name).shape != (d_sae,):
-            raise BundleError(f"{path}: {name} has shape {getattr(stats, name).shape}, expected ({d_sae},)")
+    for field in dataclasses.fields(stats):
+        values: npt.NDArray[Any] = getattr(stats, field.name)
+        wanted = (stats.update_rms.size,) if field.name in ("timesteps", "update_rms") else (d_sae,)
+        if values.shape != wanted:
+            raise BundleError(f"{path}: {field.name} has shape {values.shape}, expected {wanted}")
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise BundleError(f"{path}: {field.name} holds values that are not finite, or below 0")
     return stats

@@ -1,0 +1,64 @@
+"""What a bundle's own files say wrongly is one line that names the file, before anything is served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from turbolens_server.loading.hub import embedded_model
+from turbolens_server.sae.bundle import BundleError, load_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A copy of one of those that are shipped."""
+    folder = tmp_path / "up.0.0"
+    shutil.copytree(embedded_model().parent / "mini-saes/up.0.0", folder)
+    load_bundle(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "frequency", "timesteps", "update_rms"])
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda values: values[:-1], "has shape"), (lambda values: values[None], "has shape"),
+        (lambda values: torch.where(values == values[0], torch.nan, values.double()), "not finite"),
+        (lambda values: -values - 1, "below 0"),
+    ],
+    ids=["short", "rank", "nan", "negative"],
+)  # fmt: skip
+def test_statistics_that_cannot_be_are_never_served(
+    bundle: Path, name: str, spoil: Callable[[torch.Tensor], torch.Tensor], line: str
+) -> None:
+    file = bundle / "feature_stats.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: spoil(tensors[name]).contiguous()}, file)
+    with pytest.raises(BundleError, match=rf"feature_stats.safetensors: .*{line}"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ({"k": True}, "k=True, expected 1 to 256"), ({"k": 10.0}, r"k=10.0, expected 1 to 256"),
+        ({"d_sae": "256"}, "d_sae='256', expected 256"), ({"d_in": 64}, "d_in=64, expected 128, as the weights have"),
+        ({"metadata": "x"}, "metadata='x', expected an object"),
+        ({"metadata": {"turbolens": ["x"]}}, "turbolens=.'x'., expected an object"), ({"metadata": None}, "hook_point"),
+        ({"metadata": {"turbolens": {"hook_point": 3}}}, "hook_point=3, expected text"),
+        ({"metadata": {"turbolens": {"hook_point": "mid.0", "name": 3}}}, "name=3, expected text"),
+        ({"metadata": {"turbolens": {"hook_point": "mid.0", "model_hash": 3}}}, "model_hash=3, expected text"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_of_another_kind_is_named(bundle: Path, entry: dict[str, object], line: str) -> None:
+    file = bundle / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    with pytest.raises(BundleError, match=line):
+        load_bundle(bundle)
