@@ -50,6 +50,7 @@ from turbolens._gallery import Gallery, gallery
 from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
 from turbolens._provenance import Provenance
+from turbolens._replay import Manifest, Replay, manifest
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
 from turbolens._sync import Lens, connect
@@ -78,6 +79,7 @@ __all__ = [
     "Label",
     "Lens",
     "Limits",
+    "Manifest",
     "ManyReport",
     "Mask",
     "Match",
@@ -93,6 +95,7 @@ __all__ = [
     "Provenance",
     "Queued",
     "Reference",
+    "Replay",
     "Run",
     "RunFeatures",
     "Sae",
@@ -114,6 +117,7 @@ __all__ = [
     "edits_to_json",
     "feature",
     "gallery",
+    "manifest",
     "mask",
     "patch",
     "polygon",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import io
+import json
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,12 +16,14 @@ import numpy.typing as npt
 from turbolens._blocks import BlockFeatures, LabelsOf, RunFeatures
 from turbolens._png import with_text
 from turbolens._provenance import PNG_KEYWORD, Provenance
-from turbolens._run import FORMATS
+from turbolens._run import FORMATS, ImageFormat
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 if TYPE_CHECKING:
     from PIL import Image
 
+PNG_PICTURE: Final = "turbolens-picture"
+"""Of the text in a PNG that says which of the run's pictures it is, and how it was coded."""
 FileFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -125,6 +128,7 @@ class Picture(Coded):
         provenance: Provenance | None,
         warnings: tuple[Warning, ...],
         labels_of: LabelsOf,
+        quality: int | None = None,
     ) -> None:
         super().__init__(message.image)
         self.prompt = prompt
@@ -134,9 +138,16 @@ class Picture(Coded):
         self.warnings = warnings
         self.features = RunFeatures(message.seed, message.features, labels_of)
         """By SAE; empty where none were asked for."""
+        self.quality = quality
+        """Of the coding, as asked for; None: the server's default."""
         self.batch_size = message.batch_size
         """Pictures that the server ran together with it, itself included."""
         self._latents = message.latents if message.HasField("latents") else None
+
+    @property
+    def format(self) -> ImageFormat:
+        """How the server coded it."""
+        return next(name for name, value in FORMATS.items() if value == self._message.format)
 
     @property
     def latents(self) -> npt.NDArray[np.float32] | None:
@@ -155,7 +166,10 @@ class Picture(Coded):
     def coded_as(self, suffix: str) -> builtins.bytes:
         coded = super().coded_as(suffix)
         told = self.provenance if _ENDINGS.get(suffix) == "png" else None
-        return coded if told is None else with_text(coded, PNG_KEYWORD, told.to_json())
+        if told is None:
+            return coded
+        about = {"seed": str(self.seed), "format": self.format, "quality": self.quality}
+        return with_text(with_text(coded, PNG_KEYWORD, told.to_json()), PNG_PICTURE, json.dumps(about))
 
     def __repr__(self) -> str:
         size = f"{self._message.width}x{self._message.height}"

@@ -15,7 +15,7 @@ import grpc
 from turbolens._channel import TLS, Connection, Token, connection, sync_channel
 from turbolens._edits import FeatureLike, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import Closed, Overloaded, Unavailable, from_rpc_error
+from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
 from turbolens._features import Feature, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
@@ -27,6 +27,7 @@ from turbolens._many.tables import Form
 from turbolens._model import Model
 from turbolens._numbers import seconds, text, whole
 from turbolens._provenance import Provenance
+from turbolens._replay import TOLERANCE, Replay, compare, otherwise, read_manifest
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
 from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
@@ -161,7 +162,7 @@ class Lens:
             answer = self._call(services.generation.Generate, request, call.timeout)
         self._learn(call, [chunk for made in answer.generations for chunk in made.features])
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
-        made = [Picture(g, prompt, account, warnings, self._labels.of) for g in answer.generations]
+        made = [Picture(g, prompt, account, warnings, self._labels.of, call.quality) for g in answer.generations]
         return Pictures(made) if call.several else made[0]
 
     @overload
@@ -206,6 +207,38 @@ class Lens:
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
         made = [Extraction(e, prompt, account, warnings, self._labels.of) for e in answer.extractions]
         return made if call.several else made[0]
+
+    def replay(self, file: str | Path, *, tolerance: int = TOLERANCE) -> Replay:
+        """Make a result again and say whether it is equal, equal within tolerance, or what differs.
+
+        Args:
+            file: a PNG that :meth:`Picture.save` wrote, or a manifest (`tl.manifest(result).to_json()`).
+            tolerance: largest difference of a pixel, of 255, that counts as equal.
+
+        Raises:
+            ValueError: the file does not say how it was made.
+            TurboLensError: the server did not answer; a refusal is told in the result.
+        """
+        before = read_manifest(Path(file))
+        differs = otherwise(before.provenance, self.model())
+        call, services = before.call(), self._open()
+        at = before.provenance.run.seeds.index(before.seed)
+        try:
+            with self._window:
+                if before.kind == "picture":
+                    answer = self._call(services.generation.Generate, call.generate(labels=False), None)
+                else:
+                    answer = self._call(services.features.ExtractFeatures, call.extract(labels=False), None)
+        except InvalidRequest as error:
+            return Replay("refused", differs, str(error), None)
+        account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        about = (call.run.prompt, account, warnings, self._labels.of)
+        made: Picture | Extraction
+        if before.kind == "picture":
+            made = Picture(answer.generations[at], *about, call.quality)
+        else:
+            made = Extraction(answer.extractions[at], *about)
+        return compare(before, made, differs, tolerance)
 
     @takes(StreamOptions)
     def stream_generate(

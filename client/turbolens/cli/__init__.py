@@ -20,6 +20,7 @@ _OWN: Final = {
     "extract": "turbolens.cli.pictures:Extract",
     "features": "turbolens.cli.features:FeatureCommands",
     "provenance": "turbolens.cli.provenance:Provenance",
+    "replay": "turbolens.cli.replay:Replay",
     "steer": "turbolens.cli.steer:SteerCommands",
     "doctor": "turbolens.cli.doctor:Doctor",
     "completion": "turbolens.cli.completion:Completion",
@@ -50,6 +51,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens sae import SRC OUT          make bundles of SAEs that another project trained
   turbolens catalog ...                 measure and name the features of bundles: build, import-labels
   turbolens bench                       measure this machine beside the bare diffusers pipeline
+  turbolens replay picture.png          make it again and say whether it is equal, or what differs
   turbolens doctor                      say what is wrong
   turbolens completion bash             print what makes a shell complete all of this; also: zsh
 

@@ -146,6 +146,10 @@ class Generate(_OfARun):
     Of several seeds each file has its own after the name: picture-7.png. A PNG says how it was made: see `turbolens
     provenance`."""
 
+    manifest: bool = False
+    """Write beside each picture a file that says how it was made, for `turbolens replay`: picture.json. A PNG that is
+    kept needs none."""
+
     def run(self) -> None:
         if (shape := format_of(self.out)) is None:  # refused before a picture is made for nothing
             encoder_of(self.out.suffix.lower())
@@ -157,6 +161,8 @@ class Generate(_OfARun):
         files = [self.out.with_stem(f"{self.out.stem}-{p.seed}") if self.seeds else self.out for p in pictures]
         for picture, file in zip(pictures, files, strict=True):
             picture.save(file)
+            if self.manifest:
+                file.with_suffix(".json").write_text(tl.manifest(picture).to_json(), encoding="utf-8")
         _tell(pictures[0].warnings)
         self.show(
             [{"file": str(file), "seed": picture.seed} for picture, file in zip(pictures, files, strict=True)],
@@ -176,11 +182,19 @@ class Extract(_OfARun):
     sae: Repeated = ()
     """Only this SAE; may be repeated; left out: all."""
 
+    manifest: Path | None = None
+    """File to write that says how the features were made, for `turbolens replay`; of several seeds, each has its own
+    after the name."""
+
     def run(self) -> None:
         with self.connect() as lens:
             found = lens.extract(self.prompt, **self.options(), saes=self.sae or None)
         every = found if isinstance(found, list) else [found]
         _tell(every[0].warnings)
+        if self.manifest is not None:
+            for one in every:
+                file = self.manifest.with_stem(f"{self.manifest.stem}-{one.seed}") if self.seeds else self.manifest
+                file.write_text(tl.manifest(one).to_json(), encoding="utf-8")
         told = [
             {"seed": one.seed, "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
             for one in every

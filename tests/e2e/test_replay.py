@@ -1,0 +1,143 @@
+"""Results of every kind, made again by another server of the same model, and what is told where they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import turbolens as tl
+from turbolens._png import with_text
+from turbolens.cli import main
+from turbolens_server.embedded import start
+
+PROMPT = "a big red star on the left, night background"
+OTHER = {"other": tl.reference("a blue ring", seed=3)}
+OWN = {"own": tl.reference("a big yellow star on the left, night background")}
+
+
+def kinds(lens):
+    """Name, arguments and whether features are asked for instead of a picture."""
+    up = [row.ref for row in lens.extract(PROMPT, seed=7)["up.0.1"].top(3)]
+    left = tl.box(0, 0, 0.5, 1)
+    pictures = {
+        "plain": {},
+        "empty prompt": {"prompt": ""},
+        "two steps": {"steps": 2},
+        "four steps": {"steps": 4},
+        "large seed": {"seed": 2**62 + 5},
+        "one of several": {"seeds": [4, 5, 6]},
+        "jpeg": {"format": "jpeg", "quality": 70},
+        "webp": {"format": "webp"},
+        "raw": {"format": "raw"},
+        "add": {"steer": [tl.add(up[0], 8, mask=left)]},
+        "weights": {"steer": [tl.add({up[0]: 1, up[1]: -0.5}, 4, unit="norm")]},
+        "scale": {"steer": [tl.ablate(up)]},
+        "set": {"steer": [tl.set_to(up[0], 2, unit="raw", mask=tl.polygon((0.5, 0), (1, 1), (0, 1)))], "steps": 2},
+        "replace": {"steer": [tl.replace(up[0], 6, steps=(1, 2))], "steps": 2},
+        "mask": {"steer": [tl.add(up[0], 8, mask=tl.mask(np.linspace(0, 1, 16)[None].repeat(16, 0)))]},
+        "patch": {"steer": [tl.patch("up.0.0", "other")], "references": OTHER},
+        "transfer": {"steer": [tl.transfer(up[:2], "own", multiplier=2, remove=[up[2]])], "references": OWN},
+        "unit of a reference": {
+            "steer": [tl.add(up[0], 1, unit="reference", reference="own")], "references": OWN
+        },
+        "features beside it": {"features": ["up.0.1"], "steer": [tl.add(up[0], 8)]},
+    }  # fmt: skip
+    features = {
+        "features": {},
+        "features of two steps": {"steps": 2, "saes": ["mid.0"], "float32": True},
+        "features of a steered run": {"steer": [tl.add("mid.0/0", 5, unit="raw")], "only": up},
+        "features of one of several": {"seeds": [1, 2]},
+    }
+    for name, arguments in pictures.items():
+        yield name, arguments, lens.generate
+    for name, arguments in features.items():
+        yield name, arguments, lens.extract
+
+
+def test_manifests_of_every_kind_are_replayed_after_a_restart(lens, tmp_path):
+    files = []
+    for name, given, ask in kinds(lens):
+        prompt, arguments = given.get("prompt", PROMPT), {k: v for k, v in given.items() if k != "prompt"}
+        made = ask(prompt, **({"seed": 7} if "seeds" not in arguments else {}) | arguments)
+        one = made[1] if "seeds" in arguments else made
+        file = tmp_path / f"{name}.json"
+        file.write_text(tl.manifest(one).to_json())
+        files.append(file)
+        if isinstance(one, tl.Picture):
+            one.save(tmp_path / f"{name}.png")
+            files.append(tmp_path / f"{name}.png")
+    assert len(files) >= 40
+    with start() as again, tl.connect(again.target) as fresh:
+        verdicts = {file.name: fresh.replay(file) for file in files}
+    assert {name: str(replay) for name, replay in verdicts.items()} == dict.fromkeys(verdicts, "equal")
+
+
+def test_what_differs_is_told(lens, tmp_path, capsys, server):
+    picture = lens.generate(PROMPT, seed=7)
+    file = tmp_path / "a.png"
+    account = dataclasses.replace(
+        picture.provenance,
+        model="another",
+        model_hash="f" * 64,
+        sae_hashes={"up.0.1": "e" * 64, "gone": "d" * 64},
+        versions={**picture.provenance.versions, "torch": "1.0"},
+        backend="tensorrt",
+    )
+
+    def saved(pixels):
+        picture.provenance = account
+        picture.save(file)
+        with Image.open(file) as image:
+            image.load()  # the texts stand after the pixels
+            told = image.info
+        Image.fromarray(pixels).save(file)
+        data = file.read_bytes()
+        for key in ("turbolens", "turbolens-picture"):
+            data = with_text(data, key, told[key])
+        file.write_bytes(data)
+
+    array = picture.array.copy()
+    saved(array)
+    equal = lens.replay(file)
+    assert equal.verdict == "equal"
+    assert [line.partition(":")[0] for line in equal.differs] == [
+        "model", "the U-Net's weights", "SAE up.0.1", "SAE gone", "version of torch", "backend",
+    ]  # fmt: skip
+    array[0, 0, 0] ^= 2
+    saved(array)
+    assert lens.replay(file).verdict == "equal within tolerance"
+    assert lens.replay(file, tolerance=1).verdict == "different"
+    saved(255 - array)
+    with pytest.raises(SystemExit) as left:
+        main(["replay", str(file), "--server", server.target, "--json", "--out", str(tmp_path / "b.png")])
+    assert left.value.code == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "different"
+    main(["replay", str(tmp_path / "b.png"), "--server", server.target])
+    assert capsys.readouterr().out.strip().endswith(": equal")
+
+
+def test_what_cannot_be_made_again_is_told(lens, tmp_path):
+    found = tl.manifest(lens.extract(PROMPT, seed=7, saes=["mid.0"])).to_json()
+    file = tmp_path / "f.json"
+    file.write_text(found.replace('"mid.0"', '"mid.9"'))
+    refused = lens.replay(file)
+    assert refused.verdict == "refused"
+    assert "mid.9" in refused.detail
+    told = json.loads(found)
+    told["sha256"] = "0" * 64
+    first = next(iter(told["strongest"]["mid.0"]))
+    for factor, verdict in ((1.001, "equal within tolerance"), (2, "different")):
+        told["strongest"]["mid.0"][first] *= factor
+        file.write_text(json.dumps(told))
+        assert lens.replay(file).verdict == verdict
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x89PNG", b'{"schema": "turbolens.manifest/1"}'])
+def test_files_of_others_are_refused(lens, tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="x: "):
+        lens.replay(tmp_path / "x")
