@@ -104,7 +104,7 @@ fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, loss
 	@$(PY) -m benchmarks.fleet study
 
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -m slow tests/training
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -s -m slow tests/training
 
 test-interop: $(STAMP)interop  ## Our SAEs in SAELens, those that other libraries saved here; training beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks

@@ -82,7 +82,7 @@ def concept_features(lens: tl.Lens, words: str, base: tl.Picture) -> tuple[list[
     """
     best: tuple[list[tl.Match], float] = ([], -1.0)
     for sae in lens.model().saes:
-        found = [match for match in lens.search_features(words, block=sae.name) if words in match.feature.label][:GROUP]
+        found = lens.search_features(words, block=sae.name)[:GROUP]
         if not found:
             continue
         tried = lens.generate(base.prompt, seed=base.seed, steer=[tl.add(found, 6)])

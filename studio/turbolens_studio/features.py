@@ -170,7 +170,12 @@ class Atlas:
                 )
                 heat = made.features[ref.sae].heatmap(ref) if ref.sae in made.features else None
             else:
-                made = await lens.generate("", seed=0, steer=[tl.replace(ref, 4)] if feature.mean else [], format="raw")
+                made = await lens.generate(
+                    "",
+                    seed=0,
+                    steer=[tl.replace(ref, feature.icon_strength or 4)] if feature.mean else [],
+                    format="raw",
+                )
                 heat = None
             if len(self._thumbs) >= _THUMBS_KEPT:
                 self._thumbs.clear()

@@ -58,6 +58,25 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
         assert str(tmp_path) not in text
 
 
+def test_quality_is_measured_on_named_prompts_and_the_rest_needs_truth(
+    tiny_folder: Path, random_saes: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("".join(f"a picture of thing number {n}\n" for n in range(60)))
+    common = ["eval", "--model", str(tiny_folder), "--sae", str(random_saes), "--prompts", str(prompts), *FAST.split()]
+    with pytest.raises(
+        SystemExit, match=r"splice, .* need scenes whose truth is known, and mine\.txt has none; --parts"
+    ):
+        cli.main([*common, "--out", str(tmp_path / "out")])
+    cli.main([*common, "--out", str(tmp_path / "out"), "--parts", "quality"])
+    mine = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert {row["prompts"] for row in mine} == {"mine.txt"}
+    cli.main([*common[:5], *FAST.split(), "--out", str(tmp_path / "scenes"), "--parts", "quality"])
+    scenes = json.loads((tmp_path / "scenes" / "quality.json").read_text())
+    assert {row["prompts"] for row in scenes} == {"captioned scenes"}
+    assert scenes[0]["explained_variance"] != mine[0]["explained_variance"]
+
+
 def test_published_means_alone_tell_nothing_of_which_features_are_active(
     tiny_folder: Path, random_saes: Path, tmp_path: Path
 ) -> None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Final
 
 import tyro
+
+SCENES: Final = "scenes"
+"""Instead of a file of prompts: captions of random scenes, by the grammar of the embedded model."""
+
+
+def prompt_set(prompts: str) -> str:
+    """What tables call a set of prompts: no word of where it lies."""
+    return "captioned scenes" if prompts == SCENES else Path(prompts).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +28,7 @@ class DataConfig:
     hook_points: tuple[str, ...] = ()
     """Where to read: blocks like `up.0.1`, or attention layers within one like `up.0.1.attn2.0`; the published four
     where none is named."""
-    prompts: str = "scenes"
+    prompts: str = SCENES
     """What to draw pictures of: `scenes` (the grammar of the embedded model), a text file (a prompt a line), or
     `FILE[:COLUMN]` of a Parquet, CSV or JSONL file or of a Hugging Face dataset (a folder, or an id as owner/name)."""
     cache: Path | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from turbolens_training.activations.config import SCENES
 from turbolens_training.activations.dataset_prompts import dataset_column, open_dataset
 from turbolens_training.activations.prompt_files import PromptError, read_file
-from turbolens_training.activations.prompts import SCENES, Distinct, PromptList, PromptSource, ScenePrompts
+from turbolens_training.activations.prompts import Distinct, PromptList, PromptSource, ScenePrompts
 
 
 def open_prompts(spec: str, *, seed: int) -> PromptSource:

@@ -22,8 +22,6 @@ from turbolens_training.activations.prompt_files import Column, PromptError
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.scenes import decode_scenes, sample_codes
 
-SCENES: Final = "scenes"
-"""The name of the scene grammar where a file of prompts could stand."""
 HELD_OUT_ONE_IN: Final = 20
 """One of so many distinct prompts of a file or dataset is held out."""
 

@@ -12,9 +12,8 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream, ShardSource
-from turbolens_training.activations.config import DataConfig
+from turbolens_training.activations.config import SCENES, DataConfig
 from turbolens_training.activations.prompt_specs import open_prompts
-from turbolens_training.activations.prompts import SCENES
 from turbolens_training.activations.stream import HELD_OUT, TRAINING, PromptStream, StepUpdates
 
 

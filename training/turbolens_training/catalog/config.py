@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
+
+import tyro
 
 LEAST_CROPS: Final = 3
 """Crops of a feature, at least, for a word to be read off them: the mean of fewer is ruled by one odd picture."""
@@ -29,7 +31,7 @@ class BuildConfig:
     """Model the SAEs were trained on: `mini`, a `diffusers` folder, or a hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as `fp16`."""
-    saes: Path = Path("runs/sae/bundles")
+    saes: Annotated[Path, tyro.conf.arg(aliases=["--sae"])] = Path("runs/sae/bundles")
     """A bundle, or a folder of bundles; their statistics, `features.parquet` and provenance are written."""
     force_sae: bool = False
     """Measure a bundle on a model that it was not trained on; its provenance then names that model's hash."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from turbolens_training.activations.config import SCENES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +19,7 @@ class DoseConfig:
     """Model to steer: `mini`, or a `diffusers` folder."""
     variant: str | None = None
     """Variant of the model's weight files, such as `fp16`."""
-    saes: Path = Path("runs/sae/bundles")
+    saes: Annotated[Path, tyro.conf.arg(aliases=["--sae"])] = Path("runs/sae/bundles")
     """Folder of the labelled bundles."""
     force_sae: bool = False
     """Steer with SAEs that were trained on another model."""
@@ -30,7 +35,7 @@ class DoseConfig:
     """Scenes for each concept's curve."""
     choice_scenes: int = 12
     """Other scenes, on which the features and their strength are chosen."""
-    singles: int = 2
+    singles: int = 1
     """Features of each block that are tried alone, best labels first."""
     strengths: tuple[float, ...] = (-8.0, 0.0, 4.0, 8.0, 16.0)
     """Strengths of the curve, in each feature's mean activation; one of those above 0 is chosen."""
@@ -61,10 +66,13 @@ class EvalConfig:
     """Model that the SAEs belong to: `mini`, or a `diffusers` folder of its kind."""
     variant: str | None = None
     """Variant of the model's weight files, such as `fp16`."""
-    saes: Path = Path("runs/sae/bundles")
+    saes: Annotated[Path, tyro.conf.arg(aliases=["--sae"])] = Path("runs/sae/bundles")
     """Folder of the bundles, one for each hook point."""
     force_sae: bool = False
     """Take SAEs that were trained on another model; the report names them and the model by their hashes."""
+    prompts: str = SCENES
+    """Prompts of `quality`, as for `turbolens train sae`: those held out of training by the same seed. By others than
+    `scenes`, the grammar of the embedded model, `quality` and `stability` alone can be measured: there is no truth."""
     seeds: tuple[Path, ...] = ()
     """Folders of bundles trained alike from other seeds, for `stability`."""
     out: Path = Path("runs/eval")
@@ -125,7 +133,7 @@ class RieBenchConfig:
     """Model: a hub id, a `diffusers` folder, or `mini`."""
     variant: str | None = None
     """Variant of the model's weight files, such as `fp16`."""
-    saes: tuple[str, ...] = ()
+    saes: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--sae"])] = ()
     """SAEs, one for each hook point to edit: bundles, folders of bundles, or published reference folders."""
     force_sae: bool = False
     """Take SAEs that were trained on another model; the report names them and the model by their hashes."""

@@ -32,7 +32,7 @@ GROUP: Final = 5
 """Features of a group of labelled ones."""
 RECIPE: Final = (4, 4.0)
 """The README's: so many features that search finds, each added at this strength."""
-_FINALISTS: Final = 3
+_FINALISTS: Final = 2
 """Steerings that are tried at every strength."""
 
 

@@ -14,7 +14,9 @@ from turbolens_server.engine.info import EngineInfo
 from turbolens_server.files import write_file
 from turbolens_server.loading.device import versions
 from turbolens_server.loading.load import load_engine
-from turbolens_training.activations.stream import HELD_OUT, SceneStream
+from turbolens_training.activations.config import SCENES, prompt_set
+from turbolens_training.activations.prompt_specs import open_prompts
+from turbolens_training.activations.stream import HELD_OUT, PromptStream
 from turbolens_training.evaluation import figures
 from turbolens_training.evaluation.blocks import measure_blocks
 from turbolens_training.evaluation.config import EvalConfig
@@ -44,22 +46,29 @@ def quality_rows(block: str, measurement: SaeMeasurement) -> list[dict[str, obje
 
 def _quality(engine: Engine, config: EvalConfig) -> Section:
     saes = saes_by_block(engine, temporal=True)
+    prompts, named = open_prompts(config.prompts, seed=config.seed), prompt_set(config.prompts)
     measured: dict[str, SaeMeasurement] = {}
     for steps in {sae.bundle.steps for sae in saes.values()}:
         share, many = (0.5, (2, 3, 4)) if steps is None else (0.0, (steps,))
-        stream = SceneStream(
-            engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
-        )
+        stream = PromptStream(
+            engine, prompts, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share,
+            multi_steps=many,
+        )  # fmt: skip
         chunks = range(-(-config.quality_pictures // config.batch))
         alike = {block: sae for block, sae in saes.items() if sae.bundle.steps == steps}
-        measured |= measure(alike, (stream.chunk(index).updates for index in chunks))
+        measured |= measure(alike, map(stream.updates, chunks))
     measured = {block: measured[block] for block in saes}
-    rows = [row for block, measurement in measured.items() for row in quality_rows(block, measurement)]
+    rows = [
+        {"block": block, "prompts": named, **row}
+        for block, measurement in measured.items()
+        for row in quality_rows(block, measurement)
+    ]
     frequencies = {block: (m.active.double() / m.positions).numpy() for block, m in measured.items()}
     figures.density_histograms(config.out / "density.png", frequencies)
     return Section(
         "Reconstruction and sparsity",
-        "Explained variance is 1 - SSE / total variance around the mean, summed in float64 over held-out pictures; "
+        f"On held-out pictures of {named}. "
+        "Explained variance is 1 - SSE / total variance around the mean, summed in float64; "
         "fvu is the rest. L0 is the number of active features at a position. never_active is the share of features "
         "that no position here lifts: of so few pictures, rare features may be among them that are not dead. dense is "
         f"the share active at more than {DENSE:.0%} of positions. A temporal SAE has one code for all steps of a run: "
@@ -220,6 +229,8 @@ PARTS: Final[dict[str, Callable[[Engine, EvalConfig], Section]]] = {
 }
 
 
+WITHOUT_TRUTH: Final = ("quality", "stability")
+"""Parts that need no ground truth."""
 OF_RUNS: Final = ("quality", "stability", "blocks")
 """Parts that do not read features step by step, and so take temporal SAEs too."""
 
@@ -239,6 +250,11 @@ def evaluate(config: EvalConfig) -> None:
     """
     if unknown := [part for part in config.parts if part not in PARTS]:
         raise ValueError(f"parts: no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if config.prompts != SCENES and (others := [part for part in config.parts if part not in WITHOUT_TRUTH]):
+        raise ValueError(
+            f"parts: {', '.join(others)} need scenes whose truth is known, and {prompt_set(config.prompts)} has none; "
+            f"--parts {' '.join(WITHOUT_TRUTH)}"
+        )
     engine = load_engine(
         model=config.model,
         device=config.device,

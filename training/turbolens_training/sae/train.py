@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.places import EMBEDDED
+from turbolens_training.activations.config import SCENES, prompt_set
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
 from turbolens_training.activations.temporal import TemporalSource
 from turbolens_training.checkpoints import previous
@@ -115,7 +116,8 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
     for name, measurement in measured.items():
         idle = run.trainers[name].idle.cpu()
         dead = dead_share(measurement.active, idle, config)
-        rows += measurement.rows(name, dead=dead)
+        named = {"block": name, "prompts": prompt_set(config.prompts)}
+        rows += [{**named, **row} for row in measurement.rows(name, dead=dead)]
         below[name] = failures(
             saes[name].bundle.weights,
             l0_most=measurement.l0_most,
@@ -156,11 +158,11 @@ def report(config: SaeConfig, table: list[dict[str, str | float]]) -> str:
         if row["timestep"] == "all"
     ]
     variant = f" --variant {config.model_variant}" if config.model_variant else ""
-    model, prompts = f"--model {config.model}{variant}", "" if config.prompts == "scenes" else config.prompts
+    model, prompts = f"--model {config.model}{variant}", "" if config.prompts == SCENES else config.prompts
     named = f" --prompts {shlex.quote(prompts)}" if prompts and config.model != EMBEDDED else ""
     return "\n".join(
         [
-            f"{len(worth)} SAEs are in {config.out}; held-out {prompts or 'captioned scenes'}:",
+            f"{len(worth)} SAEs are in {config.out}; held-out pictures of {prompt_set(config.prompts)}:",
             *worth,
             f"by timestep: {config.work / 'quality.md'}",
             "next, statistics, examples and labels of their features:",
