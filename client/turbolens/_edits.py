@@ -235,11 +235,13 @@ class Edit:
     """Features that `transfer` takes away."""
     blocks: tuple[str, ...] = ()
     """Blocks of `patch`."""
+    amounts: tuple[float, ...] = ()
+    """One for each step that it acts at, in place of `amount`, which then is 0; empty: `amount` at all."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "amount", number(self.amount, f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}")
-        )
+        what = f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}"
+        object.__setattr__(self, "amount", number(self.amount, what))
+        object.__setattr__(self, "amounts", tuple(number(amount, what) for amount in self.amounts))
         if self.unit not in _UNITS:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
@@ -259,9 +261,10 @@ class Edit:
             what = repr({name: 1.0 if weight is None else weight for name, weight in terms})
         else:
             what = _one_or_list(self.blocks or [name for name, _ in terms])
+        amount = f"[{', '.join(f'{one:g}' for one in self.amounts)}]" if self.amounts else f"{self.amount:g}"
         said = [what]
-        said += [repr(self.reference)] if self.kind in _WITH_REFERENCE else [f"{self.amount:g}"]
-        said += [f"multiplier={self.amount:g}"] if self.kind == "transfer" and self.amount != 1 else []
+        said += [repr(self.reference)] if self.kind in _WITH_REFERENCE else [amount]
+        said += [f"multiplier={amount}"] if self.kind == "transfer" and amount != "1" else []
         said += [f"remove={_one_or_list([str(ref) for ref in self.remove])}"] if self.remove else []
         said += [f"unit={self.unit!r}"] if self.unit != "mean" else []
         said += [f"reference={self.reference!r}"] if self.unit == "reference" else []
@@ -283,7 +286,7 @@ class Edit:
         number = inner.unit if kind in _WITH_UNIT else steering_pb2.UNIT_UNSPECIFIED
         if number not in UNIT_NAMES:
             raise ValueError(f"unit {number} is none that this client knows")
-        unsaid = kind == "patch" or (kind == "transfer" and not inner.HasField("multiplier"))
+        unsaid = kind == "patch" or (kind == "transfer" and not inner.HasField("multiplier") and not message.amounts)
         return cls(
             kind,
             tuple(
@@ -297,6 +300,7 @@ class Edit:
             message.reference,
             tuple(FeatureRef(ref.sae, ref.index) for ref in message.transfer.remove),
             tuple(message.patch.hook_points),
+            tuple(message.amounts),
         )
 
     def to_proto(self) -> steering_pb2.Edit:
@@ -308,10 +312,11 @@ class Edit:
             mask=self.mask.message if self.mask else None,
             steps=steering_pb2.StepRange(start=self.steps[0], end=self.steps[1]) if self.steps else None,
             reference=self.reference,
+            amounts=self.amounts,
         )
         inner: Any = getattr(edit, self.kind)
         inner.SetInParent()
-        if self.kind in _AMOUNTS:
+        if self.kind in _AMOUNTS and not self.amounts:
             setattr(inner, _AMOUNTS[self.kind], self.amount)
         if self.kind in _WITH_UNIT:
             inner.unit = _UNITS[self.unit]
@@ -331,11 +336,22 @@ def _ref_message(ref: FeatureRef) -> steering_pb2.FeatureRef:
 
 
 Steps: TypeAlias = tuple[int, int] | None
+Amount: TypeAlias = float | Sequence[float]
+"""A number for every step, or one for each step that the edit acts at."""
+
+
+def _amount(given: Amount) -> tuple[float, tuple[float, ...]]:
+    """The one for all steps, and those of single steps."""
+    if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str) and np.ndim(given) == 1:
+        if not len(given):
+            raise ValueError("a strength for each step: give at least one")
+        return 0.0, tuple(given)
+    return cast(float, given), ()
 
 
 def add(
     features: Features,
-    strength: float,
+    strength: Amount,
     *,
     unit: Unit = "mean",
     reference: str = "",
@@ -346,19 +362,22 @@ def add(
 
     Args:
         features: one feature, several, or a dict of feature to weight.
-        strength: -40 to 40 is usual in means; at most 1000, in raw units 1000 times the SAE's largest mean.
+        strength: -40 to 40 is usual in means; at most 1000, in raw units 1000 times the SAE's largest mean. A list: one
+            for each step that it acts at, as in every kind of edit that has an amount.
         unit: "mean" (the feature's mean activation where active), "raw", "norm" (the block's update norm), or
             "reference" (the feature's activation in a reference, at the same position and step).
         reference: for unit "reference": a name among the call's `references`.
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
     """
-    return Edit("add", terms_of(features), strength, unit, mask, steps, reference)
+    amount, amounts = _amount(strength)
+    return Edit("add", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts)
 
 
-def scale(features: Features, factor: float, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+def scale(features: Features, factor: Amount, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
     """Multiply activations by `factor`; 1 changes nothing."""
-    return Edit("scale", terms_of(features), factor, "mean", mask, steps)
+    amount, amounts = _amount(factor)
+    return Edit("scale", terms_of(features), amount, "mean", mask, steps, amounts=amounts)
 
 
 def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
@@ -368,7 +387,7 @@ def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None)
 
 def set_to(
     features: Features,
-    value: float,
+    value: Amount,
     *,
     unit: Unit = "mean",
     reference: str = "",
@@ -376,14 +395,16 @@ def set_to(
     steps: Steps = None,
 ) -> Edit:
     """Fix activations at `value` units, wherever they stood."""
-    return Edit("set", terms_of(features), value, unit, mask, steps, reference)
+    amount, amounts = _amount(value)
+    return Edit("set", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts)
 
 
 def replace(
-    features: Features, strength: float, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+    features: Features, strength: Amount, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
-    return Edit("replace", terms_of(features), strength, unit, mask, steps)
+    amount, amounts = _amount(strength)
+    return Edit("replace", terms_of(features), amount, unit, mask, steps, amounts=amounts)
 
 
 def patch(blocks: str | Sequence[str], reference: str, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
@@ -403,7 +424,7 @@ def transfer(
     features: Features,
     reference: str,
     *,
-    multiplier: float = 1.0,
+    multiplier: Amount = 1.0,
     remove: FeatureLike | Sequence[FeatureLike] = (),
     mask: Mask | None = None,
     steps: Steps = None,
@@ -419,7 +440,8 @@ def transfer(
         steps: half-open range of 0-based steps; None: every step.
     """
     taken = tuple(to_refs(remove))
-    return Edit("transfer", terms_of(features), multiplier, "mean", mask, steps, reference, taken)
+    amount, amounts = _amount(multiplier)
+    return Edit("transfer", terms_of(features), amount, "mean", mask, steps, reference, taken, amounts=amounts)
 
 
 def edits_to_json(edits: Sequence[Edit]) -> str:

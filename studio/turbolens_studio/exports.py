@@ -59,7 +59,7 @@ def _call(edit: tl.Edit) -> str:
         features = repr({name: 1.0 if weight is None else weight for name, weight in terms})
     else:
         features = repr(terms[0][0] if len(terms) == 1 else [name for name, _ in terms])
-    said = [features, repr(edit.amount)]
+    said = [features, repr(list(edit.amounts) or edit.amount)]
     said += [f"unit={edit.unit!r}"] if edit.unit != "mean" else []
     said += [f"mask={_mask(edit.mask)}"] if edit.mask is not None else []
     said += [f"steps={edit.steps}"] if edit.steps is not None else []

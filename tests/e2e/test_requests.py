@@ -157,6 +157,24 @@ def test_the_examples_of_a_feature_are_true(lens):
         assert there == pytest.approx(example.activation, rel=1e-2)
 
 
+def test_a_strength_for_each_step_is_an_edit_for_each_step(lens, live):
+    ref, other = live["up.0.1"], {"other": tl.reference("a blue ring")}
+    for make in (
+        lambda a, **when: tl.add(ref, a, mask=tl.box(0, 0, 0.5, 1), **when),
+        lambda a, **when: tl.scale(ref, a, **when),
+        lambda a, **when: tl.replace(live["mid.0"], a, **when),
+        lambda a, **when: tl.transfer(ref, "other", multiplier=a, **when),
+    ):
+        edit = make([8.0, 0.5, -4.0])
+        more = {"references": other} if edit.kind == "transfer" else {}
+        one = lens.generate(PROMPT, seed=7, steps=3, steer=[edit], **more)
+        each = [make(a, steps=(i, i + 1)) for i, a in enumerate((8.0, 0.5, -4.0))]
+        assert one.bytes == lens.generate(PROMPT, seed=7, steps=3, steer=each, **more).bytes
+        assert one.provenance.run.steer == (edit,)
+    with pytest.raises(tl.InvalidRequest, match=r"amounts: got '2 amounts'; give one for each of the 3 steps"):
+        lens.generate(PROMPT, seed=7, steps=3, steer=[tl.add(ref, [1, 2])])
+
+
 def test_the_direction_of_a_feature_is_its_decoder_row(lens):
     near = lens.nearest_features("up.0.1/202", limit=1)[0]
     rows = [lens.get_feature(ref).direction for ref in ("up.0.1/202", near)]

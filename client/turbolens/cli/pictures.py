@@ -31,7 +31,8 @@ class _OfARun(Calls):
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
     add: Repeated = ()
-    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit; may be repeated."""
+    """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit, or one for each step: 8,4,0; may be
+    repeated."""
     scale: Repeated = ()
     """Edit BLOCK/INDEX=FACTOR; 0 removes the feature; may be repeated."""
     set: Repeated = ()
@@ -71,10 +72,12 @@ class _OfARun(Calls):
                 name, equals, amount = text.partition("=")
                 if not equals:
                     raise ValueError(f"{text}: write BLOCK/INDEX=NUMBER, such as up.0.1/202=8")
+                each = [float(one) for one in amount.split(",")]
+                said = each if len(each) > 1 else each[0]
                 if kind == "scale":
-                    made.append(tl.scale(name, float(amount), mask=where, steps=when))
+                    made.append(tl.scale(name, said, mask=where, steps=when))
                 else:
-                    made.append(_MAKE[kind](name, float(amount), unit=self.unit, mask=where, steps=when))
+                    made.append(_MAKE[kind](name, said, unit=self.unit, mask=where, steps=when))
         for block, reference in pairs("patch", self.patch, "BLOCK=REFERENCE"):
             made.append(tl.patch(block, reference, mask=where, steps=when))
         for name, reference in pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):

@@ -79,6 +79,7 @@ class Edit(_message.Message):
     MASK_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
+    AMOUNTS_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """A name among the run's references, for `patch`, `transfer` and UNIT_REFERENCE to read; empty for all others."""
     @_builtins.property
@@ -117,6 +118,12 @@ class Edit(_message.Message):
     def steps(self) -> Global___StepRange:
         """When it acts; unset: at every step."""
 
+    @_builtins.property
+    def amounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """An amount for each step that it acts at, in order, in place of the kind's own, which then is left out: one for every
+        step of `steps`, or of the run where that is unset. `patch` takes none.
+        """
+
     def __init__(
         self,
         *,
@@ -130,10 +137,11 @@ class Edit(_message.Message):
         mask: Global___Mask | None = ...,
         steps: Global___StepRange | None = ...,
         reference: _builtins.str = ...,
+        amounts: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "kind", b"kind", "mask", b"mask", "patch", b"patch", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "amounts", b"amounts", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "scale", "set", "replace", "patch", "transfer"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

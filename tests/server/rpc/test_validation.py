@@ -143,6 +143,14 @@ SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
         ),
         (a_request(an_edit(steps={"start": 1, "end": 1})), "run.edits[0].steps", "start < end"),
         (a_request(an_edit(steps={"start": 0, "end": 2})), "run.edits[0].steps", "0 to 1"),
+        (a_request(an_edit(amounts=[1, 2])), "run.edits[0].amounts", "each of the 1 steps"),
+        (a_request(an_edit(amounts=[1])), "run.edits[0].amounts", "in place of add.strength"),
+        (a_request(an_edit(amounts=[NAN], add={})), "run.edits[0].amounts[0]", "finite"),
+        (
+            a_request({"patch": {"hook_points": ["mid.0"]}, "reference": "r", "amounts": [1]}),
+            "run.edits[0].amounts",
+            "takes none",
+        ),
         (a_request(an_edit(mask={})), "run.edits[0].mask.shape", "missing"),
         (a_request(an_edit(mask={"boxes": {}})), "run.edits[0].mask.boxes.boxes", "empty"),
         (a_request(an_edit(mask=boxes((0.5, 0, 0.2, 1)))), "run.edits[0].mask.boxes.boxes[0]", "left < right"),
@@ -287,6 +295,29 @@ def test_a_raw_strength_may_be_as_large_as_the_saes_activations_ask_for():
         )
     beyond = violations(a_request(an_edit(sae="up.0.1", set={"value": 3.1e6, "unit": UNIT_RAW})), info)
     assert "3e+06" in beyond["run.edits[0].set.value"]
+
+
+@given(
+    st.sampled_from([name for name, kind in KINDS.items() if kind.amount and not kind.reference]),
+    st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=4),
+    st.integers(0, 3),
+)
+def test_an_amount_for_each_step_is_an_edit_for_each_step(kind, amounts, start):
+    amounts = amounts[: 4 - start]
+    window = {"start": start, "end": start + len(amounts)}
+    each = [
+        an_edit(**{kind: {KINDS[kind].amount: amount}}, steps={"start": start + i, "end": start + i + 1})
+        for i, amount in enumerate(amounts)
+    ]
+    sampling = {"steps": 4}
+    one = validate_generate(
+        a_request(an_edit(**{kind: {}}, steps=window, amounts=amounts), sampling=sampling), INFO, LIMITS
+    )
+    several = validate_generate(a_request(*each, sampling=sampling), INFO, LIMITS)
+    assert one.jobs == several.jobs
+    if len(amounts) == 4:
+        whole = validate_generate(a_request(an_edit(**{kind: {}}, amounts=amounts), sampling=sampling), INFO, LIMITS)
+        assert whole.jobs == one.jobs
 
 
 def test_what_is_right_becomes_jobs():

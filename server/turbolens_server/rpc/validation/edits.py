@@ -68,10 +68,15 @@ class EditChecks:
             if kind and (reason := refuse_edit(self._checks.info.saes[name].bundle, kind, reference)):
                 self._checks.wrong(f"{path}.{kind}", reason)
         window = self._window(f"{path}.steps", edit)
+        by_step = self._by_step(f"{path}.amounts", edit, kind, unit, window) if kind else []
         mask = self._masks.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
         if kind is None or len(self._checks.violations) > before:
             return []
-        valid = [Edit(kind, features, amount, unit, mask, window, reference, points)]
+        one = Edit(kind, features, amount, unit, mask, window, reference, points)
+        first = 0 if window is None else window[0]
+        valid = [
+            dataclasses.replace(one, amount=at, steps=(first + i, first + i + 1)) for i, at in enumerate(by_step)
+        ] or [one]
         if removed:
             valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window))
         return valid if mask is None else self._on_grids(f"{path}.mask", valid, mask)
@@ -87,6 +92,25 @@ class EditChecks:
         if unit is Unit.REFERENCE and KINDS[kind].whole:
             self._checks.bad(f"{field}.unit", unit.value, f"{kind} takes the other units alone")
         return amount, unit
+
+    def _by_step(
+        self, field: str, edit: steering_pb2.Edit, kind: EditKind, unit: Unit, window: tuple[int, int] | None
+    ) -> list[float]:
+        """Amounts of single steps; none where the edit has one for all."""
+        if not edit.amounts:
+            return []
+        named = KINDS[kind].amount
+        start, end = window or (0, self._steps)
+        if named is None:
+            self._checks.bad(field, f"{len(edit.amounts)} amounts", f"{kind} takes none")
+        elif len(edit.amounts) != end - start:
+            self._checks.bad(field, f"{len(edit.amounts)} amounts", f"give one for each of the {end - start} steps")
+        elif getattr(getattr(edit, kind), named):
+            self._checks.wrong(field, f"stands in place of {kind}.{named}; leave that out")
+        else:
+            scale = self._raw_scale(edit) if unit is Unit.RAW else 1.0
+            return [self._checks.number(f"{field}[{i}]", amount, scale) for i, amount in enumerate(edit.amounts)]
+        return []
 
     def _raw_scale(self, edit: steering_pb2.Edit) -> float:
         """What the activations themselves come to in the SAEs of an edit."""
