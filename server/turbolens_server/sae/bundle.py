@@ -20,7 +20,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeGuard, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -350,12 +350,12 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
     nesting = _read_nesting(config, folder, weights.W_enc.shape[1]) if architecture == "turbolens-matryoshka" else None
     ours = _object(_object(config, "metadata", folder), "turbolens", folder)
-    name, hook_point, model_hash = (ours.get(key) for key in ("name", "hook_point", "model_hash"))
+    name, hook_point, model_hash = ours.get("name"), ours.get("hook_point"), ours.get("model_hash")
     if not hook_point:
         raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
-    for key, value in (("name", name or ""), ("hook_point", hook_point), ("model_hash", model_hash or "")):
-        if not isinstance(value, str):
-            raise BundleError(f"{folder}: cfg.json has metadata.turbolens.{key}={value!r}, expected text")
+    for key, text in (("name", name or ""), ("hook_point", hook_point), ("model_hash", model_hash or "")):
+        if not isinstance(text, str):
+            raise BundleError(f"{folder}: cfg.json has metadata.turbolens.{key}={text!r}, expected text")
     return Bundle(
         name=name or hook_point,
         hook_point=hook_point,
@@ -378,7 +378,7 @@ def _object(config: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any]
     return value
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     """Whether a value of JSON is a whole number; Python takes `true` for one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
