@@ -26,7 +26,8 @@ from turbolens_server.bench.timing import Aim, Contender, compare, interleave
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights
 from turbolens_training.activations.config import DataConfig
-from turbolens_training.activations.sources import TokenSource, open_sources
+from turbolens_training.activations.prompts import ScenePrompts
+from turbolens_training.activations.sources import TokenSource, open_streams
 from turbolens_training.measures.quality import VarianceSums
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
@@ -93,7 +94,7 @@ def of_mini(blocks: Sequence[str], batch: int, chunks: int, held_out: int) -> li
     Of pictures made in one step: a pass of the U-Net makes the most pictures so, and with few an SAE learns them.
     """
     config = DataConfig(device="cpu", one_step_share=1.0)
-    streams = open_sources(load_engine(device="cpu", saes=[]), config, None)
+    streams = open_streams(load_engine(device="cpu", saes=[]), config, ScenePrompts())
 
     def collect(source: TokenSource, count: int) -> dict[str, Tensor]:
         made = [source.tokens(index, MINI.tokens_per_image) for index in range(count)]

@@ -13,11 +13,13 @@ from turbolens_server.catalog.labels import read_labels
 from turbolens_server.engine.types import Job
 from turbolens_server.engine.walk import Walk
 from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.hub import embedded_saes
 from turbolens_server.loading.load import load_engine
 from turbolens_training import cli
 from turbolens_training.activations import sources
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.evaluation import dose, evaluate, riebench
+from turbolens_training.sae import train
 from turbolens_training.sae.config import Gates, SaeConfig
 
 
@@ -34,7 +36,7 @@ def test_sae_labels_and_dose_from_the_command_line(
     assert not saes.exists()
     cli.main([*train, "--allow-below-gates"])  # goes on from the checkpoint: trained already
     told = capsys.readouterr().out
-    assert f"4 SAEs are in {saes}; held-out captioned scenes" in told
+    assert f"4 SAEs are in {saes}; held-out pictures of captioned scenes" in told
     assert f"turbolens catalog build --model {tiny_folder} --saes {saes}" in told
     assert f"turbolens serve --model {tiny_folder} --sae {saes}" in told
     catalog.main(
@@ -198,3 +200,53 @@ def test_steps_that_the_models_sampler_cannot_take_are_told_before_the_first_pic
     monkeypatch.setattr(Walk, "step", None)
     with pytest.raises(SystemExit, match="LCMScheduler cannot take 11 steps"):
         cli.main(["sae", "--model", str(model), "--multi-steps", "2", "11", "--work", str(tmp_path / "work")])
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        ("sae --prompts nowhere.txt", "no such file or folder"),
+        ("sweep --prompts nowhere.txt", "no such file or folder"),
+        ("cache fill --prompts nowhere.txt", "no such file or folder"),
+        ("sae --shards nowhere", "nowhere"),
+        ("sae --shards runs --prompts a.txt", "shards is all the data"),
+        ("sweep --splice-scenes 0", "splice_scenes=0"),
+        ("cache fill --chunks 0", "chunks=0"),
+        ("dose --concepts shape=cow", "no such concept: shape=cow"),
+        ("dose --scenes 0", "scenes=0"),
+        ("dose --strengths 4", "strengths=(4.0,), expected 0"),
+        ("eval --concepts shape=cow", "no such concept: shape=cow"),
+        ("eval --parts quality cows", "no cows"),
+        ("eval --parts quality --prompts nowhere.txt", "no such file or folder"),
+        ("eval --batch 0", "batch=0"),
+        ("eval --features 4 0", "features="),
+        ("riebench --items items.json --limit 0", "limit=0"),
+        ("riebench --items items.json", "items.json"),
+    ],
+)
+def test_what_the_settings_alone_say_is_told_before_the_model_is_loaded(
+    command: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (sources, dose, evaluate, riebench):
+        monkeypatch.setattr(module, "load_engine", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    told = f"{ended.value} {capsys.readouterr().err}".replace("│", "")
+    assert refused in " ".join(told.split())
+
+
+def test_a_rebuild_checks_all_of_its_steps_before_the_first(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "train_saes", None)
+    folders = [part for name in ("saes", "work", "docs") for part in (f"--{name}", str(tmp_path / name))]
+    with pytest.raises(SystemExit, match="scenes=0, expected at least 1"):
+        cli.main(["rebuild", "--model", str(tiny_folder), "--scenes", "0", *folders])
+
+
+def test_folders_of_other_seeds_are_looked_for_before_the_first_part(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "PARTS", {"quality": None, "stability": None})
+    folders = f"--saes {embedded_saes()} --seeds {tmp_path / 'nowhere'} --out {tmp_path / 'out'}"
+    with pytest.raises(SystemExit, match=r"nowhere has no bundle of .*up\.0\.1"):
+        cli.main(f"eval {folders} --parts quality stability".split())

@@ -188,14 +188,17 @@ def rebuild(config: RebuildConfig) -> None:
     model, seed, device, saes = config.model, config.seed, config.device, config.saes
     allow, steps = config.allow_below_gates, config.steps
     resume = (work / "state.pt").exists()
-    run(
-        SaeConfig(
-            model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow,
-            resume=resume, overwrite=not resume,
-        )
+    # All three are made, and so checked, before the first runs.
+    training = SaeConfig(
+        model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow,
+        resume=resume, overwrite=not resume,
     )  # fmt: skip
-    build(BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=config.images, icons=True))
-    run(DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes))
+    images = config.images
+    catalog = BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=images, icons=True)
+    dose = DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes)
+    run(training)
+    build(catalog)
+    run(dose)
     from turbolens_training.evaluation.summary import summarize
     from turbolens_training.mini.report import write_report
 

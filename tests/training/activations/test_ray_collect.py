@@ -10,6 +10,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig
+from turbolens_training.activations.prompts import ScenePrompts
 from turbolens_training.activations.ray_collect import fill_with_ray
 from turbolens_training.activations.sources import open_streams
 
@@ -25,7 +26,7 @@ def test_workers_fill_the_cache_that_one_process_would(tiny_folder: Path, tmp_pa
     caches = [ShardCache(Path(folder)) for folder in folders]
     assert sorted(len(cache.shards()) for cache in caches) == [1, 3]
     assert not [problem for cache in caches for problem in cache.problems()]
-    streams = open_streams(load_engine(model=config.model, device="cpu", saes=[]), config)
+    streams = open_streams(load_engine(model=config.model, device="cpu", saes=[]), config, ScenePrompts())
     for stream, name in zip(streams, ("training", "held out"), strict=True):
         ours = CachedStream(stream, tmp_path / "ray")
         assert str(ours.cache.folder) in folders, name

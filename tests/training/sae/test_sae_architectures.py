@@ -301,7 +301,7 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
         ({"held_out_chunks": 0}, "held_out_chunks=0, expected at least 1"),
         ({"checkpoint_steps": 0}, "checkpoint_steps=0, expected at least 1"),
         ({"multi_steps": ()}, "multi_steps: none, expected one or more where one_step_share=0.7"),
-        ({"multi_steps": (0, 4)}, r"multi_steps=\(0, 4\), expected each at least 1"),
+        ({"multi_steps": (0, 4)}, r"multi_steps=\(0, 4\), expected at least 1"),
         ({"one_step_share": 1.5}, "one_step_share=1.5, expected 0 to 1"),
         ({"images": 0}, "images=0, expected at least 1"),
         ({"reservoir": 100}, "reservoir=100, expected at least batch"),

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from turbolens_training.activations.cache import find_caches
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
+from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.reference_tars import import_tars
 from turbolens_training.activations.sources import open_model, open_streams
 
@@ -20,8 +21,9 @@ def fill(config: FillCacheConfig) -> None:
 
         print(*fill_with_ray(config), sep="\n")
         return
-    engine = open_model(config)
-    for stream, chunks in zip(open_streams(engine, config), (config.chunks, config.held_out_chunks), strict=True):
+    prompts = open_prompts(config.prompts, seed=config.seed)
+    streams = open_streams(open_model(config), config, prompts)
+    for stream, chunks in zip(streams, (config.chunks, config.held_out_chunks), strict=True):
         cached = CachedStream(stream, config.cache)
         for index in tqdm(range(chunks), desc=stream.split, unit="chunk"):
             cached.fill(index)

@@ -8,6 +8,8 @@ from typing import Final
 
 import tyro
 
+from turbolens_training.settings import check_counts
+
 SCENES: Final = "scenes"
 """Instead of a file of prompts: captions of random scenes, by the grammar of the embedded model."""
 
@@ -48,12 +50,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no picture can be made by."""
-        if self.images < 1:
-            raise ValueError(f"images={self.images}, expected at least 1")
+        check_counts(self, "images", "multi_steps")
         if not 0 <= self.one_step_share <= 1:
             raise ValueError(f"one_step_share={self.one_step_share}, expected 0 to 1")
-        if any(steps < 1 for steps in self.multi_steps):
-            raise ValueError(f"multi_steps={self.multi_steps}, expected each at least 1")
         if self.one_step_share < 1 and not self.multi_steps:
             raise ValueError(f"multi_steps: none, expected one or more where one_step_share={self.one_step_share} < 1")
 
@@ -79,6 +78,10 @@ class FillCacheConfig(DataConfig):
     """Chunks of the training data."""
     workers: int = 0
     """Ray workers that share the work, each with a model of its own; 0: this process does it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "chunks", "held_out_chunks")
 
     @property
     def writes(self) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from turbolens_server.loading.errors import LoadError
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.config import FillCacheConfig
+from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.sources import open_model, open_streams
 
 _TRAINING: Final = 0
@@ -27,8 +28,9 @@ class ShardMaker:
     def _parts(self) -> list[CachedStream]:
         """The caches of both parts; opened by the first call: a worker that fails at birth is born again for ever."""
         config = self._config
-        engine = open_model(config)
-        return [CachedStream(stream, config.cache) for stream in open_streams(engine, config)]
+        prompts = open_prompts(config.prompts, seed=config.seed)
+        streams = open_streams(open_model(config), config, prompts)
+        return [CachedStream(stream, config.cache) for stream in streams]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make shard `index` of each `part`; gives back the folder that it is in, or what went wrong."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -12,8 +11,8 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.cached import CachedStream, ShardSource
-from turbolens_training.activations.config import SCENES, DataConfig
-from turbolens_training.activations.prompt_specs import open_prompts
+from turbolens_training.activations.config import DataConfig
+from turbolens_training.activations.prompts import PromptSource
 from turbolens_training.activations.stream import HELD_OUT, TRAINING, PromptStream, StepUpdates
 
 
@@ -61,13 +60,8 @@ def open_model(config: DataConfig, device: str | None = None) -> Engine:
     )
 
 
-def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, PromptStream]:
-    """The streams of pictures to train on and to hold out: the same mix of steps, and no prompt of a file in both.
-
-    Raises:
-        PromptError: the prompts cannot be read.
-    """
-    prompts = open_prompts(config.prompts, seed=config.seed)
+def open_streams(engine: Engine, config: DataConfig, prompts: PromptSource) -> tuple[PromptStream, PromptStream]:
+    """The streams of pictures to train on and to hold out: the same mix of steps, and no prompt of a file in both."""
     if prompts.summary:
         print(prompts.summary, file=sys.stderr)
     one_step_share, multi_steps = config.step_mix
@@ -86,24 +80,23 @@ def open_streams(engine: Engine, config: DataConfig) -> tuple[PromptStream, Prom
     return training, held_out
 
 
-def open_sources(engine: Engine, config: DataConfig, shards: Path | None) -> tuple[ChunkSource, ChunkSource]:
+def open_sources(
+    engine: Engine, config: DataConfig, data: PromptSource | ShardCache
+) -> tuple[ChunkSource, ChunkSource]:
     """What to train on, and what is held out.
 
     Args:
         engine: the model, at whose hook points the data is.
         config: of the data.
-        shards: a cache to take as it is, instead of making pictures.
+        data: prompts to make pictures of, or a cache to take as it is.
 
     Raises:
-        PromptError: the prompts cannot be read.
         CacheError: the cache cannot be read or written.
-        ValueError: settings contradict each other, or the shards are of another model.
+        ValueError: the shards are of another model.
     """
-    if shards is not None:
-        if config.cache is not None or config.prompts != SCENES:
-            raise ValueError("--shards is all the data of a run; leave out --cache and --prompts")
-        return _open_shards(engine, ShardCache(shards))
-    streams = open_streams(engine, config)
+    if isinstance(data, ShardCache):
+        return _open_shards(engine, data)
+    streams = open_streams(engine, config, data)
     if config.cache is None:
         return streams
     training, held_out = (CachedStream(stream, config.cache) for stream in streams)

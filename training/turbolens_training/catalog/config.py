@@ -8,6 +8,8 @@ from typing import Annotated, Final
 
 import tyro
 
+from turbolens_training.settings import check_counts
+
 LEAST_CROPS: Final = 3
 """Crops of a feature, at least, for a word to be read off them: the mean of fewer is ruled by one odd picture."""
 
@@ -74,9 +76,7 @@ class BuildConfig:
     """Units of the candidate's split at which a feature must be active; fewer prove nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "least_active"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        check_counts(self, "images", "batch", "least_active")
         if self.effect_scenes < 0:
             raise ValueError(f"effect_scenes={self.effect_scenes}, expected at least 0")
         if self.examples < 0:

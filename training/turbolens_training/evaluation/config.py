@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from turbolens_training.activations.config import SCENES
+from turbolens_training.settings import check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,8 @@ class DoseConfig:
     """Pictures of a batch."""
 
     def __post_init__(self) -> None:
-        for name in ("scenes", "choice_scenes", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        """Refuse what nothing can be measured with."""
+        check_counts(self, "scenes", "choice_scenes", "batch")
         if 0 not in self.strengths or max(self.strengths) <= 0:
             raise ValueError(f"strengths={self.strengths}, expected 0, to compare with, and at least one above it")
 
@@ -114,6 +114,15 @@ class EvalConfig:
     locality_strength: float = 0.5
     """How much it adds, as a share of the update's usual norm, so that blocks compare."""
 
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be measured with."""
+        check_counts(
+            self, "steps", "batch", "quality_pictures", "splice_scenes", "probe_pictures", "pairs", "choice_pairs",
+            "features", "locality_features", "locality_scenes",
+        )  # fmt: skip
+        if not self.parts:
+            raise ValueError("parts: none")
+
     @property
     def writes(self) -> tuple[Path, ...]:
         """Folders that the command writes to."""
@@ -162,6 +171,10 @@ class RieBenchConfig:
     """Factors on the dense difference of the updates, the baseline."""
     examples: int = 9
     """Items whose pictures are shown."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be edited with."""
+        check_counts(self, "steps", "batch", "features", "limit", "examples")
 
     @property
     def writes(self) -> tuple[Path, ...]:

@@ -218,6 +218,7 @@ class Recipe:
 
 def measure_dose(config: DoseConfig) -> None:
     """Choose features for every concept, draw the dose-response curves, write tables and pictures."""
+    concepts = pick_concepts(config.concepts)
     sources = [str(config.saes)]
     engine = load_engine(
         model=config.model, device=config.device, variant=config.variant, saes=sources, force_sae=config.force_sae
@@ -225,7 +226,7 @@ def measure_dose(config: DoseConfig) -> None:
     labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
     recipe = Recipe(engine) if any(measured_attributes(info) for info in engine.info.saes.values()) else None
     trials, curves, chosen, recipes = [], [], [], []
-    for concept in tqdm(pick_concepts(config.concepts), desc="dose", unit="concept"):
+    for concept in tqdm(concepts, desc="dose", unit="concept"):
         choice = Judge.draw(engine, concept, config.choice_scenes, f"{config.seed}/choice", config.batch)
         tried = choose(choice, candidates(labels, concept, config.singles), [s for s in config.strengths if s > 0])
         trials += [(concept, trial) for trial in tried]

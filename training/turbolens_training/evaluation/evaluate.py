@@ -14,6 +14,7 @@ from turbolens_server.engine.info import EngineInfo
 from turbolens_server.files import write_file
 from turbolens_server.loading.device import versions
 from turbolens_server.loading.load import load_engine
+from turbolens_server.sae.formats.read import is_bundle
 from turbolens_training.activations.config import SCENES, prompt_set
 from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.stream import HELD_OUT, PromptStream
@@ -27,6 +28,7 @@ from turbolens_training.evaluation.sampling import saes_by_block
 from turbolens_training.evaluation.scene_edit import example_pictures, measure_scene_edit, with_series
 from turbolens_training.evaluation.splice import measure_splice
 from turbolens_training.evaluation.stability import measure_stability
+from turbolens_training.measures.concepts import pick_concepts
 from turbolens_training.measures.quality import SaeMeasurement, measure
 
 DENSE: Final = 0.1
@@ -255,6 +257,8 @@ def evaluate(config: EvalConfig) -> None:
             f"parts: {', '.join(others)} need scenes whose truth is known, and {prompt_set(config.prompts)} has none; "
             f"--parts {' '.join(WITHOUT_TRUTH)}"
         )
+    open_prompts(config.prompts, seed=config.seed)
+    pick_concepts(config.concepts)
     engine = load_engine(
         model=config.model,
         device=config.device,
@@ -269,6 +273,9 @@ def evaluate(config: EvalConfig) -> None:
             f"parts: {', '.join(others)} read features step by step, and those of {', '.join(temporal)} are of a whole "
             f"run; --parts {' '.join(OF_RUNS)}"
         )
+    for folder in config.seeds:
+        if lacking := [block for block in saes_by_block(engine, temporal=True) if not is_bundle(folder / block)]:
+            raise ValueError(f"seeds: {folder} has no bundle of {', '.join(lacking)}")
     config.out.mkdir(parents=True, exist_ok=True)
     facts = describe_run(engine.info) | {"seed": str(config.seed)}
     settings = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}

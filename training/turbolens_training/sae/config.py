@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from turbolens_training.activations.config import DataConfig
+from turbolens_training.activations.config import SCENES, DataConfig
+from turbolens_training.settings import check_counts
 
 Variant = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
 VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
@@ -131,9 +132,9 @@ class SaeConfig(DataConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, and settings that would do nothing."""
         super().__post_init__()
-        for name in _FROM_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        check_counts(self, *_FROM_ONE)
+        if self.shards is not None and (self.cache is not None or self.prompts != SCENES):
+            raise ValueError("shards is all the data of a run; leave out cache and prompts")
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes}, expected above 0")
         if self.overwrite and self.resume:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.places import EMBEDDED
+from turbolens_training.activations.cache import ShardCache
 from turbolens_training.activations.config import SCENES, prompt_set
+from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
 from turbolens_training.activations.temporal import TemporalSource
 from turbolens_training.checkpoints import previous
@@ -69,8 +71,10 @@ def train_saes(config: SaeConfig) -> Path:
     """
     _keep_earlier(config)
     with join_ranks(config.device) as (ranks, device):
+        shards = config.shards
+        data = open_prompts(config.prompts, seed=config.seed) if shards is None else ShardCache(shards)
         engine = open_model(config, device)
-        chunks, held_out = open_sources(engine, config, config.shards)
+        chunks, held_out = open_sources(engine, config, data)
         training = TemporalSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
         _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)
     return config.out

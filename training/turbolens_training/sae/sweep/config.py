@@ -8,6 +8,7 @@ from typing import Any
 
 from turbolens_training.activations.config import DataConfig
 from turbolens_training.sae.config import VARIANTS, SaeConfig, Variant
+from turbolens_training.settings import check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class SweepConfig(DataConfig):
     def __post_init__(self) -> None:
         """Refuse what is no grid."""
         super().__post_init__()
+        check_counts(self, "served_pictures", "splice_scenes", "probe_pictures")
         if not self.points:
             raise ValueError("points: none")
         for point in map(Point.parse, self.points):

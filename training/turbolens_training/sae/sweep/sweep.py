@@ -19,6 +19,7 @@ from turbolens_server.files import first_line, write_file
 from turbolens_server.loading.load import load_engine
 from turbolens_training.activations.cached import CachedStream
 from turbolens_training.activations.prompt_specs import open_prompts
+from turbolens_training.activations.prompts import PromptSource
 from turbolens_training.activations.sources import open_model, open_streams
 from turbolens_training.activations.stream import PromptStream
 from turbolens_training.evaluation.config import EvalConfig
@@ -42,12 +43,13 @@ def sweep(config: SweepConfig) -> None:
     Raises:
         ValueError: `work` holds a point of other settings.
     """
+    prompts = open_prompts(config.prompts, seed=config.seed)
     engine = open_model(config)
     grid = config.grid()
     runs = {point: config.training(point) for point in grid}
-    prompts = open_prompts(config.prompts, seed=config.seed).identity
-    recipes = {point: recipe_of(engine, prompts, settings) for point, settings in runs.items()}
-    collect(engine, config.cache, [runs[p] for p in grid if read_result(runs[p].work / RESULT, recipes[p]) is None])
+    recipes = {point: recipe_of(engine, prompts.identity, settings) for point, settings in runs.items()}
+    missing = [point for point in grid if read_result(runs[point].work / RESULT, recipes[point]) is None]
+    collect(engine, config.cache, [runs[point] for point in missing], prompts)
     elected, results = elect(grid), []
     for number, point in enumerate(grid, 1):
         print(f"{number} of {len(grid)}: {point.name}", file=sys.stderr)
@@ -55,7 +57,7 @@ def sweep(config: SweepConfig) -> None:
         result = once(settings.work / RESULT, recipe, functools.partial(train_point, settings))
         if point in elected:
             extent = {name: getattr(config, name) for name in ("served_pictures", "splice_scenes", "probe_pictures")}
-            evaluated = functools.partial(evaluate_point, settings, **extent)
+            evaluated = functools.partial(evaluate_point, settings, prompts, **extent)
             result |= once(settings.work / EVALUATED, {**recipe, **extent}, evaluated)
         results.append({"variant": point.variant, "k": point.k, "d_sae": point.d_sae, **result})
         write_sweep(config.out, results)
@@ -108,10 +110,10 @@ def once(path: Path, recipe: Mapping[str, Any], make: Callable[[], dict[str, Any
     return made
 
 
-def collect(engine: Engine, cache: Path, points: Sequence[SaeConfig]) -> None:
+def collect(engine: Engine, cache: Path, points: Sequence[SaeConfig], prompts: PromptSource) -> None:
     """Make the pictures that all points train on and are measured on; those of the same mix of steps share them."""
     for settings in {point.step_mix: point for point in points}.values():
-        training, held_out = open_streams(engine, settings)
+        training, held_out = open_streams(engine, settings, prompts)
         for stream, chunks in (
             (training, chunks_of_run(engine, training, settings)),
             (held_out, settings.held_out_chunks),
@@ -146,13 +148,13 @@ def train_point(settings: SaeConfig) -> dict[str, Any]:
 
 
 def evaluate_point(
-    settings: SaeConfig, *, served_pictures: int, splice_scenes: int, probe_pictures: int
+    settings: SaeConfig, prompts: PromptSource, *, served_pictures: int, splice_scenes: int, probe_pictures: int
 ) -> dict[str, Any]:
     """Serve one point's bundles over a socket, and evaluate those that read a step at a time."""
     engine = load_engine(
         model=settings.model, device=settings.device, variant=settings.model_variant, saes=[str(settings.out)]
     )
-    _, held_out = open_streams(engine, settings)
+    _, held_out = open_streams(engine, settings, prompts)
     (architecture,) = {sae.bundle.architecture for sae in engine.saes.values()}
     served = {"architecture": architecture, **compare_served(engine, settings, held_out, served_pictures)}
     if settings.variant == "temporal":
