@@ -350,14 +350,14 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
     nesting = _read_nesting(config, folder, weights.W_enc.shape[1]) if architecture == "turbolens-matryoshka" else None
     ours = _object(_object(config, "metadata", folder), "turbolens", folder)
-    name, hook_point, model_hash = ours.get("name"), ours.get("hook_point"), ours.get("model_hash")
+    called, hook_point, model_hash = ours.get("name"), ours.get("hook_point"), ours.get("model_hash")
     if not hook_point:
         raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
-    for key, text in (("name", name or ""), ("hook_point", hook_point), ("model_hash", model_hash or "")):
+    for key, text in (("name", called or ""), ("hook_point", hook_point), ("model_hash", model_hash or "")):
         if not isinstance(text, str):
             raise BundleError(f"{folder}: cfg.json has metadata.turbolens.{key}={text!r}, expected text")
     return Bundle(
-        name=name or hook_point,
+        name=called or hook_point,
         hook_point=hook_point,
         architecture=architecture,
         k=k,
