@@ -9,8 +9,6 @@ is painted with live drawing on, so that a picture of an earlier moment of the s
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -26,7 +24,9 @@ from playwright.sync_api import Page, sync_playwright
 
 import turbolens as tl
 from benchmarks.places import RESULTS
+from benchmarks.report import section
 from turbolens_server.bench.contenders import Work
+from turbolens_server.bench.results import machine
 from turbolens_server.loading.load import load_engine
 
 PROMPT = "a big red circle left of a big red square, sky background"
@@ -46,6 +46,7 @@ def main(rounds: int = 60, out: Path = RESULTS / "live_painting.json") -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         raise SystemExit("no Chromium: apt-get install chromium")
+    where = machine()
     engine = load_engine()
     jobs = Work(1, 1, *engine.info.default_size).jobs()
     server, address = _start(["serve", "--port", "0", "--log-format", "json"], r'"address": "([^"]+)"', '"ready"')
@@ -71,9 +72,9 @@ def main(rounds: int = 60, out: Path = RESULTS / "live_painting.json") -> None:
         for process in (studio, server):
             process.terminate()
             process.wait(30)
-    result = _result(strokes[3:], engines[3:], calls[3:], loaded)
+    result = _result(strokes[3:], engines[3:], calls[3:], loaded, where)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(to_markdown(result))
+    print(section(out.stem, out.parent, out.parent))
 
 
 def _start(command: list[str], shows: str, until: str) -> tuple[subprocess.Popen[str], str]:
@@ -153,7 +154,11 @@ def _timed(call: Any) -> float:
 
 
 def _result(
-    strokes: list[dict[str, float]], engines: list[float], calls: list[float], loaded: dict[str, float]
+    strokes: list[dict[str, float]],
+    engines: list[float],
+    calls: list[float],
+    loaded: dict[str, float],
+    where: dict[str, Any],
 ) -> dict[str, Any]:
     def two(values: Any) -> dict[str, float]:
         return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
@@ -167,7 +172,8 @@ def _result(
         "socket, decoding, drawing": np.array([one["all"] - one["studio"] for one in strokes]),
     }
     return {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "benchmark": "live_painting",
+        "machine": where,
         "strokes": len(strokes),
         "release_to_picture_ms": two(total),
         "engine_ms": two(engines),
@@ -180,29 +186,6 @@ def _result(
         "first_load": loaded,
         "aim": AIM,
     }
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    rows = ["| | p50, ms | p95, ms | share |", "|---|---|---|---|"]
-    named = {
-        "release_to_picture_ms": "release to picture",
-        "engine_ms": "engine alone",
-        "sdk_steered_ms": "SDK, steered",
-    }
-    for key, name in named.items():
-        rows.append(f"| {name} | {result[key]['p50']:.0f} | {result[key]['p95']:.0f} | |")
-    for name, part in result["parts"].items():
-        rows.append(f"| … {name} | {part['p50']:.0f} | {part['p95']:.0f} | {part['share']:.0%} |")
-    load = result["first_load"]
-    rows += [
-        "",
-        f"Median {result['ratio_to_engine']:.2f} times the engine's own (aim {result['aim']}); "
-        f"{result['ratio_to_sdk_steered']:.2f} times the SDK's call of a steered picture.",
-        f"First load: {load['compressed_bytes'] / 1000:.0f} kB compressed; interactive after "
-        f"{load['interactive_ms']:.0f} ms, its first paint after {load['painted_ms']:.0f} ms.",
-    ]
-    return "\n".join(rows)
 
 
 if __name__ == "__main__":

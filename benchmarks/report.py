@@ -1,8 +1,8 @@
-"""Tables and plots of `docs/performance.md`, made from the results that lie in `benchmarks/results/`.
+"""Tables and plots of `docs/performance.md` and `docs/studio.md`, made from what lies in `benchmarks/results/`.
 
     python -m benchmarks.report
 
-The page has a pair of marks for each result; what lies between them is written here, and nothing else is.
+The pages have a pair of marks for each result; what lies between them is written here, and nothing else is.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def section(name: str, results: Path, plots: Path) -> str:
     result = json.loads(path.read_text())
     if result["benchmark"] == "kernels":
         return kernels(result)
+    if result["benchmark"] == "live_painting":
+        return live_painting(result)
     parts = [f"{describe_machine(result['machine'])}; {result['rounds']} interleaved rounds."]
     if result["benchmark"] == "bench":
         speed = result["speed"]
@@ -75,6 +77,30 @@ def kernels(result: Mapping[str, Any]) -> str:
             f"large matrix product, {ceilings['tb_per_s']:.2f} TB/s in a large copy.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
+        ]
+    )
+
+
+def live_painting(result: Mapping[str, Any]) -> str:
+    """From the pointer's release to the picture, its parts, and the engine's own time in the same run."""
+    rows = [("release to picture", result["release_to_picture_ms"])]
+    rows += [(f"… {name}", part) for name, part in result["parts"].items()]
+    rows += [("the engine alone", result["engine_ms"]), ("the SDK's call, steered", result["sdk_steered_ms"])]
+    lines = [["", "p50, ms", "p95, ms", "share"], ["---"] * 4]
+    for name, part in rows:
+        share = f"{part['share']:.0%}" if "share" in part else ""
+        lines.append([name, f"{part['p50']:.0f}", f"{part['p95']:.0f}", share])
+    load = result["first_load"]
+    return "\n".join(
+        [
+            f"{describe_machine(result['machine'])}; {result['strokes']} strokes, each beside one run of the engine "
+            f"and one call of the SDK. The median is {result['ratio_to_engine']:.2f} times the engine's own (aim: at "
+            f"most {result['aim']}) and {result['ratio_to_sdk_steered']:.2f} times the SDK's call.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            f"The first load is {load['compressed_bytes'] / 1000:.0f} kB compressed, interactive after "
+            f"{load['interactive_ms']:.0f} ms and first painted after {load['painted_ms']:.0f} ms.",
         ]
     )
 
@@ -147,12 +173,12 @@ def marked(page: str) -> Sequence[str]:
 
 
 def main() -> None:
-    """Rewrite the page."""
-    page = DOCS / "performance.md"
-    text = page.read_text()
+    """Rewrite the pages."""
     plots = DOCS / "performance"
-    write_file(page, rewrite(text, {name: section(name, RESULTS, plots) for name in marked(text)}))
-    print(f"wrote {page}")
+    for page in (DOCS / "performance.md", DOCS / "studio.md"):
+        text = page.read_text()
+        write_file(page, rewrite(text, {name: section(name, RESULTS, plots) for name in marked(text)}))
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":

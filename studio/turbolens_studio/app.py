@@ -113,15 +113,17 @@ class Studio:
         return Response(encode_png(compare.difference(a.pixels, b.pixels, gain)), media_type="image/png")
 
     async def export(self, request: Request) -> Response:
-        """A run as a file: png, json, python or zip."""
+        """A run as a file: png, json, yaml, python or zip."""
         asked = await _asked(request)
         run, kind = Run.from_json(asked.get("run")), asked.get("as")
         if kind == "json":
             return Response(exports.as_json(run), media_type="application/json")
+        if kind == "yaml":
+            return Response(exports.as_yaml(run), media_type="application/yaml")
         if kind == "python":
             return Response(exports.as_python(run, self.connection.target), media_type="text/x-python")
         if kind not in ("png", "zip"):
-            raise BadRun("as", f"got {kind!r}, expected png, zip, json or python")
+            raise BadRun("as", f"got {kind!r}, expected png, zip, json, yaml or python")
         made = await self.workshop.make(run)
         if kind == "png":
             return Response(exports.as_png(made), media_type="image/png")

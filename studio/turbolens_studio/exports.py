@@ -7,6 +7,7 @@ import io
 import zipfile
 from typing import Any, Final
 
+import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -18,6 +19,7 @@ PNG_KEY: Final = "turbolens"
 """Of the text in a PNG that is its provenance, as the SDK writes it."""
 _STEERING: Final = "steering.json"
 _MAX_TEXT: Final = 16 * 2**20
+_MAX_DEPTH: Final = 64
 
 
 class ForeignFile(ValueError):
@@ -26,7 +28,16 @@ class ForeignFile(ValueError):
 
 def as_json(run: Run) -> bytes:
     """A steering file."""
-    return tl.steering.Steering(run.edits, prompt=run.prompt, seed=run.seed, steps=run.steps).to_json().encode()
+    return _steering(run).to_json().encode()
+
+
+def as_yaml(run: Run) -> bytes:
+    """A steering file that is easier to edit."""
+    return str(yaml.safe_dump(_steering(run).to_plain(), sort_keys=False)).encode()
+
+
+def _steering(run: Run) -> tl.steering.Steering:
+    return tl.steering.Steering(run.edits, prompt=run.prompt, seed=run.seed, steps=run.steps)
 
 
 def as_png(made: Made) -> bytes:
@@ -96,7 +107,7 @@ def as_zip(run: Run, made: Made, before: Made, target: str) -> bytes:
 
 
 def read_any(data: bytes) -> dict[str, Any]:
-    """The settings in a PNG that the studio or the SDK saved, in a zip or a steering file of the studio's.
+    """The settings in a PNG that the studio or the SDK saved, in a zip or a steering file, in JSON or YAML.
 
     Raises:
         ForeignFile: it is none, or broken, or of a newer schema.
@@ -111,13 +122,32 @@ def read_any(data: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             raise ForeignFile("neither a PNG, a zip nor a steering file") from None
     try:
-        steering = tl.steering.Steering.from_json(text)
+        steering = _read_steering(text)
     except ValueError as error:
         raise ForeignFile(str(error)) from None
+    except RecursionError:
+        raise ForeignFile("lists within lists, too deep for a steering file") from None
     if steering.references:
         raise ForeignFile("edits that read other runs, which the studio cannot show yet")
     run = Run(steering.prompt or "", steering.seed or 0, steering.steps, steering.edits)
     return run.settings()
+
+
+def _read_steering(text: str) -> tl.steering.Steering:
+    if text.lstrip().startswith("{"):
+        return tl.steering.Steering.from_json(text)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # A few lines of aliases to aliases stand for more than any memory holds.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("YAML with aliases, which steering files do without")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise RecursionError
+        return tl.steering.Steering.from_plain(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ValueError("no steering file: neither JSON nor YAML") from None
 
 
 def _settings_of(provenance: str) -> dict[str, Any]:

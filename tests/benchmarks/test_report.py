@@ -53,3 +53,4 @@ def test_the_page_has_a_place_for_every_result_that_make_writes():
     expected = {"nothing_asked", "mini-cpu", "many_callers", "served", "references", "sdxl-turbo-gpu", "sdxl-turbo-cpu"}
     expected |= {"many_callers-gpu", "kernels", "train_beside_saelens"}
     assert set(marked((DOCS / "performance.md").read_text())) == expected
+    assert marked((DOCS / "studio.md").read_text()) == ["live_painting"]

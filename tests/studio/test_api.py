@@ -244,7 +244,7 @@ def test_what_is_saved_opens_to_the_same_run(page, lens):
     run = adding(4)
     steer = [tl.add("up.0.1/202", 4, mask=tl.mask(grey_png(LEFT)))]
     wanted = lens.generate(PROMPT, seed=7, steps=1, steer=steer)
-    for kind in ("png", "json", "zip"):
+    for kind in ("png", "json", "yaml", "zip"):
         opened = page.post("/api/open", content=saved(page, run, kind)).json()
         assert tl.edits_from_json(json.dumps(opened["edits"])) == steer
         assert (opened["prompt"], opened["seed"], opened["steps"]) == (PROMPT, "7", 1)
@@ -281,7 +281,12 @@ def test_the_saved_program_makes_the_same_picture(page, lens, server, tmp_path, 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"hello", "not JSON"),
+        (b"hello", "no schema"),
+        (b"{hello", "not JSON"),
+        (b"a: [", "neither JSON nor YAML"),
+        (b"a: &a [1]\nb: [*a, *a]", "aliases"),
+        (b"[" * 10_000, "too deep"),
+        (b'{"schema": ' + b"[" * 100_000, "too deep"),
         (b"{}", "no schema"),
         (b'{"schema": "elsewhere/1"}', "of schema"),
         (b'{"schema": "turbolens.steering/99"}', "version"),

@@ -6,7 +6,7 @@ import { runOf, type Run } from "../state/wire.ts";
 import { Menu, save } from "./controls.tsx";
 import { Icon } from "./icons.tsx";
 
-const NAMES = { png: "picture.png", zip: "turbolens.zip", json: "steering.json", python: "steer.py" } as const;
+const NAMES = { png: "picture.png", zip: "turbolens.zip", json: "steering.json", yaml: "steering.yaml", python: "steer.py" } as const;
 
 export async function exportRun(run: Run, as: keyof typeof NAMES): Promise<void> {
   try {
@@ -32,6 +32,7 @@ export function ShareMenu({ run }: { run?: Run }) {
     <Menu class="share" label="Save" summaryClass="small" summary={<><Icon name="download" size={15} /><span>Save</span></>}>
         <button type="button" onClick={() => void exportRun(now(), "png")}>Picture (PNG, with how it was made)</button>
         <button type="button" onClick={() => void exportRun(now(), "json")}>Steering file (JSON)</button>
+        <button type="button" onClick={() => void exportRun(now(), "yaml")}>Steering file (YAML)</button>
         <button type="button" onClick={() => void exportRun(now(), "python")}>Python for the SDK</button>
         <button type="button" onClick={() => void exportRun(now(), "zip")}>All of it (zip)</button>
         {!run && <button type="button" onClick={() => void copyLink()}>Copy a link to this state</button>}

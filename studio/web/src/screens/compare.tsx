@@ -162,7 +162,7 @@ function Pair() {
           ) : <div class="row loading" />}
           <h2>What differs</h2>
           <ul class="list" data-differs>
-            {acting.value.map((layer) => <li><i class="dot" /> {layer.kind} {nameOf(layer)} {layer.amount}{layer.kind === "scale" ? "×" : ` ${layer.unit}`}{layer.mask ? ", painted" : ""}{layer.steps ? `, steps ${layer.steps[0] + 1} to ${layer.steps[1]}` : ""}</li>)}
+            {acting.value.map((layer) => <li><i class="dot" /> {nameOf(layer)}: {layer.kind} {layer.amount}{layer.kind === "scale" ? "×" : ` ${layer.unit}`}{layer.mask ? ", painted" : ""}{layer.steps ? `, steps ${layer.steps[0] + 1} to ${layer.steps[1]}` : ""}</li>)}
             {!acting.value.length && <li>nothing acts</li>}
           </ul>
         </aside>

@@ -153,7 +153,7 @@ function Card({ one }: { one: Brief }) {
       </Go>
       <div class="card-facts">
         {one.effect !== undefined ? (
-          <small title="Mean activation in the place and outside of it">{short(one.inside ?? 0)} here, {short(one.outside ?? 0)} elsewhere</small>
+          <small title="Mean activation in the place and outside of it">{short(one.inside ?? 0)} in, {short(one.outside ?? 0)} out</small>
         ) : one.cosine !== undefined ? (
           <small>cosine {one.cosine.toFixed(2)}</small>
         ) : one.together !== undefined ? (

@@ -48,7 +48,7 @@ export function History() {
         <span class="quiet">{shown.length} pictures, in this browser alone</span>
         <span class="spread" />
         <button type="button" class="small" onClick={() => file.current?.click()}><Icon name="download" size={15} /><span>Open a file</span></button>
-        <input ref={file} type="file" accept=".png,.zip,.json" hidden aria-label="Open a picture, zip or steering file" onChange={(event) => {
+        <input ref={file} type="file" accept=".png,.zip,.json,.yaml,.yml" hidden aria-label="Open a picture, zip or steering file" onChange={(event) => {
           const chosen = event.currentTarget.files?.[0];
           event.currentTarget.value = "";
           if (chosen) void openDropped(chosen);

@@ -120,6 +120,6 @@ export const getThumb = async (sae: string, index: number, signal: AbortSignal) 
 export const contrast = (run: Run, region: string) => json<{ features: Brief[] }>("contrast", post({ run, region }));
 export const compare = (a: Run, b: Run, mask?: string) => json<Numbers>("compare", post({ a, b, ...(mask ? { mask } : {}) }));
 export const difference = async (a: Run, b: Run, gain: number) => (await call("difference", post({ a, b, gain }))).blob();
-export const exportAs = async (run: Run, as: "png" | "zip" | "json" | "python") => (await call("export", post({ run, as }))).blob();
+export const exportAs = async (run: Run, as: "png" | "zip" | "json" | "yaml" | "python") => (await call("export", post({ run, as }))).blob();
 export const openFile = (file: Blob) => json<Opened>("open", { method: "POST", body: file });
 export const maskFrom = async (file: Blob) => new Uint8Array(await (await call("mask", { method: "POST", body: file })).arrayBuffer());
