@@ -11,6 +11,8 @@ with tl.connect("localhost:50051") as lens:
 from turbolens import aio, steering
 from turbolens._blocks import BlockFeatures, RunFeatures, TopFeature
 from turbolens._channel import TLS
+from turbolens._compare import Comparison, compare
+from turbolens._contrast import Difference
 from turbolens._edits import (
     Edit,
     FeatureRef,
@@ -53,6 +55,7 @@ from turbolens._provenance import Provenance
 from turbolens._replay import Manifest, Replay, manifest
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
+from turbolens._sweep import Sweep, Swept
 from turbolens._sync import Lens, connect
 from turbolens._table import Table
 
@@ -62,7 +65,9 @@ __all__ = [
     "Cancelled",
     "Closed",
     "Coded",
+    "Comparison",
     "DeadlineExceeded",
+    "Difference",
     "Done",
     "Edit",
     "Effect",
@@ -100,6 +105,8 @@ __all__ = [
     "RunFeatures",
     "Sae",
     "Step",
+    "Sweep",
+    "Swept",
     "Table",
     "TopFeature",
     "TurboLensError",
@@ -112,6 +119,7 @@ __all__ = [
     "aio",
     "box",
     "boxes",
+    "compare",
     "connect",
     "edits_from_json",
     "edits_to_json",

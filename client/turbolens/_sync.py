@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Unpack, overload
@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple, Unpack, overload
 import grpc
 
 from turbolens._channel import TLS, Connection, Token, connection, sync_channel
-from turbolens._edits import FeatureLike, to_ref
+from turbolens._contrast import contrast
+from turbolens._edits import FeatureLike, Features, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
 from turbolens._features import Feature, Match, Near
@@ -30,7 +31,17 @@ from turbolens._provenance import Provenance
 from turbolens._replay import TOLERANCE, Replay, compare, otherwise, read_manifest
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
-from turbolens._run import Call, ExtractOptions, GenerateOptions, StreamOptions, extract_call, generate_call, takes
+from turbolens._run import (
+    Call,
+    ExtractOptions,
+    GenerateOptions,
+    RunOptions,
+    StreamOptions,
+    extract_call,
+    generate_call,
+    takes,
+)
+from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
 from turbolens._twin import run_sync
 from turbolens._window import sync_window
@@ -323,6 +334,68 @@ class Lens:
             ValueError, TurboLensError: as for :meth:`extract_many`.
         """
         return run_sync(lambda lens: generate_many(lens, prompts, out, options), self)
+
+    @takes(ExtractOptions)
+    def contrast(
+        self,
+        prompts: Prompts,
+        others: Prompts,
+        *,
+        seeds: Sequence[int] = (0,),
+        limit: int = 20,
+        **options: Unpack[ExtractOptions],
+    ) -> Table:
+        """Which features tell two sets of prompts apart, the surest and strongest first.
+
+        A prompt counts once, by its features' mean over steps, positions and seeds.
+
+        Args:
+            prompts: texts, or a file as of :meth:`extract_many`; at least three, better ten or more.
+            others: what they are held against.
+            seeds: of every prompt.
+            limit: at most so many features.
+            options: those of :meth:`extract` but for `seed`.
+
+        Returns:
+            A list of :class:`Difference`, with effect size and a p corrected for many tests.
+
+        Raises:
+            ValueError: a set has fewer than three prompts.
+        """
+        most = whole(limit, "limit")
+        return run_sync(lambda lens: contrast(lens, prompts, others, tuple(seeds), most, options), self)
+
+    @takes(RunOptions)
+    def sweep(
+        self,
+        prompt: str,
+        features: Sequence[Features],
+        strengths: Sequence[float],
+        *,
+        kind: SweptKind = "add",
+        at: Sequence[tuple[int, int] | None] = (None,),
+        seeds: Sequence[int] = (0,),
+        edit: Mapping[str, Any] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Sweep:
+        """One edit at many settings: every feature at every strength, range of steps and seed.
+
+        Args:
+            prompt: what to draw.
+            features: of any blocks; each a feature, or a group as an edit takes it.
+            strengths: or factors or values, as the kind has them.
+            kind: "add", "scale", "set" or "replace".
+            at: ranges of steps at which the edit acts; None: all.
+            seeds: of the pictures.
+            edit: more of the edit, such as `{"mask": box(0, 0, .5, 1), "unit": "norm"}`.
+            options: those of :meth:`generate` but for `seed` and the picture's; `steer` is in every picture, plain ones
+                included.
+
+        Returns:
+            A table of what each moved, whose `grid()` is a labelled picture.
+        """
+        given = (tuple(features), tuple(strengths), kind, tuple(at), tuple(seeds), dict(edit or {}), options)
+        return run_sync(lambda lens: sweep(lens, prompt, *given), self)
 
     def search_features(self, query: str, *, block: str | None = None, limit: int = 10) -> Table:
         """Features for words, best first; each goes straight into an edit.

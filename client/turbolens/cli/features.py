@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 import turbolens as tl
 from turbolens.cli.server import Calls, rows_of
@@ -83,9 +84,43 @@ class Show(Calls):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast(Calls):
+    """Say which features tell two sets of prompts apart, with effect size and a p corrected for many tests.
+
+    Example: turbolens features contrast night.txt day.txt --sae up.0.1
+    """
+
+    prompts: Positional[Path]
+    """Prompts: .txt with one a line, .jsonl, .csv or .parquet."""
+    others: Positional[Path]
+    """What they are held against, likewise."""
+    seed: UseAppendAction[tuple[int, ...]] = ()
+    """Seed of every prompt; may be repeated; left out: 0."""
+    sae: UseAppendAction[tuple[str, ...]] = ()
+    """Only this SAE; may be repeated; left out: all."""
+    steps: int | None = None
+    """Denoising steps; left out: the server's default."""
+    limit: int = 20
+    """At most so many features."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            found = lens.contrast(
+                self.prompts,
+                self.others,
+                seeds=self.seed or (0,),
+                limit=self.limit,
+                saes=self.sae or None,
+                steps=self.steps,
+            )
+        self.show(rows_of(found), found)
+
+
 FeatureCommands = Annotated[
     Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Contrast, tyro.conf.subcommand("contrast")]
     | Annotated[Show, tyro.conf.subcommand("show")],
     tyro.conf.subcommand("features", description="Find and look up features."),
 ]
