@@ -6,7 +6,6 @@ import builtins
 import dataclasses
 import io
 import json
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbolens._blocks import BlockFeatures, LabelsOf, RunFeatures
+from turbolens._files import write_whole
 from turbolens._png import with_text
 from turbolens._provenance import PNG_KEYWORD, Provenance
 from turbolens._run import FORMATS, ImageFormat
@@ -47,19 +47,6 @@ def encoder_of(suffix: str) -> str:
     if name is None or name not in Image.SAVE:
         raise ValueError(f"{suffix or 'no ending'} is no format of pictures; use .png, .jpg or .webp")
     return name
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its name first, then renamed."""
-    if path.exists() and not path.is_file():  # such as /dev/stdout
-        path.write_bytes(content)
-        return
-    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +91,7 @@ class Coded:
             OSError: it cannot be written; a file that was there stays as it was.
         """
         path = Path(path)
-        _write(path, self.coded_as(path.suffix.lower()))
+        write_whole(path, self.coded_as(path.suffix.lower()))
 
     def coded_as(self, suffix: str) -> builtins.bytes:
         """The picture in the format of a file's ending."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from turbolens._edits import Edit, FeatureRef, Features, edits_from_json, edits_to_json, terms_of, to_ref
+from turbolens._files import write_whole
 from turbolens._numbers import number, text, whole_or_none
 from turbolens._run import Reference, reference
 
@@ -193,9 +194,9 @@ def save(
     Steering.from_plain(plain)  # what cannot be read again is not written
     path = Path(file)
     if path.suffix.lower() in _YAML:
-        path.write_text(_yaml().safe_dump(plain, sort_keys=False), encoding="utf-8")
+        write_whole(path, _yaml().safe_dump(plain, sort_keys=False))
     else:
-        path.write_text(steering.to_json(), encoding="utf-8")
+        write_whole(path, steering.to_json())
 
 
 def group(features: Features) -> Group:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from turbolens._many.files import write_whole
+from turbolens._files import write_whole
 from turbolens._many.job import check_same
 from turbolens._many.prompts import Item
 from turbolens._results import Picture

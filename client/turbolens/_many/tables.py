@@ -18,8 +18,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from turbolens._blocks import BlockFeatures
+from turbolens._files import whole_file
 from turbolens._many.arrow import parquet, pyarrow
-from turbolens._many.files import whole_file
 from turbolens._many.job import check_same
 from turbolens._many.prompts import Item
 

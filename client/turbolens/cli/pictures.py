@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 import turbolens as tl
+from turbolens._files import write_whole
 from turbolens._results import encoder_of, format_of
 from turbolens.cli.server import Calls, numbers, pairs, rows_of
 
@@ -165,7 +166,7 @@ class Generate(_OfARun):
         for picture, file in zip(pictures, files, strict=True):
             picture.save(file)
             if self.manifest:
-                file.with_suffix(".json").write_text(tl.manifest(picture).to_json(), encoding="utf-8")
+                write_whole(file.with_suffix(".json"), tl.manifest(picture).to_json())
         _tell(pictures[0].warnings)
         self.show(
             [{"file": str(file), "seed": picture.seed} for picture, file in zip(pictures, files, strict=True)],
@@ -197,7 +198,7 @@ class Extract(_OfARun):
         if self.manifest is not None:
             for one in every:
                 file = self.manifest.with_stem(f"{self.manifest.stem}-{one.seed}") if self.seeds else self.manifest
-                file.write_text(tl.manifest(one).to_json(), encoding="utf-8")
+                write_whole(file, tl.manifest(one).to_json())
         told = [
             {"seed": one.seed, "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
             for one in every

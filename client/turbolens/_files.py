@@ -22,10 +22,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write one file."""
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write one file, text as UTF-8."""
+    content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(content)
+        return
     with whole_file(path) as partial:
-        partial.write_bytes(data)
+        partial.write_bytes(content)
 
 
 def _sync(path: Path) -> None:
