@@ -85,6 +85,8 @@ class Visit:
         self.studio = studio
         self.sent: list[dict] = []
         self.heard: list[dict] = []
+        self.order: list[dict] = []
+        """Both, as they came."""
         self.problems: list[str] = []
         self.requested: list[str] = []
         self.page.on("websocket", self._listen)
@@ -93,8 +95,12 @@ class Visit:
         self.page.on("request", lambda request: self.requested.append(request.url))
 
     def _listen(self, live) -> None:
-        live.on("framesent", lambda text: self.sent.append(json.loads(text)))
-        live.on("framereceived", lambda data: self.heard.append(self._header(data)))
+        live.on("framesent", lambda text: self._note(self.sent, json.loads(text)))
+        live.on("framereceived", lambda data: self._note(self.heard, self._header(data)))
+
+    def _note(self, where: list[dict], message: dict) -> None:
+        where.append(message)
+        self.order.append(message)
 
     @staticmethod
     def _header(data: bytes) -> dict:

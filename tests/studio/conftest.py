@@ -10,6 +10,15 @@ from turbolens_studio.app import build_app
 from turbolens_studio.connection import Connection
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What the tests measured, for whoever reads their output."""
+    passed = terminalreporter.stats.get("passed", ())
+    figures = [value for report in passed for name, value in report.user_properties if name == "figure"]
+    if figures:
+        terminalreporter.section("the studio's figures")
+        terminalreporter.write_line("\n".join(figures))
+
+
 @pytest.fixture(scope="module")
 def page(server):
     """Someone who has the token."""
