@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import tyro
@@ -25,10 +26,13 @@ def main(argv: list[str]) -> None:
         result = run(config)
     except (LoadError, BundleError, ValueError, WriteError) as error:
         sys.exit(f"turbolens bench: {error}")
-    print(describe_machine(result["machine"]))
-    for case in result["cases"]:
-        print(describe_case(case))
-    print(f"\n{to_markdown(result)}")
+    if config.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(describe_machine(result["machine"]))
+        for case in result["cases"]:
+            print(describe_case(case))
+        print(f"\n{to_markdown(result)}")
     if config.out is not None:
         try:
             save(config.out, result)

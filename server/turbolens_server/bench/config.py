@@ -37,6 +37,8 @@ class BenchConfig:
     """As for `turbolens serve`; left out: the model's own."""
     rounds: int = 20
     """Rounds in which each contender is timed once."""
+    json: bool = False
+    """Print JSON, as `out` has it."""
     out: Path | None = None
     """JSON file to write; left out: the result is printed only."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import tyro
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 class _Cached:
     cache: str = ""
     """Folder of exported graphs and engines; empty: ~/.cache/turbolens."""
+
+    json: bool = False
+    """Print JSON: a line for each thing told."""
+
+    def tell(self, line: str, **told: Any) -> None:
+        """Print for people or for programs, as asked."""
+        print(json.dumps(told) if self.json else line, flush=True)
 
     def root(self) -> Path:
         """The folder."""
@@ -74,12 +82,19 @@ class Build(_Cached):
         # pieces it does not give back.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as exporter:
             graph, spec, shape, took = exporter.submit(_export, self).result()
-        print(f"graph   {graph.folder}  {_size(graph.size)}  {took:.0f} s")
+        line = f"graph   {graph.folder}  {_size(graph.size)}  {took:.0f} s"
+        self.tell(line, kind="graph", folder=str(graph.folder), bytes=graph.size, seconds=took)
         cache = ArtifactCache(self.root())
         start = time.monotonic()
         buckets = [Bucket(batch, *shape) for batch in self.batches]
-        built = ensure_engine(cache, graph, spec, tensorrt, target, buckets, lambda: print("waiting for the cache"))
-        print(f"engine  {built.folder}  {_size(built.size)}  {time.monotonic() - start:.0f} s")
+        built = ensure_engine(cache, graph, spec, tensorrt, target, buckets, _waiting)
+        took = time.monotonic() - start
+        line = f"engine  {built.folder}  {_size(built.size)}  {took:.0f} s"
+        self.tell(line, kind="engine", folder=str(built.folder), bytes=built.size, seconds=took)
+
+
+def _waiting() -> None:
+    print("waiting for the cache", file=sys.stderr)
 
 
 def _export(build: Build) -> tuple[Entry, GraphSpec, tuple[int, int], float]:
@@ -118,7 +133,8 @@ class List(_Cached):
             try:
                 entry = cache.verify(folder, contents=False)
             except BackendError as error:
-                print(f"{folder.parent.name[:-1]:7} {folder.name}  damaged: {error}")
+                kind = folder.parent.name[:-1]
+                self.tell(f"{kind:7} {folder.name}  damaged: {error}", kind=kind, name=folder.name, damaged=str(error))
                 continue
             key = entry.key
             if entry.kind == "graphs":
@@ -128,7 +144,8 @@ class List(_Cached):
                 graph = key["graph"]
                 what = f"{key['tensorrt']} {key['version']}, {key['target']}, {graph['dtype']}, "
                 what += f"model {graph['model'][:12]}, batch x latent {shapes}"
-            print(f"{entry.kind[:-1]:7} {folder.name}  {_size(entry.size):>10}  {what}")
+            line = f"{entry.kind[:-1]:7} {folder.name}  {_size(entry.size):>10}  {what}"
+            self.tell(line, kind=entry.kind[:-1], name=folder.name, bytes=entry.size, key=key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,10 +163,11 @@ class Verify(_Cached):
         damaged = 0
         for folder in cache.entries():
             try:
-                print(f"  ok  {cache.verify(folder).folder}")
+                whole = cache.verify(folder).folder
+                self.tell(f"  ok  {whole}", folder=str(whole), state="ok")
             except BackendError as error:
                 damaged += 1
-                print(f"fail  {error}")
+                self.tell(f"fail  {error}", folder=str(folder), state="fail", why=str(error))
         if damaged:
             sys.exit(1)
 
@@ -168,7 +186,7 @@ class Prune(_Cached):
         from turbolens_server.unet.artifacts import ArtifactCache
 
         for folder in ArtifactCache(self.root()).prune(everything=self.everything):
-            print(f"removed {folder}")
+            self.tell(f"removed {folder}", removed=str(folder))
 
 
 Command = Annotated[

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from tyro.conf import Positional
@@ -40,6 +41,8 @@ class Import:
     """Model it was trained on: `mini`, a `diffusers` folder or a hub id. The bundle is then refused on any other."""
     variant: str | None = None
     """Variant of the model's weight files that is served, such as `fp16`."""
+    json: bool = False
+    """Print JSON, a line for each bundle."""
 
 
 def main(argv: list[str]) -> None:
@@ -53,10 +56,19 @@ def main(argv: list[str]) -> None:
     from turbolens_server.sae.bundle import BundleError
 
     try:
-        for bundle, folder in convert(**vars(config)):
-            print(_line(bundle, folder))
+        settings = vars(config).copy()
+        as_json = settings.pop("json")
+        for bundle, folder in convert(**settings):
+            print(json.dumps(_told(bundle, folder)) if as_json else _line(bundle, folder), flush=True)
     except (LoadError, BundleError, OSError) as error:
         sys.exit(f"turbolens sae import: {error}")
+
+
+def _told(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    return {
+        "folder": str(folder), "hook_point": bundle.hook_point, "k": bundle.k, "d_sae": bundle.d_sae,
+        "d_in": bundle.d_in, "folded": list(bundle.provenance["folded"]), "statistics": bundle.stats is not None,
+    }  # fmt: skip
 
 
 def _line(bundle: Bundle, folder: Path) -> str:

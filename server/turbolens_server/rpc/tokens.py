@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import secrets
 import time
@@ -129,10 +130,14 @@ def _caller(where: str, entry: dict[str, Any]) -> tuple[str, Caller]:
 
 def main(argv: list[str]) -> None:
     """`turbolens token NAME`: make a token, print it once, and what belongs in the server's file."""
-    if len(argv) != 1 or argv[0].startswith("-"):
+    as_json, names = "--json" in argv, [word for word in argv if word != "--json"]
+    if len(names) != 1 or names[0].startswith("-"):
         raise SystemExit(
-            "usage: turbolens token NAME\n\nMake a token for a caller, and its entry in the server's file."
+            "usage: turbolens token NAME [--json]\n\nMake a token for a caller, and its entry in the server's file."
         )
     token, digest = make_token()
+    if as_json:
+        print(json.dumps({"name": names[0], "token": token, "sha256": digest, "scopes": ["generate", "extract"]}))
+        return
     print(f"# the caller's, shown this once: {token}")
-    print(f'[[token]]\nname = "{argv[0]}"\nsha256 = "{digest}"\nscopes = ["generate", "extract"]')
+    print(f'[[token]]\nname = "{names[0]}"\nsha256 = "{digest}"\nscopes = ["generate", "extract"]')

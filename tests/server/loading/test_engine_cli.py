@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from turbolens_server.loading.engine_cli import main
@@ -38,6 +40,10 @@ def test_list_verify_prune(cache, capsys):
     assert engine.endswith("1x16x16")
     main(["verify", *where])
     assert capsys.readouterr().out.count("  ok  ") == 2
+    main(["list", "--json", *where])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["kind"], one["bytes"] >= 2**20) for one in told] == [("graph", True), ("engine", True)]
+    assert told[1]["key"] == ENGINE
     damaged = cache.folder("engines", ENGINE)
     (damaged / "data").write_bytes(b"short")
     assert said("verify", *where) == "1"

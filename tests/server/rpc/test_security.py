@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.client
+import json
 import re
 import shutil
 import socket
@@ -327,3 +329,13 @@ async def test_probes_and_prometheus_have_ports_of_their_own(fake, tokens, files
         'turbolens_unet_steps_total{fate="used"} 1.0',
     ):  # fmt: skip
         assert name in text
+
+
+def test_the_command_prints_a_token_for_people_and_for_programs(capsys):
+    tokens_module.main(["alice"])
+    assert 'name = "alice"' in capsys.readouterr().out
+    tokens_module.main(["alice", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert hashlib.sha256(told["token"].encode()).hexdigest() == told["sha256"]
+    with pytest.raises(SystemExit):
+        tokens_module.main(["--json"])

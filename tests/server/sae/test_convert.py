@@ -45,10 +45,12 @@ def test_one_sae_becomes_a_bundle(tmp_path, capsys):
 def test_several_saes_become_a_folder_of_bundles(tmp_path, capsys):
     foreign.sparsify(0).write(tmp_path / "theirs" / "unet.mid_block.attentions.0")
     foreign.dictionary_learning_jumprelu(0).write(tmp_path / "theirs" / "trainer_0")
-    main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--json"])
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {"mid.0", "down.2.1"}
     assert load_bundle(tmp_path / "ours" / "down.2.1").architecture == "jumprelu"
-    assert "folded: the encoder's input bias" in capsys.readouterr().out
+    told = {one["hook_point"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert told.keys() == {"mid.0", "down.2.1"}
+    assert "the encoder's input bias" in told["down.2.1"]["folded"][0]
 
 
 def test_a_converted_sae_is_bound_to_its_model_and_served(tmp_path, tiny_folder):
