@@ -13,7 +13,7 @@ PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml studio/
 NPM := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm --prefix studio/web --silent
 
 .PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
-	bench-train kernels bench-kernels chromium clean
+	bench-train reliability fuzz soak kernels bench-kernels chromium clean
 
 help:            ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -160,6 +160,20 @@ bench-train: $(STAMP)interop  ## Train an SAE beside SAELens' own trainer, and r
 
 kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one
 	@$(PY) tools/kernels_aot.py
+
+reliability: $(STAMP)dev  ## Overload a real server, leave it, stop and kill it; what a call costs
+	@$(PY) -m benchmarks.reliability.load
+	@$(PY) -m benchmarks.reliability.faults
+	@$(PY) -m benchmarks.reliability.calls
+	@$(PY) -m benchmarks.reliability.report
+
+fuzz: $(STAMP)dev        ## Send 100,000 bad requests to a real server
+	@$(PY) -m benchmarks.reliability.fuzz
+	@$(PY) -m benchmarks.reliability.report
+
+soak: $(STAMP)dev        ## Call a real server for 20 minutes
+	@$(PY) -m benchmarks.reliability.soak
+	@$(PY) -m benchmarks.reliability.report
 
 test-gpu: $(STAMP)dev    ## Pass the tests that need an NVIDIA GPU
 	@$(PY) -m pytest tests/gpu

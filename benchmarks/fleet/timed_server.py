@@ -68,18 +68,21 @@ async def serve(curve: Curve, config: ServerConfig) -> None:
     print(json.dumps(engine.took))
 
 
-def main(curve: str, max_batch: int = 8, batch_wait_ms: float = 5.0) -> None:
+def main(curve: str, max_batch: int = 8, batch_wait_ms: float = 5.0, settings: str = "{}") -> None:
     """Serve.
 
     Args:
         curve: the fields of `Curve`, as JSON.
         max_batch: as for `turbolens serve`.
         batch_wait_ms: as for `turbolens serve`.
+        settings: others of the server, as JSON.
     """
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(curve).items()
     }
-    config = ServerConfig(max_batch=max_batch, batch_wait_ms=batch_wait_ms, warm_up=False)
+    config = ServerConfig(
+        **{"max_batch": max_batch, "batch_wait_ms": batch_wait_ms, "warm_up": False, **json.loads(settings)}
+    )
     asyncio.run(serve(Curve(**fields), config))
 
 

@@ -1,7 +1,7 @@
 """Logs: structured events through the standard library's logger "turbolens".
 
 As a library the server configures nothing: its events go where the host sends that logger. `turbolens serve` owns its
-process and shows them as JSON lines for machines, or in colours for people.
+process and shows them, and what libraries log or warn of, as JSON lines for machines, or in colours for people.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ _PROCESSORS: Final[tuple[structlog.typing.Processor, ...]] = (
 )
 
 
+_OF_LIBRARIES: Final[tuple[structlog.typing.Processor, ...]] = (
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+)
+
+
 def get_logger() -> Any:
     """The server's logger; an event's fields are a dict, the standard library record's `msg`."""
     return structlog.wrap_logger(
@@ -31,7 +39,9 @@ def get_logger() -> Any:
 
 
 def configure_logging(style: str, level: str) -> None:
-    """Show this process's events on stderr.
+    """Show this process's events on stderr, and of libraries' those of trouble, in the same form.
+
+    An error shows where it came from and never the values there: prompts are among them.
 
     Args:
         style: "json", "pretty", or "auto": pretty on a terminal.
@@ -39,14 +49,18 @@ def configure_logging(style: str, level: str) -> None:
     """
     pretty = style == "pretty" or (style == "auto" and sys.stderr.isatty())
     renderer: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if pretty
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     handler = logging.StreamHandler(sys.stderr)
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *renderer]))
-    logger = logging.getLogger(NAME)
-    logger.handlers = [handler]
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *renderer], foreign_pre_chain=_OF_LIBRARIES)
+    )
+    logger, root = logging.getLogger(NAME), logging.getLogger()
+    logger.handlers = root.handlers = [handler]
     logger.propagate = False
     logger.setLevel(level.upper())
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    logging.captureWarnings(True)

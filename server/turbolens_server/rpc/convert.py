@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import grpc
 import numpy as np
@@ -130,7 +131,7 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
     """Everything needed to make a result again."""
     return run_pb2.Provenance(
         run=request.run,
-        model=info.model,
+        model=_name_of(info.model),
         model_hash=info.model_hash,
         components_hash=info.components_hash,
         sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in request.saes},
@@ -145,6 +146,20 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
 
 def _loras(info: EngineInfo) -> list[run_pb2.Lora]:
     return [run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in info.loras]
+
+
+def _name_of(place: str) -> str:
+    """A model's name or hub id; of a folder only its own name: where an operator keeps things is nobody's business."""
+    return Path(place).name if place.startswith(("/", ".", "~")) else place
+
+
+def _without_places(value: Any) -> Any:
+    """The same JSON, in which paths of files are their names."""
+    if isinstance(value, dict):
+        return {key: _without_places(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(part) for part in value]
+    return _name_of(value) if isinstance(value, str) and value.startswith(("/", "~/", "./", "../")) else value
 
 
 def model(
@@ -168,7 +183,7 @@ def model(
                 hash=sae.bundle.hash,
                 units=units,
                 labels=labels.get(sae.name, 0),
-                provenance_json=json.dumps(sae.bundle.provenance),
+                provenance_json=json.dumps(_without_places(sae.bundle.provenance)),
                 forced=sae.forced,
                 k_max=sae.bundle.nesting.k_max if sae.bundle.nesting else 0,
                 prefixes=sae.bundle.nesting.prefixes if sae.bundle.nesting else (),
@@ -185,7 +200,7 @@ def model(
             )
         )
     return model_service_pb2.Model(
-        name=info.model,
+        name=_name_of(info.model),
         hash=info.model_hash,
         components_hash=info.components_hash,
         hook_points=points,
