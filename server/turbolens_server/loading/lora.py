@@ -139,6 +139,8 @@ def _changes(state: Mapping[str, Tensor], scales: _Scales, path: str) -> Iterato
         parsed = _MATRIX.fullmatch(key)
         if parsed is None:
             raise LoadError(f"--lora {path}: {key} is no matrix of a LoRA, and these alone are fused")
+        if not tensor.is_floating_point():
+            raise LoadError(f"--lora {path}: {key} is {tensor.dtype}, expected floating-point weights")
         side = {"A": "down", "B": "up"}.get(parsed["side"], parsed["side"])
         pairs.setdefault(_module(parsed["module"]), {})[side] = tensor.float()
     for name, pair in pairs.items():

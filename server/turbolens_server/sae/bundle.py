@@ -37,6 +37,7 @@ _MEANINGS: Final = {
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
     "rescale_acts_by_decoder_norm": False,
+    "reshape_activations": "none",
 }
 """What the weights of every bundle mean; other meanings are folded when a bundle is made."""
 FEATURES_FILE: Final = "features.parquet"
@@ -164,6 +165,14 @@ class Bundle:
         if prefix not in (None, self.d_sae) and not (nesting and prefix in nesting.prefixes):
             found["prefix"] = f"allows {', '.join(map(str, nesting.prefixes)) if nesting else f'only {self.d_sae}'}"
         return found
+
+
+def check_floating(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise BundleError where a tensor holds whole numbers: of a quantized file, whose scales are not read."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BundleError(f"{where}: {name} is {kind}, expected floating-point weights")
 
 
 def check_weights(weights: SaeWeights, where: str) -> None:
@@ -336,6 +345,7 @@ def load_bundle(folder: Path) -> Bundle:
     for key, value in _MEANINGS.items():
         if config.get(key, value) != value:
             raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}; fold it into the weights first")
+    check_floating(tensors, str(folder / _WEIGHTS_FILE))
     weights = SaeWeights(**{name: tensor.float() for name, tensor in tensors.items()})
     check_weights(weights, str(folder))
     if weights.scales is not None and config.get("steps") != len(weights.scales):
@@ -411,4 +421,6 @@ def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:
             raise BundleError(f"{path}: {field.name} has shape {values.shape}, expected {wanted}")
         if not np.isfinite(values).all() or (values < 0).any():
             raise BundleError(f"{path}: {field.name} holds values that are not finite, or below 0")
+    if (stats.frequency > 1).any():
+        raise BundleError(f"{path}: frequency holds values above 1")
     return stats

@@ -169,6 +169,7 @@ def renamed(old: str, new: str):
         (lambda t: {**t, "unet.x.dora_scale": torch.ones(1)}, "unet.x.dora_scale is of another kind"),
         (lambda t: {**t, "unet.conv_in.lora_magnitude_vector": torch.ones(1)}, "lora_magnitude_vector"),
         (lambda t: {**t, "unet.conv_in.lora_C.weight": torch.ones(1)}, "conv_in.lora_C.weight is no matrix"),
+        (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "is torch.int8, expected floating-point"),
         (renamed("unet.", "transformer."), "transformer.*no part of this model"),
     ],
 )

@@ -49,6 +49,7 @@ def test_statistics_that_cannot_be_are_never_served(
     [
         ({"k": True}, "k=True, expected 1 to 256"), ({"k": 10.0}, r"k=10.0, expected 1 to 256"),
         ({"d_sae": "256"}, "d_sae='256', expected 256"), ({"d_in": 64}, "d_in=64, expected 128, as the weights have"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'; fold it"),
         ({"metadata": "x"}, "metadata='x', expected an object"),
         ({"metadata": {"turbolens": ["x"]}}, "turbolens=.'x'., expected an object"), ({"metadata": None}, "hook_point"),
         ({"metadata": {"turbolens": {"hook_point": 3}}}, "hook_point=3, expected text"),
@@ -61,4 +62,21 @@ def test_a_setting_of_another_kind_is_named(bundle: Path, entry: dict[str, objec
     file = bundle / "cfg.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entry))
     with pytest.raises(BundleError, match=line):
+        load_bundle(bundle)
+
+
+def test_weights_of_whole_numbers_are_refused(bundle: Path) -> None:
+    """Those of a quantized file, without its scales, would be other weights."""
+    file = bundle / "sae_weights.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "W_dec": (127 * tensors["W_dec"]).to(torch.int8)}, file)
+    with pytest.raises(BundleError, match=r"sae_weights.safetensors: W_dec is int8, expected floating-point"):
+        load_bundle(bundle)
+
+
+def test_a_frequency_is_a_share(bundle: Path) -> None:
+    file = bundle / "feature_stats.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "frequency": 100 * tensors["frequency"] + 1.5}, file)
+    with pytest.raises(BundleError, match=r"feature_stats.safetensors: frequency holds values above 1"):
         load_bundle(bundle)

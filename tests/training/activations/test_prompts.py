@@ -226,6 +226,20 @@ def test_a_dataset_whose_first_row_is_null_is_read(tmp_path: Path) -> None:
         assert list_prompts(spec, 3)[0] == MANY[:3]
 
 
+@pytest.mark.parametrize("place", ["set", "set/train.csv"])
+def test_words_that_csv_readers_take_for_nothing_are_words(tmp_path: Path, place: str) -> None:
+    """As a dataset the same file lost them; a field without anything is empty in both."""
+    pytest.importorskip("datasets")
+    words = ["NA", "null", "None", "nan", "N/A", "cat"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.csv").write_text(
+        "n,text\n" + "".join(f"{n},{word}\n" for n, word in enumerate([*words, ""]))
+    )
+    found, told = list_prompts(f"{tmp_path / place}:text", 9)
+    assert found == words
+    assert "left out: 1 empty" in told
+
+
 def test_a_dataset_is_known_by_all_of_its_rows(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     shared, identities = [f"shared {i}" for i in range(1000)], []

@@ -119,10 +119,11 @@ def dataset_column(name: str, column: str | None) -> Column:
     chosen = choose_column(name, columns, column)
     if column is None and any(mark in chosen for mark in _MARKS):
         raise PromptError(f"{name}: its only column is called {chosen!r}; separate its columns by commas")
-    return Column(name, chosen, _Rows(name, dataset, chosen))
+    return Column(name, chosen, _Rows(name, _open(name, chosen), chosen))
 
 
-def _open(name: str) -> Any:
+def _open(name: str, column: str | None = None) -> Any:
+    """The split to read; of CSV files one column alone, in which words such as "NA" and "null" are words."""
     try:
         import datasets
     except ImportError as error:
@@ -135,7 +136,11 @@ def _open(name: str) -> Any:
         if saved:
             opened = datasets.load_from_disk(str(folder))
         else:
-            opened = datasets.load_dataset(str(folder) if folder.is_dir() else name, streaming=True)
+            place = str(folder) if folder.is_dir() else name
+            words: dict[str, Any] = {}
+            if column is not None and hasattr(datasets.load_dataset_builder(place).config, "keep_default_na"):
+                words = {"usecols": [column], "keep_default_na": False, "na_values": [""]}
+            opened = datasets.load_dataset(place, streaming=True, **words)
     except Exception as error:  # offline, gated, missing, malformed: `datasets` raises many kinds
         raise PromptError(
             f"--prompts {name}: the dataset cannot be opened ({first_line(error)}); offline, give a local file or "
