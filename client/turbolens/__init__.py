@@ -14,6 +14,7 @@ from turbolens._channel import TLS
 from turbolens._compare import Comparison, compare
 from turbolens._contrast import Difference
 from turbolens._edits import (
+    Condition,
     Edit,
     FeatureRef,
     Mask,
@@ -31,6 +32,7 @@ from turbolens._edits import (
     scale,
     set_to,
     transfer,
+    where,
 )
 from turbolens._errors import (
     Cancelled,
@@ -66,6 +68,7 @@ __all__ = [
     "Closed",
     "Coded",
     "Comparison",
+    "Condition",
     "DeadlineExceeded",
     "Difference",
     "Done",
@@ -135,4 +138,5 @@ __all__ = [
     "set_to",
     "steering",
     "transfer",
+    "where",
 ]

@@ -28,6 +28,7 @@ UNIT_NAMES: Final[dict[int, Unit]] = {
     steering_pb2.UNIT_NORM: "norm",
     steering_pb2.UNIT_REFERENCE: "reference",
 }
+Rule = Literal["above", "below", "map"]
 Kind = Literal["add", "scale", "set", "replace", "patch", "transfer"]
 _AMOUNTS: Final[dict[Kind, str]] = {
     "add": "strength", "scale": "factor", "set": "value", "replace": "strength", "transfer": "multiplier",
@@ -216,6 +217,74 @@ def _grey(image: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Condition:
+    """Where an edit acts, by a feature's own activation there; made by :func:`where`."""
+
+    feature: FeatureRef
+    rule: Rule
+    threshold: float
+    unit: Unit = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", number(self.threshold, self.rule))
+        if self.unit not in ("mean", "raw"):
+            raise ValueError(f"unit {self.unit!r} of a condition; use mean or raw")
+
+    def __repr__(self) -> str:
+        unit = f", unit={self.unit!r}" if self.unit != "mean" else ""
+        return f"where({str(self.feature)!r}, {self.rule}={self.threshold:g}{unit})"
+
+    @classmethod
+    def from_proto(cls, message: steering_pb2.Condition) -> Condition:
+        """From a message of the contract.
+
+        Raises:
+            ValueError: the message says no rule or unit that this client knows.
+        """
+        rule = message.WhichOneof("rule")
+        if rule is None or message.unit not in UNIT_NAMES:
+            raise ValueError(
+                "a condition without a rule or with an unknown unit; update the client if the server is newer"
+            )
+        ref = FeatureRef(message.feature.sae, message.feature.index)
+        return cls(ref, rule, getattr(message, rule), UNIT_NAMES[message.unit])
+
+    def to_proto(self) -> steering_pb2.Condition:
+        """The condition as a message."""
+        message = steering_pb2.Condition(feature=_ref_message(self.feature), unit=_UNITS[self.unit])
+        setattr(message, self.rule, self.threshold)
+        return message
+
+
+def where(
+    feature: FeatureLike,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    map: float | None = None,
+    unit: Unit = "mean",
+) -> Condition:
+    """At which positions an edit acts: by what a feature of the same block is there, before any edit of that step.
+
+    Args:
+        feature: in any of its forms.
+        above: where its activation is larger; 0: wherever it is active.
+        below: where it is smaller, which is also where it is not active.
+        map: in the measure of its own map: in full where its activation is `map` or more, by that share below.
+        unit: what 1 means: "mean" (its mean activation where active) or "raw".
+
+    Raises:
+        TypeError: not one of above, below and map is given.
+    """
+    given: dict[Rule, float | None] = {"above": above, "below": below, "map": map}
+    rules: list[tuple[Rule, float]] = [(rule, value) for rule, value in given.items() if value is not None]
+    if len(rules) != 1:
+        raise TypeError("a condition takes one of above, below and map")
+    ((rule, threshold),) = rules
+    return Condition(to_ref(feature), rule, threshold, unit)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Edit:
     """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to`, :func:`replace`, :func:`patch` and
     :func:`transfer`."""
@@ -237,6 +306,8 @@ class Edit:
     """Blocks of `patch`."""
     amounts: tuple[float, ...] = ()
     """One for each step that it acts at, in place of `amount`, which then is 0; empty: `amount` at all."""
+    where: Condition | None = None
+    """At which positions; multiplies the mask."""
 
     def __post_init__(self) -> None:
         what = f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}"
@@ -246,6 +317,8 @@ class Edit:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
+        if self.where is not None and not isinstance(self.where, Condition):
+            raise TypeError(f"where is {type(self.where).__name__}; make one with tl.where(feature, above=...)")
         if not isinstance(self.reference, str):
             raise TypeError('reference is a name: references={"other": reference(...)}, and "other" here')
         if bool(self.reference) != (self.kind in _WITH_REFERENCE or self.unit == "reference"):
@@ -270,6 +343,7 @@ class Edit:
         said += [f"reference={self.reference!r}"] if self.unit == "reference" else []
         said += [f"mask={self.mask!r}"] if self.mask is not None else []
         said += [f"steps={self.steps}"] if self.steps is not None else []
+        said += [f"where={self.where!r}"] if self.where is not None else []
         return f"{'set_to' if self.kind == 'set' else self.kind}({', '.join(said)})"
 
     @classmethod
@@ -301,6 +375,7 @@ class Edit:
             tuple(FeatureRef(ref.sae, ref.index) for ref in message.transfer.remove),
             tuple(message.patch.hook_points),
             tuple(message.amounts),
+            Condition.from_proto(message.condition) if message.HasField("condition") else None,
         )
 
     def to_proto(self) -> steering_pb2.Edit:
@@ -313,6 +388,7 @@ class Edit:
             steps=steering_pb2.StepRange(start=self.steps[0], end=self.steps[1]) if self.steps else None,
             reference=self.reference,
             amounts=self.amounts,
+            condition=self.where.to_proto() if self.where else None,
         )
         inner: Any = getattr(edit, self.kind)
         inner.SetInParent()
@@ -357,6 +433,7 @@ def add(
     reference: str = "",
     mask: Mask | None = None,
     steps: Steps = None,
+    where: Condition | None = None,
 ) -> Edit:
     """Raise activations by `strength` units (negative: lower them).
 
@@ -369,20 +446,25 @@ def add(
         reference: for unit "reference": a name among the call's `references`.
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
+        where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
     """
     amount, amounts = _amount(strength)
-    return Edit("add", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts)
+    return Edit("add", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where)
 
 
-def scale(features: Features, factor: Amount, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+def scale(
+    features: Features, factor: Amount, *, mask: Mask | None = None, steps: Steps = None, where: Condition | None = None
+) -> Edit:
     """Multiply activations by `factor`; 1 changes nothing."""
     amount, amounts = _amount(factor)
-    return Edit("scale", terms_of(features), amount, "mean", mask, steps, amounts=amounts)
+    return Edit("scale", terms_of(features), amount, "mean", mask, steps, amounts=amounts, where=where)
 
 
-def ablate(features: Features, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+def ablate(
+    features: Features, *, mask: Mask | None = None, steps: Steps = None, where: Condition | None = None
+) -> Edit:
     """Remove features: multiply their activations by 0."""
-    return scale(features, 0.0, mask=mask, steps=steps)
+    return scale(features, 0.0, mask=mask, steps=steps, where=where)
 
 
 def set_to(
@@ -393,21 +475,35 @@ def set_to(
     reference: str = "",
     mask: Mask | None = None,
     steps: Steps = None,
+    where: Condition | None = None,
 ) -> Edit:
     """Fix activations at `value` units, wherever they stood."""
     amount, amounts = _amount(value)
-    return Edit("set", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts)
+    return Edit("set", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where)
 
 
 def replace(
-    features: Features, strength: Amount, *, unit: Unit = "mean", mask: Mask | None = None, steps: Steps = None
+    features: Features,
+    strength: Amount,
+    *,
+    unit: Unit = "mean",
+    mask: Mask | None = None,
+    steps: Steps = None,
+    where: Condition | None = None,
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
     amount, amounts = _amount(strength)
-    return Edit("replace", terms_of(features), amount, unit, mask, steps, amounts=amounts)
+    return Edit("replace", terms_of(features), amount, unit, mask, steps, amounts=amounts, where=where)
 
 
-def patch(blocks: str | Sequence[str], reference: str, *, mask: Mask | None = None, steps: Steps = None) -> Edit:
+def patch(
+    blocks: str | Sequence[str],
+    reference: str,
+    *,
+    mask: Mask | None = None,
+    steps: Steps = None,
+    where: Condition | None = None,
+) -> Edit:
     """Put what blocks write in a reference in place of what they would have written, position by position.
 
     Args:
@@ -415,9 +511,10 @@ def patch(blocks: str | Sequence[str], reference: str, *, mask: Mask | None = No
         reference: a name among the call's `references`.
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
+        where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
     """
     names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
-    return Edit("patch", (), 1.0, "mean", mask, steps, reference, (), names)
+    return Edit("patch", (), 1.0, "mean", mask, steps, reference, (), names, where=where)
 
 
 def transfer(
@@ -428,6 +525,7 @@ def transfer(
     remove: FeatureLike | Sequence[FeatureLike] = (),
     mask: Mask | None = None,
     steps: Steps = None,
+    where: Condition | None = None,
 ) -> Edit:
     """Give features the activations that they have in a reference, position by position and step by step.
 
@@ -438,10 +536,13 @@ def transfer(
         remove: features to take away at the same places; none of `features`.
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
+        where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
     """
     taken = tuple(to_refs(remove))
     amount, amounts = _amount(multiplier)
-    return Edit("transfer", terms_of(features), amount, "mean", mask, steps, reference, taken, amounts=amounts)
+    return Edit(
+        "transfer", terms_of(features), amount, "mean", mask, steps, reference, taken, amounts=amounts, where=where
+    )
 
 
 def edits_to_json(edits: Sequence[Edit]) -> str:

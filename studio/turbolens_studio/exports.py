@@ -74,6 +74,7 @@ def _call(edit: tl.Edit) -> str:
     said += [f"unit={edit.unit!r}"] if edit.unit != "mean" else []
     said += [f"mask={_mask(edit.mask)}"] if edit.mask is not None else []
     said += [f"steps={edit.steps}"] if edit.steps is not None else []
+    said += [f"where=tl.{edit.where!r}"] if edit.where is not None else []
     return f"tl.{'set_to' if edit.kind == 'set' else edit.kind}({', '.join(said)})"
 
 

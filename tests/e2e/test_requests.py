@@ -175,6 +175,30 @@ def test_a_strength_for_each_step_is_an_edit_for_each_step(lens, live):
         lens.generate(PROMPT, seed=7, steps=3, steer=[tl.add(ref, [1, 2])])
 
 
+def test_an_edit_acts_where_another_feature_is_strong(lens, live):
+    ref, block = live["up.0.1"], lens.extract(PROMPT, seed=7, saes=["up.0.1"])["up.0.1"]
+    other = block.top(2)[1].ref
+    seen = block.heatmap(other)
+    level = float(np.median(seen[seen > 0]))
+    plain, full = (lens.generate(PROMPT, seed=7, steer=edits) for edits in ([], [tl.set_to(ref, 30)]))
+
+    def steered(**rule):
+        return lens.generate(PROMPT, seed=7, steer=[tl.set_to(ref, 30, where=tl.where(other, unit="raw", **rule))])
+
+    assert steered(above=1000).bytes == plain.bytes
+    assert steered(below=1000).bytes == full.bytes
+    above = steered(above=level)
+    assert above.bytes not in (plain.bytes, full.bytes)
+    by_mask = lens.generate(PROMPT, seed=7, steer=[tl.set_to(ref, 30, mask=tl.mask((seen > level).astype(float)))])
+    assert above.bytes == by_mask.bytes
+    as_map = np.round(np.minimum(seen / level, 1) * 255) / 255
+    by_map = lens.generate(PROMPT, seed=7, steer=[tl.set_to(ref, 30, mask=tl.mask(as_map))])
+    assert np.abs(steered(map=level).array.astype(int) - by_map.array).max() <= 3
+    assert above.provenance.run.steer[0].where == tl.where(other, above=np.float32(level), unit="raw")
+    with pytest.raises(tl.InvalidRequest, match=r"condition.feature: is of mid.0; an edit of up.0.1"):
+        lens.generate(PROMPT, seed=7, steer=[tl.add(ref, 1, where=tl.where(live["mid.0"], above=1))])
+
+
 def test_the_direction_of_a_feature_is_its_decoder_row(lens):
     near = lens.nearest_features("up.0.1/202", limit=1)[0]
     rows = [lens.get_feature(ref).direction for ref in ("up.0.1/202", near)]

@@ -54,6 +54,8 @@ class _OfARun(Calls):
     """What 1 is in add, set and replace: the feature's mean, an activation of 1, or the block's update norm."""
     mask: str | None = None
     """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, where these edits act."""
+    where: str | None = None
+    """BLOCK/INDEX=STRENGTH: these edits act where that feature of their block is above so many of its means."""
     edit_steps: str | None = None
     """START,END: these edits act from step START, counted from 0, up to and not including END; left out: always."""
     edits_file: Annotated[Path | None, tyro.conf.arg(name="edits")] = None
@@ -66,7 +68,11 @@ class _OfARun(Calls):
     def edits(self) -> list[tl.Edit]:
         """The edits, in the order of the file, then add, scale, set, replace, patch, transfer."""
         made = [] if self.edits_file is None else _edits_of(self.edits_file)
-        where = None if self.mask is None else _box(self.mask)
+        mask = None if self.mask is None else _box(self.mask)
+        where = None
+        if self.where is not None:
+            ((name, above),) = pairs("where", (self.where,), "BLOCK/INDEX=STRENGTH")
+            where = tl.where(name, above=float(above))
         when = None if self.edit_steps is None else _range(self.edit_steps)
         for kind, texts in (("add", self.add), ("scale", self.scale), ("set", self.set), ("replace", self.replace)):
             for text in texts:
@@ -76,13 +82,13 @@ class _OfARun(Calls):
                 each = [float(one) for one in amount.split(",")]
                 said = each if len(each) > 1 else each[0]
                 if kind == "scale":
-                    made.append(tl.scale(name, said, mask=where, steps=when))
+                    made.append(tl.scale(name, said, mask=mask, steps=when, where=where))
                 else:
-                    made.append(_MAKE[kind](name, said, unit=self.unit, mask=where, steps=when))
+                    made.append(_MAKE[kind](name, said, unit=self.unit, mask=mask, steps=when, where=where))
         for block, reference in pairs("patch", self.patch, "BLOCK=REFERENCE"):
-            made.append(tl.patch(block, reference, mask=where, steps=when))
+            made.append(tl.patch(block, reference, mask=mask, steps=when, where=where))
         for name, reference in pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):
-            made.append(tl.transfer(name, reference, multiplier=self.multiplier, mask=where, steps=when))
+            made.append(tl.transfer(name, reference, multiplier=self.multiplier, mask=mask, steps=when, where=where))
         return made
 
     def options(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bturbolens/v1/steering.proto\x12\x0cturbolens.v1\"\xaf\x03\n\x04\x45\x64it\x12/\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x1d.turbolens.v1.WeightedFeature\x12$\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x15.turbolens.v1.AddEditH\x00\x12(\n\x05scale\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.ScaleEditH\x00\x12$\n\x03set\x18\x04 \x01(\x0b\x32\x15.turbolens.v1.SetEditH\x00\x12,\n\x07replace\x18\x05 \x01(\x0b\x32\x19.turbolens.v1.ReplaceEditH\x00\x12(\n\x05patch\x18\x06 \x01(\x0b\x32\x17.turbolens.v1.PatchEditH\x00\x12.\n\x08transfer\x18\x07 \x01(\x0b\x32\x1a.turbolens.v1.TransferEditH\x00\x12 \n\x04mask\x18\x08 \x01(\x0b\x32\x12.turbolens.v1.Mask\x12&\n\x05steps\x18\t \x01(\x0b\x32\x17.turbolens.v1.StepRange\x12\x11\n\treference\x18\n \x01(\t\x12\x13\n\x07\x61mounts\x18\x0b \x03(\x02\x42\x02\x10\x01\x42\x06\n\x04kind\"\\\n\x0fWeightedFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"(\n\nFeatureRef\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\"=\n\x07\x41\x64\x64\x45\x64it\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"\x1b\n\tScaleEdit\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\":\n\x07SetEdit\x12\r\n\x05value\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"A\n\x0bReplaceEdit\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\" \n\tPatchEdit\x12\x13\n\x0bhook_points\x18\x01 \x03(\t\"`\n\x0cTransferEdit\x12\x17\n\nmultiplier\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12(\n\x06remove\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRefB\r\n\x0b_multiplier\"p\n\x04Mask\x12$\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.BoxesH\x00\x12*\n\x08polygons\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.PolygonsH\x00\x12\r\n\x03png\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05shape\")\n\x05\x42oxes\x12 \n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x11.turbolens.v1.Box\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"3\n\x08Polygons\x12\'\n\x08polygons\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Polygon\".\n\x07Polygon\x12#\n\x06points\x18\x01 \x03(\x0b\x32\x13.turbolens.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\'\n\tStepRange\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05*\\\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\r\n\tUNIT_MEAN\x10\x02\x12\r\n\tUNIT_NORM\x10\x03\x12\x12\n\x0eUNIT_REFERENCE\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bturbolens/v1/steering.proto\x12\x0cturbolens.v1\"\xdb\x03\n\x04\x45\x64it\x12/\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x1d.turbolens.v1.WeightedFeature\x12$\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x15.turbolens.v1.AddEditH\x00\x12(\n\x05scale\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.ScaleEditH\x00\x12$\n\x03set\x18\x04 \x01(\x0b\x32\x15.turbolens.v1.SetEditH\x00\x12,\n\x07replace\x18\x05 \x01(\x0b\x32\x19.turbolens.v1.ReplaceEditH\x00\x12(\n\x05patch\x18\x06 \x01(\x0b\x32\x17.turbolens.v1.PatchEditH\x00\x12.\n\x08transfer\x18\x07 \x01(\x0b\x32\x1a.turbolens.v1.TransferEditH\x00\x12 \n\x04mask\x18\x08 \x01(\x0b\x32\x12.turbolens.v1.Mask\x12&\n\x05steps\x18\t \x01(\x0b\x32\x17.turbolens.v1.StepRange\x12\x11\n\treference\x18\n \x01(\t\x12\x13\n\x07\x61mounts\x18\x0b \x03(\x02\x42\x02\x10\x01\x12*\n\tcondition\x18\x0c \x01(\x0b\x32\x17.turbolens.v1.ConditionB\x06\n\x04kind\"\x91\x01\n\tCondition\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x0f\n\x05\x61\x62ove\x18\x02 \x01(\x02H\x00\x12\x0f\n\x05\x62\x65low\x18\x03 \x01(\x02H\x00\x12\r\n\x03map\x18\x04 \x01(\x02H\x00\x12 \n\x04unit\x18\x05 \x01(\x0e\x32\x12.turbolens.v1.UnitB\x06\n\x04rule\"\\\n\x0fWeightedFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"(\n\nFeatureRef\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\"=\n\x07\x41\x64\x64\x45\x64it\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"\x1b\n\tScaleEdit\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\":\n\x07SetEdit\x12\r\n\x05value\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"A\n\x0bReplaceEdit\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\" \n\tPatchEdit\x12\x13\n\x0bhook_points\x18\x01 \x03(\t\"`\n\x0cTransferEdit\x12\x17\n\nmultiplier\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12(\n\x06remove\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRefB\r\n\x0b_multiplier\"p\n\x04Mask\x12$\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.BoxesH\x00\x12*\n\x08polygons\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.PolygonsH\x00\x12\r\n\x03png\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05shape\")\n\x05\x42oxes\x12 \n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x11.turbolens.v1.Box\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"3\n\x08Polygons\x12\'\n\x08polygons\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Polygon\".\n\x07Polygon\x12#\n\x06points\x18\x01 \x03(\x0b\x32\x13.turbolens.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\'\n\tStepRange\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05*\\\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\r\n\tUNIT_MEAN\x10\x02\x12\r\n\tUNIT_NORM\x10\x03\x12\x12\n\x0eUNIT_REFERENCE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,38 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EDIT'].fields_by_name['amounts']._loaded_options = None
   _globals['_EDIT'].fields_by_name['amounts']._serialized_options = b'\020\001'
-  _globals['_UNIT']._serialized_start=1361
-  _globals['_UNIT']._serialized_end=1453
+  _globals['_UNIT']._serialized_start=1553
+  _globals['_UNIT']._serialized_end=1645
   _globals['_EDIT']._serialized_start=46
-  _globals['_EDIT']._serialized_end=477
-  _globals['_WEIGHTEDFEATURE']._serialized_start=479
-  _globals['_WEIGHTEDFEATURE']._serialized_end=571
-  _globals['_FEATUREREF']._serialized_start=573
-  _globals['_FEATUREREF']._serialized_end=613
-  _globals['_ADDEDIT']._serialized_start=615
-  _globals['_ADDEDIT']._serialized_end=676
-  _globals['_SCALEEDIT']._serialized_start=678
-  _globals['_SCALEEDIT']._serialized_end=705
-  _globals['_SETEDIT']._serialized_start=707
-  _globals['_SETEDIT']._serialized_end=765
-  _globals['_REPLACEEDIT']._serialized_start=767
-  _globals['_REPLACEEDIT']._serialized_end=832
-  _globals['_PATCHEDIT']._serialized_start=834
-  _globals['_PATCHEDIT']._serialized_end=866
-  _globals['_TRANSFEREDIT']._serialized_start=868
-  _globals['_TRANSFEREDIT']._serialized_end=964
-  _globals['_MASK']._serialized_start=966
-  _globals['_MASK']._serialized_end=1078
-  _globals['_BOXES']._serialized_start=1080
-  _globals['_BOXES']._serialized_end=1121
-  _globals['_BOX']._serialized_start=1123
-  _globals['_BOX']._serialized_end=1186
-  _globals['_POLYGONS']._serialized_start=1188
-  _globals['_POLYGONS']._serialized_end=1239
-  _globals['_POLYGON']._serialized_start=1241
-  _globals['_POLYGON']._serialized_end=1287
-  _globals['_POINT']._serialized_start=1289
-  _globals['_POINT']._serialized_end=1318
-  _globals['_STEPRANGE']._serialized_start=1320
-  _globals['_STEPRANGE']._serialized_end=1359
+  _globals['_EDIT']._serialized_end=521
+  _globals['_CONDITION']._serialized_start=524
+  _globals['_CONDITION']._serialized_end=669
+  _globals['_WEIGHTEDFEATURE']._serialized_start=671
+  _globals['_WEIGHTEDFEATURE']._serialized_end=763
+  _globals['_FEATUREREF']._serialized_start=765
+  _globals['_FEATUREREF']._serialized_end=805
+  _globals['_ADDEDIT']._serialized_start=807
+  _globals['_ADDEDIT']._serialized_end=868
+  _globals['_SCALEEDIT']._serialized_start=870
+  _globals['_SCALEEDIT']._serialized_end=897
+  _globals['_SETEDIT']._serialized_start=899
+  _globals['_SETEDIT']._serialized_end=957
+  _globals['_REPLACEEDIT']._serialized_start=959
+  _globals['_REPLACEEDIT']._serialized_end=1024
+  _globals['_PATCHEDIT']._serialized_start=1026
+  _globals['_PATCHEDIT']._serialized_end=1058
+  _globals['_TRANSFEREDIT']._serialized_start=1060
+  _globals['_TRANSFEREDIT']._serialized_end=1156
+  _globals['_MASK']._serialized_start=1158
+  _globals['_MASK']._serialized_end=1270
+  _globals['_BOXES']._serialized_start=1272
+  _globals['_BOXES']._serialized_end=1313
+  _globals['_BOX']._serialized_start=1315
+  _globals['_BOX']._serialized_end=1378
+  _globals['_POLYGONS']._serialized_start=1380
+  _globals['_POLYGONS']._serialized_end=1431
+  _globals['_POLYGON']._serialized_start=1433
+  _globals['_POLYGON']._serialized_end=1479
+  _globals['_POINT']._serialized_start=1481
+  _globals['_POINT']._serialized_end=1510
+  _globals['_STEPRANGE']._serialized_start=1512
+  _globals['_STEPRANGE']._serialized_end=1551
 # @@protoc_insertion_point(module_scope)

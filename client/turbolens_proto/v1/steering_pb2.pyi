@@ -80,6 +80,7 @@ class Edit(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
     AMOUNTS_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """A name among the run's references, for `patch`, `transfer` and UNIT_REFERENCE to read; empty for all others."""
     @_builtins.property
@@ -124,6 +125,10 @@ class Edit(_message.Message):
         step of `steps`, or of the run where that is unset. `patch` takes none.
         """
 
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """At which positions it acts, by what fires there; it multiplies the mask. Unset: at all."""
+
     def __init__(
         self,
         *,
@@ -138,16 +143,61 @@ class Edit(_message.Message):
         steps: Global___StepRange | None = ...,
         reference: _builtins.str = ...,
         amounts: _abc.Iterable[_builtins.float] | None = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "kind", b"kind", "mask", b"mask", "patch", b"patch", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "condition", b"condition", "kind", b"kind", "mask", b"mask", "patch", b"patch", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "amounts", b"amounts", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "amounts", b"amounts", "condition", b"condition", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "scale", "set", "replace", "patch", "transfer"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Edit: _TypeAlias = Edit  # noqa: Y015
+
+@_typing.final
+class Condition(_message.Message):
+    """A condition on the activation z of a feature at the same block, step and position, as it is before any edit there. All
+    that the edit names is of that block.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    BELOW_FIELD_NUMBER: _builtins.int
+    MAP_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    above: _builtins.float
+    """The edit acts where z > above. Finite, 0 <= above <= 1000; 0: wherever it is active."""
+    below: _builtins.float
+    """Where z < below. Finite, 0 < below <= 1000."""
+    map: _builtins.float
+    """In the measure of the feature's own map: the mask is multiplied by min(z / map, 1). Finite, 0 < map <= 1000."""
+    unit: Global___Unit.ValueType
+    """What 1 means; unspecified: the feature's mean. UNIT_RAW or UNIT_MEAN, with the bounds of an amount."""
+    @_builtins.property
+    def feature(self) -> Global___FeatureRef:
+        """The feature. Its SAE may not be a temporal one."""
+
+    def __init__(
+        self,
+        *,
+        feature: Global___FeatureRef | None = ...,
+        above: _builtins.float = ...,
+        below: _builtins.float = ...,
+        map: _builtins.float = ...,
+        unit: Global___Unit.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "below", b"below", "feature", b"feature", "map", b"map", "rule", b"rule"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "below", b"below", "feature", b"feature", "map", b"map", "rule", b"rule", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_rule: _TypeAlias = _typing.Literal["above", "below", "map"]  # noqa: Y015
+    _WhichOneofArgType_rule: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_rule) -> _WhichOneofReturnType_rule | None: ...
+
+Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
 class WeightedFeature(_message.Message):

@@ -114,6 +114,9 @@ class BatchPlan:
     def _dictionary(self, point: str) -> dict[str, int]:
         """Where each SAE's features begin, of those that any edit of the batch names at a hook point."""
         named = {feature.sae for edits in self._edits[point].values() for edit in edits for feature in edit.features}
+        named |= {
+            edit.condition.feature.sae for edits in self._edits[point].values() for edit in edits if edit.condition
+        }
         saes = [name for name in self.saes_at[point] if name in named]
         sizes = [self._info.saes[name].bundle.d_sae for name in saes]
         return dict(zip(saes, itertools.accumulate(sizes, initial=0), strict=False))

@@ -72,7 +72,10 @@ class StepTap:
         """Apply the edits of one hook point; `known` are the activations of the rows that are encoded for them."""
         edits = self._edits[point]
         place = {row: at for at, row in enumerate(edits.encoded)}
-        by_row = {row: self._filled(row, row_edits, known, place) for row, row_edits in edits.by_row.items()}
+        by_row = {
+            row: self._filled(row, _decided(row, row_edits, known, place), known, place)
+            for row, row_edits in edits.by_row.items()
+        }
         own = _no_codes(update)
         if known is not None and (reading := [row for row, row_edits in by_row.items() if row_edits.reads_own]):
             shape = (len(update), *known.values.shape[1:])
@@ -184,6 +187,14 @@ class StepTap:
                         values=values[at][active].astype(np.float32),
                     ),
                 )
+
+
+def _decided(row: int, edits: RowEdits, known: Codes | None, place: dict[int, int]) -> RowEdits:
+    """A row's edits with their conditions answered by its own activations."""
+    if not edits.conditional or known is None:
+        return edits
+    own = Codes(known.values[place[row]], known.indices[place[row]])
+    return edits.decided(own.of(edits.asked.to(own.indices.device)).T)
 
 
 def _apply(packed: PackedEdits, update: Tensor, directions: Tensor, codes: Codes) -> Tensor:

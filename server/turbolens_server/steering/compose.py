@@ -9,7 +9,8 @@ whatever the activations turn out to be:
 
     x' = gain x + sum_r patches_r x_r + sum_j (slope_j z_j + shift_j + sum_r given_rj z_rj) d_j
 
-with x_r and z_r the update and the activations of a reference run. The slow twin is `turbolens_server.steering.twin`.
+with x_r and z_r the update and the activations of a reference run. A condition is a mask that is known in the pass
+alone: edits with one are composed again then. The slow twin is `turbolens_server.steering.twin`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class RowEdits:
     """How much of each reference run's activations is put in, [S, P]."""
     reads_own: bool
     """Whether an edit depends on the activations of the pass that it steers."""
+    conditional: tuple[ResolvedEdit, ...] = ()
+    """The edits themselves, where one has a condition that is still open."""
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -64,6 +67,26 @@ class RowEdits:
             given={name: share.to(device) for name, share in self.given.items()},
         )
 
+    @property
+    def asked(self) -> Tensor:
+        """The features of open conditions, int64, distinct and rising."""
+        asked = {edit.condition.feature for edit in self.conditional if edit.condition}
+        return torch.tensor(sorted(asked), dtype=torch.int64)
+
+    def decided(self, activations: Tensor) -> RowEdits:
+        """With no condition open, on the CPU: `activations` [C, P] are the row's own of the features `asked`."""
+        at = {feature: i for i, feature in enumerate(self.asked.tolist())}
+        activations = activations.cpu()
+        edits = [
+            edit
+            if edit.condition is None
+            else dataclasses.replace(
+                edit, mask=edit.mask * edit.condition.share(activations[at[edit.condition.feature]]), condition=None
+            )
+            for edit in self.conditional
+        ]
+        return compose(edits, len(self.gain))
+
     def filled(self, activations: Mapping[str, Tensor]) -> RowEdits:
         """With the activations of reference runs at the edited features put in, each [S, P]."""
         if not self.given:
@@ -81,6 +104,7 @@ def compose(edits: Sequence[ResolvedEdit], positions: int) -> RowEdits:
     """
     features = torch.cat([torch.zeros(0, dtype=torch.int64), *(edit.features for edit in edits)]).unique()
     whole = [edit for edit in edits if KINDS[edit.kind].whole]
+    conditional = any(edit.condition for edit in edits)
     shape = (len(features), positions)
     gain, start = torch.ones(positions), torch.zeros(shape)
     patches: dict[str, Tensor] = {}
@@ -121,7 +145,8 @@ def compose(edits: Sequence[ResolvedEdit], positions: int) -> RowEdits:
         shift=start + slope * start + shift,
         patches=patches,
         given=given,
-        reads_own=any(KINDS[edit.kind].reads_own for edit in edits),
+        reads_own=conditional or any(KINDS[edit.kind].reads_own for edit in edits),
+        conditional=tuple(edits) if conditional else (),
     )
 
 

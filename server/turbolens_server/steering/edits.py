@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Literal
 
 from turbolens_server.steering.kinds import EditKind
 from turbolens_server.steering.masks import Mask
@@ -31,6 +32,20 @@ class WeightedFeature:
     weight: float = 1.0
 
 
+Rule = Literal["above", "below", "map"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Condition:
+    """Where an edit acts, by a feature's activation there before any edit of the block and step."""
+
+    feature: WeightedFeature
+    rule: Rule
+    threshold: float
+    """Above or below which it acts, or from which it acts in full; in the unit."""
+    unit: Unit = Unit.MEAN
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Edit:
     """One validated edit; see `proto/turbolens/v1/steering.proto` for what each kind does."""
@@ -50,6 +65,8 @@ class Edit:
     """The run of the job that it reads; None: none."""
     points: tuple[str, ...] = ()
     """Hook points of a kind that names them."""
+    condition: Condition | None = None
+    """Multiplies the mask; of a feature at the one hook point where the edit acts. None: none."""
 
     def acts_at(self, step: int) -> bool:
         """Whether it acts at a step."""

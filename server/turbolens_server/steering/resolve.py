@@ -8,8 +8,23 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.edits import Condition, Edit, Rule, Unit, WeightedFeature
 from turbolens_server.steering.kinds import KINDS, EditKind
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedCondition:
+    """A condition as numbers."""
+
+    feature: int
+    rule: Rule
+    threshold: float  # in activations
+
+    def share(self, z: Tensor) -> Tensor:
+        """How much of an edit acts at activations [P]: in [0, 1]."""
+        if self.rule == "map":
+            return (z.float() / self.threshold).clamp(0, 1)
+        return (z > self.threshold if self.rule == "above" else z < self.threshold).float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +37,8 @@ class ResolvedEdit:
     mask: Tensor  # [P] float32 in [0, 1]
     reference: str | None = None
     """The run whose activations, or whose update, it reads; None: none."""
+    condition: ResolvedCondition | None = None
+    """What its mask is multiplied by, known in the pass alone; None: nothing."""
 
 
 def resolve(
@@ -45,4 +62,13 @@ def resolve(
         amounts=torch.tensor(amounts, dtype=torch.float32),
         mask=mask,
         reference=edit.reference,
+        condition=None if edit.condition is None else _condition(edit.condition, first_of, unit_of),
     )
+
+
+def _condition(
+    condition: Condition, first_of: Mapping[str, int], unit_of: Callable[[WeightedFeature, Unit], float]
+) -> ResolvedCondition:
+    feature = condition.feature
+    one = unit_of(feature, condition.unit) if condition.unit is Unit.MEAN else 1.0
+    return ResolvedCondition(first_of[feature.sae] + feature.index, condition.rule, condition.threshold * one)

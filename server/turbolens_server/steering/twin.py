@@ -33,19 +33,30 @@ def move_dense(
     Returns:
         [P, d_model] float32.
     """
-    z, out = z.clone(), x.float().clone()
+    before, z, out = z, z.clone(), x.float().clone()
+
+    def mask_at(edit: ResolvedEdit, position: int) -> float:
+        m = float(edit.mask[position])
+        if edit.condition is None:
+            return m
+        there, threshold = float(before[position, edit.condition.feature]), edit.condition.threshold
+        shares = {"above": float(there > threshold), "below": float(there < threshold)}
+        return m * (
+            min(max(there / threshold, 0.0), 1.0) if edit.condition.rule == "map" else shares[edit.condition.rule]
+        )
+
     whole = [edit for edit in edits if KINDS[edit.kind].whole]
     for position in range(len(x)):
-        left = max(0.0, 1 - sum(float(edit.mask[position]) for edit in whole))
+        left = max(0.0, 1 - sum(mask_at(edit, position) for edit in whole))
         out[position] *= left
         z[position] *= left
         for edit in whole:
             if edit.kind == "patch":
                 update, activations = (references or {})[edit.reference or ""]
-                out[position] += float(edit.mask[position]) * update[position].float()
-                z[position] += float(edit.mask[position]) * activations[position]
+                out[position] += mask_at(edit, position) * update[position].float()
+                z[position] += mask_at(edit, position) * activations[position]
         for edit in (*whole, *(e for e in edits if not KINDS[e.kind].whole)):
-            m = float(edit.mask[position])
+            m = mask_at(edit, position)
             for j, amount in zip(edit.features.tolist(), edit.amounts.tolist(), strict=True):
                 old = float(z[position, j])
                 there = 1.0 if edit.reference is None else float((references or {})[edit.reference][1][position, j])

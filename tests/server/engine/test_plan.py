@@ -18,9 +18,9 @@ from turbolens_server.engine.types import Job, SaeOptions
 from turbolens_server.sae.bundle import Bundle, Nesting, SaeWeights
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.twin import encode_dense, steer_dense
-from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.edits import Condition, Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
-from turbolens_server.steering.resolve import ResolvedEdit
+from turbolens_server.steering.resolve import ResolvedCondition, ResolvedEdit
 from turbolens_server.steering.twin import move_dense
 
 GRID = (8, 8)
@@ -176,6 +176,37 @@ def test_two_saes_of_one_hook_point_are_steered_as_one_dictionary(two_saes, rows
     if not tap.closed and (affine := tap.affine(AT, GRID)):
         gain, bias = (part.flatten(2).transpose(1, 2) for part in affine)
         assert torch.allclose(gain * update + bias, steered, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["above", "below", "map"])
+@pytest.mark.parametrize("kind", ["add", "scale", "set", "replace"])
+def test_an_edit_acts_where_a_feature_of_another_sae_says_and_its_mates_keep_every_bit(two_saes, kind, rule):
+    info, saes = two_saes
+    update = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(3))
+    a, b = (info.saes[name].bundle for name in "ab")
+    asked = int(encode_dense(b, update[1]).sum(0).argmax())
+    condition = Condition(WeightedFeature("b", asked), rule, 2.0, Unit.RAW)
+    feature = (WeightedFeature("a", 3),)
+    mate = (Edit("scale", (WeightedFeature("b", 5),), 3.0, Unit.RAW),)
+    steer = (Edit("add", feature, 1.0, Unit.RAW, LEFT), Edit(kind, feature, 3.0, Unit.RAW, condition=condition))
+
+    def run(*rows):
+        jobs = [Job("", 7, 1, *info.default_size, edits=edits) for edits in rows]
+        tap = StepTap(BatchPlan(jobs, Lanes.of(jobs), info, saes, torch.device("cpu"), [999.0]), 0)
+        assert tap.closed == {AT}
+        return tap(AT, update, GRID)
+
+    steered = run(mate, steer, ())
+    z = torch.cat([encode_dense(bundle, update[1]) for bundle in (a, b)], dim=1)
+    resolved = [as_one_dictionary(edit, {"a": 0, "b": 24}) for edit in steer]
+    resolved[1] = dataclasses.replace(resolved[1], condition=ResolvedCondition(24 + asked, rule, 2.0))
+    W_dec = torch.cat([bundle.weights.W_dec for bundle in (a, b)])
+    assert torch.allclose(steered[1], move_dense(update[1], z, W_dec, resolved), atol=1e-4)
+    some = (steered[1] - run(mate, (*steer[:1], Edit("scale", feature, 1.0, Unit.RAW)), ())[1]).abs().amax(-1) > 1e-3
+    assert some.any(), "it acts"
+    assert not some.all(), "and not everywhere"
+    alone = run(mate, (), ())
+    assert torch.equal(steered[[0, 2]], alone[[0, 2]])
 
 
 def test_swapping_the_order_of_two_edits_of_two_saes_changes_nothing_where_one_replaces(two_saes):

@@ -68,6 +68,10 @@ def violations(request, info=INFO) -> dict[str, str]:
     return {v.field: v.description for v in caught.value.violations}
 
 
+def where(sae="mid.0", index=1, **rule):
+    return {"feature": {"sae": sae, "index": index}, **rule}
+
+
 NAN, INF = float("nan"), float("inf")
 MEANS = np.full(16, 3000, np.float32)
 UNIT_RAW, UNIT_NORM = steering.UNIT_RAW, steering.UNIT_NORM
@@ -151,6 +155,15 @@ SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
             "run.edits[0].amounts",
             "takes none",
         ),
+        (a_request(an_edit(condition=where(index=16, above=1))), "run.edits[0].condition.feature.index", "0 to 15"),
+        (a_request(an_edit(condition=where(sae="up.0.1", above=1))), "run.edits[0].condition.feature", "of mid.0"),
+        (a_request(an_edit(condition=where())), "run.edits[0].condition.rule", "above, below, map"),
+        (a_request(an_edit(condition=where(above=NAN))), "run.edits[0].condition.above", "finite"),
+        (a_request(an_edit(condition=where(above=-1))), "run.edits[0].condition.above", "at least 0"),
+        (a_request(an_edit(condition=where(below=0))), "run.edits[0].condition.below", "more than 0"),
+        (a_request(an_edit(condition=where(map=0))), "run.edits[0].condition.map", "more than 0"),
+        (a_request(an_edit(condition=where(above=1, unit=UNIT_NORM))), "run.edits[0].condition.unit", "raw and mean"),
+        (a_request(an_edit(condition=where(above=1, unit=9))), "run.edits[0].condition.unit", "UNIT_RAW"),
         (a_request(an_edit(mask={})), "run.edits[0].mask.shape", "missing"),
         (a_request(an_edit(mask={"boxes": {}})), "run.edits[0].mask.boxes.boxes", "empty"),
         (a_request(an_edit(mask=boxes((0.5, 0, 0.2, 1)))), "run.edits[0].mask.boxes.boxes[0]", "left < right"),

@@ -16,7 +16,7 @@ from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.twin import encode_dense
 from turbolens_server.steering.compose import compose, pack
 from turbolens_server.steering.kinds import KINDS
-from turbolens_server.steering.resolve import ResolvedEdit
+from turbolens_server.steering.resolve import ResolvedCondition, ResolvedEdit
 from turbolens_server.steering.twin import move_dense
 
 POSITIONS, D_MODEL, D_SAE = 6, 16, 40
@@ -39,6 +39,8 @@ def make_bundle(seed: int, architecture: str = "topk") -> Bundle:
 def steer(x, edits, W_dec, codes=None, references=None):
     """Steer one picture's update [P, d] as the server does; references: name -> (update, codes)."""
     row = compose(edits, POSITIONS)
+    if row.conditional:
+        row = row.decided(codes.of(row.asked).T)
     of = {name: known.of(row.features).T for name, (_, known) in (references or {}).items()}
     patches = row.patches
     packed = pack([row.filled(of)], POSITIONS)
@@ -55,6 +57,12 @@ def steer(x, edits, W_dec, codes=None, references=None):
 
 amounts = st.floats(-20, 20, width=32)
 RUNS = ("one", "two")
+conditions = st.builds(
+    ResolvedCondition,
+    st.integers(0, D_SAE - 1),
+    st.sampled_from(["above", "below", "map"]),
+    st.sampled_from([0.3, 1.5, 4.0]),
+)
 
 
 @st.composite
@@ -76,7 +84,7 @@ def edit_lists(draw):
         edits.append(
             ResolvedEdit(
                 kind, torch.tensor(features, dtype=torch.int64), torch.tensor(values, dtype=torch.float32),
-                torch.tensor(mask), draw(st.sampled_from(RUNS)) if reads else None,
+                torch.tensor(mask), draw(st.sampled_from(RUNS)) if reads else None, draw(st.none() | conditions),
             )
         )  # fmt: skip
     return edits
@@ -100,7 +108,7 @@ def test_what_is_known_before_the_pass_is_said(edits):
     reads = {"add": False, "scale": True, "set": True, "replace": False, "transfer": True, "patch": False}
     edits = [edit for edit in edits if edit.kind in reads]
     row = compose(edits, POSITIONS)
-    assert row.reads_own == any(reads[edit.kind] for edit in edits)
+    assert row.reads_own == any(reads[edit.kind] or edit.condition for edit in edits)
     assert set(row.references) <= {edit.reference for edit in edits} - {None}
     assert row.closed == (row.reads_own or any(edit.reference for edit in edits))
 
@@ -175,6 +183,22 @@ def test_add_is_linear_in_strength(a, b):
         return steer(x, [everywhere("add", [3, 9], [strength, -strength])], sae.W_dec, None) - x
 
     assert torch.allclose(moved(a) + moved(b), moved(a + b), atol=1e-4)
+
+
+@given(edit_lists(), conditions, st.integers(0, 20))
+def test_an_edit_is_split_in_two_by_a_condition_and_its_opposite(edits, condition, seed):
+    """Whatever is edited before: what acts above and below a threshold together acts everywhere."""
+    sae = Sae(make_bundle(seed), torch.device("cpu"))
+    x, *others = torch.randn(3, POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    runs = {name: (update, sae.encode(update)) for name, update in zip(RUNS, others, strict=True)}
+    above, below = (dataclasses.replace(condition, rule=rule) for rule in ("above", "below"))
+    last = everywhere("set", [1, 4], [2.0, -1.0])
+    split = [dataclasses.replace(last, condition=above), dataclasses.replace(last, condition=below)]
+    one = steer(x, [*edits, last], sae.W_dec, sae.encode(x), runs)
+    assert torch.allclose(steer(x, [*edits, *split], sae.W_dec, sae.encode(x), runs), one, atol=1e-4)
+    never = dataclasses.replace(last, condition=ResolvedCondition(1, "above", 1e6))
+    plain = steer(x, edits, sae.W_dec, sae.encode(x), runs)
+    assert torch.allclose(steer(x, [*edits, never], sae.W_dec, sae.encode(x), runs), plain, atol=1e-5)
 
 
 def test_scale_zero_removes_exactly_the_feature():

@@ -12,7 +12,7 @@ from turbolens_proto.v1 import steering_pb2
 from turbolens_server.rpc.validation.checks import Checks
 from turbolens_server.rpc.validation.masks import MaskChecks
 from turbolens_server.sae.temporal import refuse_edit
-from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
+from turbolens_server.steering.edits import Condition, Edit, Rule, Unit, WeightedFeature
 from turbolens_server.steering.kinds import KINDS, EditKind
 from turbolens_server.steering.masks import FloatGrid, GridMask, Mask
 
@@ -24,6 +24,7 @@ _UNITS: Final = {0: Unit.MEAN, 1: Unit.RAW, 2: Unit.MEAN, 3: Unit.NORM, 4: Unit.
 def saes_edited(edits: Iterable[steering_pb2.Edit]) -> set[str]:
     """SAEs that edits name, known or not."""
     named = {item.feature.sae for edit in edits for item in edit.features}
+    named |= {edit.condition.feature.sae for edit in edits if edit.HasField("condition")}
     return named | {ref.sae for edit in edits for ref in edit.transfer.remove}
 
 
@@ -70,15 +71,17 @@ class EditChecks:
         window = self._window(f"{path}.steps", edit)
         by_step = self._by_step(f"{path}.amounts", edit, kind, unit, window) if kind else []
         mask = self._masks.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
+        named = [*points, *(self._checks.info.saes[feature.sae].hook_point for feature in (*features, *removed))]
+        condition = self._condition(f"{path}.condition", edit.condition, named) if edit.HasField("condition") else None
         if kind is None or len(self._checks.violations) > before:
             return []
-        one = Edit(kind, features, amount, unit, mask, window, reference, points)
+        one = Edit(kind, features, amount, unit, mask, window, reference, points, condition)
         first = 0 if window is None else window[0]
         valid = [
             dataclasses.replace(one, amount=at, steps=(first + i, first + i + 1)) for i, at in enumerate(by_step)
         ] or [one]
         if removed:
-            valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window))
+            valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window, condition=condition))
         return valid if mask is None else self._on_grids(f"{path}.mask", valid, mask)
 
     def _amount(self, path: str, edit: steering_pb2.Edit, kind: EditKind) -> tuple[float, Unit]:
@@ -111,6 +114,35 @@ class EditChecks:
             scale = self._raw_scale(edit) if unit is Unit.RAW else 1.0
             return [self._checks.number(f"{field}[{i}]", amount, scale) for i, amount in enumerate(edit.amounts)]
         return []
+
+    def _condition(self, field: str, condition: steering_pb2.Condition, points: Sequence[str]) -> Condition | None:
+        """At which positions an edit acts, of those of the one hook point that it may name."""
+        rule: Rule | None = condition.WhichOneof("rule")
+        if rule is None:
+            self._checks.wrong(f"{field}.rule", "is missing; give one of above, below, map")
+        if not self._checks.feature(f"{field}.feature", condition.feature):
+            return None
+        name, index = condition.feature.sae, condition.feature.index
+        sae = self._checks.info.saes[name]
+        if other := [point for point in points if point != sae.hook_point]:
+            text = f"is of {sae.hook_point}; an edit of {other[0]} can ask for features of that block alone"
+            self._checks.wrong(f"{field}.feature", text)
+        if sae.bundle.steps is not None:
+            self._checks.wrong(f"{field}.feature", f"{name} is a temporal SAE, known after the last step alone")
+        if not self._checks.known(f"{field}.unit", condition.unit, steering_pb2.Unit) or rule is None:
+            return None
+        unit = _UNITS[condition.unit]
+        if unit not in (Unit.RAW, Unit.MEAN):
+            self._checks.bad(f"{field}.unit", unit.value, "a condition takes raw and mean")
+            return None
+        self._unit(f"{field}.unit", unit, name, index)
+        scale = sae.bundle.activation_scale if unit is Unit.RAW else 1.0
+        threshold: float = getattr(condition, rule)
+        in_bounds = self._checks.number(f"{field}.{rule}", threshold, scale) == threshold
+        if in_bounds and (threshold < 0 or (threshold == 0 and rule != "above")):
+            allowed = "at least 0" if rule == "above" else "more than 0"
+            self._checks.bad(f"{field}.{rule}", threshold, f"must be {allowed}, as activations are")
+        return Condition(WeightedFeature(name, index), rule, threshold, unit)
 
     def _raw_scale(self, edit: steering_pb2.Edit) -> float:
         """What the activations themselves come to in the SAEs of an edit."""
