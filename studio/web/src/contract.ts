@@ -11,6 +11,8 @@ export interface EditJson {
   mask?: MaskJson;
   steps?: StepRangeJson;
   reference?: string;
+  amounts?: number[];
+  condition?: ConditionJson;
 }
 
 export interface ModelJson {
@@ -76,6 +78,14 @@ export interface MaskJson {
 export interface StepRangeJson {
   start?: number;
   end?: number;
+}
+
+export interface ConditionJson {
+  feature?: FeatureRefJson;
+  above?: number;
+  below?: number;
+  map?: number;
+  unit?: "UNIT_UNSPECIFIED" | "UNIT_RAW" | "UNIT_MEAN" | "UNIT_NORM" | "UNIT_REFERENCE";
 }
 
 export interface HookPointJson {
