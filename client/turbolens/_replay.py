@@ -153,8 +153,11 @@ def otherwise(account: Provenance, model: Model) -> tuple[str, ...]:
         ("the U-Net's weights", account.model_hash, model.hash),
         ("what draws beside it", account.components_hash, model.components_hash),
         ("LoRAs", _loras(account), _loras(model)),
-        *((f"SAE {name}", hash, saes.get(name, "not served")) for name, hash in account.sae_hashes.items()),
-        *((f"version of {name}", had, model.versions.get(name, "none")) for name, had in account.versions.items()),
+        *((f"SAE {name}", hash, saes.get(name, "not served")) for name, hash in sorted(account.sae_hashes.items())),
+        *(
+            (f"version of {name}", had, model.versions.get(name, "none"))
+            for name, had in sorted(account.versions.items())
+        ),
         ("backend", account.backend, model.backend),
         ("device", account.device, model.device),
         ("dtype", account.dtype, model.dtype),

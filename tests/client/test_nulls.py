@@ -10,7 +10,7 @@ import pytest
 import turbolens as tl
 from turbolens._run import extract_call, generate_call
 
-NOT_NUMBERS = [None, "4", True, np.bool_(True), [1.0], 1j]
+NOT_NUMBERS = [None, "4", True, np.bool_(True), [None], ["4"], [True], 1j]  # a list is an amount for each step
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)

@@ -105,7 +105,7 @@ def test_what_differs_is_told(lens, tmp_path, capsys, server):
     equal = lens.replay(file)
     assert equal.verdict == "equal"
     assert [line.partition(":")[0] for line in equal.differs] == [
-        "model", "the U-Net's weights", "SAE up.0.1", "SAE gone", "version of torch", "backend",
+        "model", "the U-Net's weights", "SAE gone", "SAE up.0.1", "version of torch", "backend",
     ]  # fmt: skip
     array[0, 0, 0] ^= 2
     saved(array)

@@ -55,7 +55,6 @@ def test_prompts_of_a_file_over_a_cache_and_then_the_cache_alone(
     [
         (["sae", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
         (["sae", "--shards", "/nowhere"], "/nowhere/manifest.json: cannot be read"),
-        (["sae", "--shards", "/nowhere", "--cache", "/nowhere"], "leave out --cache and --prompts"),
         (["sae", "--hook-points", "up.9.9"], "no hook point up.9.9; it has"),
         (["cache", "verify", "/nowhere"], "/nowhere: no activation cache here"),
         (["cache", "import-tars", "/nowhere"], "/nowhere: no tar named after a block"),
@@ -67,3 +66,10 @@ def test_what_cannot_be_read_is_one_line(arguments: list[str], message: str, tin
         cli.main([*arguments, *model])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_shards_beside_other_data_are_a_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["sae", "--shards", "/nowhere", "--cache", "/nowhere"])
+    assert caught.value.code == 2
+    assert "leave out cache and prompts" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -128,7 +128,7 @@ class Catalog:
         for sae in dict.fromkeys(saes) or self._features:
             near = {v: nearness(query, v, self._synonyms[sae], meaning.get(v, 0.0)) for v in self._values[sae]}
             answers = self._by_effects if sae in self._moved else self._by_labels
-            found += [match for match in answers(sae, near) if match.score > 0]
+            found += answers(sae, near)
         found.sort(key=lambda match: -match.score)
         return found[:most]
 
@@ -143,7 +143,8 @@ class Catalog:
             for one in feature.effects:
                 group = whole[one.attribute, one.value]
                 how = f"{_how(one, near)}, {group.rank} together move {group.moved:.2g} of pictures"
-                ways.append((near[one.value].score * group.score * _LATER ** (one.rank - 1), how))
+                if (score := near[one.value].score * group.score * _LATER ** (one.rank - 1)) > 0:
+                    ways.append((score, how))
             for score, how, label in self._labelled(sae, feature, near):
                 if label.attribute not in self._moved[sae]:
                     ways.append((score, how))
@@ -156,10 +157,12 @@ class Catalog:
                 yield Match(feature, *max(ways))
 
     def _labelled(self, sae: str, feature: Feature, near: Mapping[str, Nearness]) -> Iterator[tuple[float, str, Label]]:
+        """By labels that are near and surer than chance; a feature that was never seen to be active has score 0."""
         common = float(self._common[sae][feature.index])
         for rank, label in enumerate(feature.labels):
             sure = sureness(label.score) * (1.0 if rank == 0 else _SECOND_MEANING)
-            yield near[label.value].score * sure * common, _how(label, near), label
+            if (fits := near[label.value].score * sure) > 0:
+                yield fits * common, _how(label, near), label
 
     def hint(self, words: str, saes: Iterable[str]) -> str:
         """Why a search found nothing, and what would help."""

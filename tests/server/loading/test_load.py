@@ -261,6 +261,8 @@ def test_a_name_or_block_that_cannot_be_is_refused(given, says, bundle, tiny_fol
 def test_the_wrong_width_is_refused(bundle, tiny_folder):
     rewritten = random_weights(32)
     save_file(rewritten.tensors(), bundle / "sae_weights.safetensors")
+    config = json.loads((bundle / "cfg.json").read_text())
+    (bundle / "cfg.json").write_text(json.dumps(config | {"d_in": 32}))
     assert "32 dimensions" in refused(model=str(tiny_folder), saes=[str(bundle)])
 
 
