@@ -198,7 +198,8 @@ def check_writable(*folders: Path) -> None:
         WriteError: one takes no file, or no folder can be made where it is to be.
     """
     for folder in folders:
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        # Not Path.exists, which raises below a folder that may not be looked into.
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
         probe = _beside(there / "probe")
         try:
             probe.touch()
@@ -245,7 +246,7 @@ def _of_the_disk(error: Exception) -> OSError | None:
 def _failure(path: Path, error: OSError) -> WriteError:
     if isinstance(error, WriteError):
         return error
-    parents = (parent for parent in path.absolute().parents if parent.exists())
+    parents = (parent for parent in path.absolute().parents if os.path.exists(parent))
     free = shutil.disk_usage(next(parents)).free
     failure = WriteError(f"{path}: cannot be written ({error.strerror or error}; {free / 1e6:,.0f} MB free)")
     failure.errno = error.errno

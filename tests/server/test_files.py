@@ -123,3 +123,15 @@ def test_a_folder_that_takes_nothing_is_refused_before_the_work(tmp_path: Path) 
         check_writable(tmp_path / "file")
     with pytest.raises(WriteError, match="file/below: cannot be written"):
         check_writable(tmp_path / "a", tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_may_not_be_looked_into_is_refused_in_one_line(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(WriteError, match="cannot be written"):
+            check_writable(closed / "a" / "b")
+    finally:
+        os.seteuid(0)
