@@ -191,21 +191,22 @@ async def greedy(server: Server, tokens: Sequence[str], seconds: float) -> dict[
 
 
 async def leaving(server: Server, calls: int) -> dict[str, Any]:
-    """Half of all callers leave at a random moment; the others' pictures beside those of a server that nobody left."""
+    """Half of all callers leave at a random moment; the others' pictures beside those of batches as large that nobody
+    left."""
     steps, together = 4, 8
     draw = random.Random(0)
     stays = [draw.random() < 0.5 for _ in range(calls)]
     room = asyncio.Semaphore(together)
-    unlike = 0
+    unlike: collections.Counter[str] = collections.Counter()
 
-    async def pictures(leave: bool) -> dict[int, bytes]:
-        made: dict[int, bytes] = {}
+    async def pictures() -> dict[int, gs.Generation]:
+        made: dict[int, gs.Generation] = {}
         async with Caller(server) as caller:
 
             async def one(seed: int) -> None:
                 async with room:
                     task = asyncio.create_task(caller.call(request([seed], steps)))
-                    if leave and not stays[seed]:
+                    if not stays[seed]:
                         await asyncio.wait({task}, timeout=draw.uniform(0.0, 0.6))
                         task.cancel()
                         with contextlib.suppress(asyncio.CancelledError):
@@ -213,27 +214,33 @@ async def leaving(server: Server, calls: int) -> dict[str, Any]:
                         return
                     answer = await task
                     if answer is not None:
-                        made[seed] = answer.generations[0].image.data
+                        made[seed] = answer.generations[0]
 
             await asyncio.gather(*(one(seed) for seed in range(calls)))
         return made
 
     before = [server.metric(f'turbolens_unet_steps_total{{fate="{fate}"}}') for fate in ("used", "saved", "wasted")]
-    disturbed = await pictures(leave=True)
+    disturbed = await pictures()
     after = [server.metric(f'turbolens_unet_steps_total{{fate="{fate}"}}') for fate in ("used", "saved", "wasted")]
-    say("and again, with nobody leaving")
-    calm = await pictures(leave=False)
+    say("and again, each alone and in a batch as large as its was")
     largest = 0
-    for seed, data in disturbed.items():
-        difference = max((abs(a - b) for a, b in zip(data, calm[seed], strict=True)), default=0)
-        largest, unlike = max(largest, difference), unlike + (difference > 0)
+    async with Caller(server) as caller:
+        for seed, one in disturbed.items():
+            for size, beside in {1: "alone", one.batch_size: "as_large"}.items():
+                answer = await caller.call(request([seed, *range(calls, calls + size - 1)], steps))
+                assert answer is not None
+                again = answer.generations[0]
+                assert again.batch_size == size
+                difference = max((abs(a - b) for a, b in zip(one.image.data, again.image.data, strict=True)), default=0)
+                largest, unlike[beside] = max(largest, difference), unlike[beside] + (difference > 0)
     used, saved, wasted = (int(b - a) for a, b in zip(before, after, strict=True))
     return {
         "calls": calls,
         "left": calls - sum(stays),
         "survivors": len(disturbed),
         "survivors_expected": sum(stays),
-        "survivors_not_bit_equal": unlike,
+        "survivors_unlike_as_large": unlike["as_large"],
+        "survivors_unlike_alone": unlike["alone"],
         "largest_difference_of_255": largest,
         "steps_used": used,
         "steps_saved": saved,

@@ -32,7 +32,8 @@ _LINES: Final = {
     "leaving": ("half of the callers leave", [
         ("others lost", "0", "{others_lost} of {survivors_expected}"),
         ("others' pictures", "bit-equal",
-         "{survivors_not_bit_equal} of {survivors} differ, by {largest_difference_of_255} of 255"),
+         "{survivors_unlike_as_large} of {survivors} differ from a batch as large, {survivors_unlike_alone} from one "
+         "alone, by at most {largest_difference_of_255} of 255"),
         ("U-Net steps of those who left", "counted", "{steps_saved} saved, {steps_wasted} wasted"),
     ]),
     "stopping": ("SIGTERM under load", [

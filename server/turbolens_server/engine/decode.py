@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,9 @@ from torch import Tensor
 
 from turbolens_server.cuda_graphs import Graphed
 
-MAX_DECODE: Final = 4
-"""Latents decoded at once: a VAE works at the picture's full size, so it takes far more memory a picture than the
-U-Net, and gains little from more."""
-
 
 class GraphedVae:
-    """The decoder of a VAE on a CUDA GPU, recorded, for latents one by one: at 512 pixels one fills the GPU."""
+    """The decoder of a VAE on a CUDA GPU, recorded for one latent: at 512 pixels one fills the GPU."""
 
     def __init__(self, vae: Any, *, compiled: bool) -> None:
         """`vae` is an `AutoencoderKL` or `AutoencoderTiny` on the GPU; to compile it takes about a minute."""
@@ -62,14 +58,12 @@ def decode_latents(vae: Any, latents: Tensor) -> list[Picture | None]:
 def decode_rows(
     vae: Any, latents: Tensor, rows: Sequence[int], live: Sequence[bool]
 ) -> Iterator[tuple[int, Picture | None]]:
-    """Decode some rows of a batch [B, C, h, w], at most `MAX_DECODE` at once; yields (row, picture) of live ones.
+    """Decode some rows of a batch [B, C, h, w]; yields (row, picture) of live ones.
 
-    Which rows are decoded together depends on `rows` alone, not on who is still there, so that a cancelled row leaves
-    its mates bit-equal; a group with nobody left is skipped.
+    One by one: a VAE works at the picture's full size, so it takes far more memory a picture than the U-Net and gains
+    nothing from more, and so a picture's bits do not depend on where it stood in its batch, nor on who is still there.
     """
-    for start in range(0, len(rows), MAX_DECODE):
-        group = list(rows[start : start + MAX_DECODE])
-        if any(live[row] for row in group):
-            for row, picture in zip(group, decode_latents(vae, latents[group]), strict=True):
-                if live[row]:
-                    yield row, picture
+    for row in rows:
+        if live[row]:
+            (picture,) = decode_latents(vae, latents[row : row + 1])
+            yield row, picture

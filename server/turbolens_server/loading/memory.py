@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbolens_server.engine.decode import MAX_DECODE
 from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
@@ -148,7 +147,7 @@ def memory_need(
     kept = [4 * max_batch * values for values in runs]
     encoding += sum(kept) + 2 * max(kept, default=0)
     denoising = unet_bytes(unet, max_batch, height, width, tokens) + encoding
-    decoding = vae_bytes(vae, min(max_batch, MAX_DECODE), height, width)
+    decoding = vae_bytes(vae, 1, height, width)  # pictures are decoded one by one
     activations = denoising + decoding if pipelined else max(denoising, decoding)
     return MemoryNeed(
         weights=sum(_size(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
 import numpy as np
 import pytest
@@ -208,30 +209,47 @@ def test_a_picture_that_is_not_finite_ends_alone(engine):
     assert np.array_equal(other, whole[2])
 
 
-def test_what_is_decoded_together_does_not_depend_on_who_is_left(engine):
+def test_pictures_are_decoded_one_by_one_and_those_nobody_waits_for_not_at_all(engine):
     class Watched:
-        """The VAE, keeping what it was given."""
+        """The VAE, keeping how much it was given."""
 
         config, dtype = engine.components.vae.config, engine.components.vae.dtype
 
         def __init__(self) -> None:
-            self.given: list[torch.Tensor] = []
+            self.given: list[int] = []
 
         def decode(self, latents, return_dict):
-            self.given.append(latents)
+            self.given.append(len(latents))
             return engine.components.vae.decode(latents, return_dict=return_dict)
 
-    latents, rows = torch.randn(9, 4, 8, 8), [0, 1, 2, 3, 4, 5, 6, 8]
-    all_stay, some_stay = Watched(), Watched()
+    latents, rows, vae = torch.randn(4, 4, 8, 8), [0, 1, 3], Watched()
     with torch.no_grad():
-        whole = dict(decode_rows(all_stay, latents, rows, [True] * 9))
-        some = dict(decode_rows(some_stay, latents, rows, [True, False, True, True, *[False] * 5]))
-    assert list(whole) == rows
-    assert list(some) == [0, 2, 3]
-    assert all(np.array_equal(some[row], whole[row]) for row in some)
-    assert [len(given) for given in all_stay.given] == [4, 4]
-    assert len(some_stay.given) == 1  # the second group has nobody left
-    assert torch.equal(some_stay.given[0], all_stay.given[0])
+        decoded = dict(decode_rows(vae, latents, rows, [True, False, True, True]))
+    assert list(decoded) == [0, 3]
+    assert vae.given == [1, 1]
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_in_a_batch_of_the_same_size_neither_place_nor_mates_nor_who_leaves_change_a_bit(engine, size):
+    draw = random.Random(size)
+
+    def batch(place: int, steps: int = 2) -> list[Job]:
+        jobs = [job(f"a ring of {draw.random()}", draw.randrange(1000), steps) for _ in range(size)]
+        jobs[place] = job(steps=steps)
+        return jobs
+
+    first = engine.run(batch(0))[0]
+    for place in range(size):
+        left = {row for row in range(size) if row != place and draw.random() < 0.5}
+        steps_before = draw.choice([0, 1])
+        done: list[object] = []
+        there = engine.run(
+            batch(place),
+            on_event=lambda event: done.append(event) if isinstance(event, StepDone) else None,
+            cancelled=lambda row: row in left and len(done) >= steps_before * size,
+        )[place]
+        assert np.array_equal(there.latents, first.latents)
+        assert np.array_equal(there.picture, first.picture)
 
 
 def test_samplers_prepared_once_do_not_remember_a_run(engine):
