@@ -11,7 +11,8 @@ within it. The caller's job of the lowest place is its next. Hence
 - job i of a request is overtaken by at most i later requests of its caller: a large request shares the engine with
   small ones that come after it, and still advances by one place with each of them.
 
-The next batch starts with the job that is first in this order, and the jobs of the same key that follow fill it up.
+The next batch starts with the job that is first in this order, and the jobs of the same key that follow fill it up;
+but where callers share it, none gets more lanes of it than the most modest of the others asks for, or a fourth.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -30,6 +32,10 @@ MAX_BATCH: Final = 8
 """Lanes that run together, unless the operator says otherwise: pictures, and the reference runs of their edits."""
 _NEWEST_WEIGHT: Final = 0.25
 """Of the newest batch in the moving average of how long a lane takes."""
+_PARTS: Final = 4
+"""One of so many parts of a batch is any caller's, however little others ask for."""
+_RECENT: Final = 2
+"""Batches whose callers are taken for ones who will ask again."""
 
 
 class BatchKey(NamedTuple):
@@ -81,6 +87,8 @@ class Batcher(Generic[R]):
         """Strictly by arrival, request by request: what is begun is finished first."""
         self._shared_until: tuple[float, int] | None = None
         self._lane_s: dict[BatchKey, float] = {}
+        self._recent: collections.deque[collections.Counter[str]] = collections.deque(maxlen=_RECENT)
+        """Lanes that each caller had of the last batches."""
 
     def __len__(self) -> int:
         """Jobs that wait."""
@@ -125,6 +133,7 @@ class Batcher(Generic[R]):
         batch = self._next()
         if batch:
             self._reached = self._had.get(batch[0].caller, self._reached)
+            self._recent.append(_lanes_of(batch))
         for slot in batch:
             self._had[slot.caller] = self._had.get(slot.caller, self._reached) + _work(slot)
         taken = {slot.place for slot in batch}
@@ -136,13 +145,35 @@ class Batcher(Generic[R]):
         if first is None:
             return []
         key = batch_key(first.job)
-        batch, free = [], self._max_batch
+        batch, free, most = [], self._max_batch, self._most_of_one()
+        had: collections.Counter[str] = collections.Counter()
         for slot in self._in_order([slot for slot in self._slots if batch_key(slot.job) == key], first):
             if slot.job.lanes > free:  # what fits would overtake it
                 break
+            if had[slot.caller] and had[slot.caller] + slot.job.lanes > most.get(slot.caller, self._max_batch):
+                most[slot.caller] = 0  # likewise, of its caller's
+                continue
             batch.append(slot)
             free -= slot.job.lanes
+            had[slot.caller] += slot.job.lanes
         return batch
+
+    def _most_of_one(self) -> dict[str, int]:
+        """How many lanes of the next batch each caller may have beside others, who wait for all of it.
+
+        As many as each of the others asks for, or did lately, but always a fourth: a caller who wants one picture at a
+        time is answered in little more than what it and an equal take, and two who want many fill a batch.
+        """
+        wants = _lanes_of(self._slots)
+        for recent in self._recent:
+            wants |= recent
+        if self.first_come:
+            return {}
+        least = max(self._max_batch // _PARTS, 1)
+        return {
+            caller: max(least, min((lanes for other, lanes in wants.items() if other != caller), default=sys.maxsize))
+            for caller in wants
+        }
 
     def _in_order(self, slots: Sequence[Slot[R]], first: Slot[R] | None = None) -> Iterator[Slot[R]]:
         """Slots in the order in which they are served if nothing else comes; `first`, one of them, before all."""
@@ -190,6 +221,14 @@ class Batcher(Generic[R]):
 def _work(slot: Slot[R]) -> int:
     """What a job takes of the engine: steps of its lanes."""
     return slot.job.lanes * slot.job.steps
+
+
+def _lanes_of(slots: Sequence[Slot[R]]) -> collections.Counter[str]:
+    """Lanes by caller."""
+    lanes: collections.Counter[str] = collections.Counter()
+    for slot in slots:
+        lanes[slot.caller] += slot.job.lanes
+    return lanes
 
 
 def _lanes(batch: Sequence[Slot[R]]) -> int:

@@ -32,6 +32,28 @@ def test_a_caller_with_many_requests_shares_with_one_that_has_a_few():
     assert collections.Counter(slot.caller for slot in queue.take()) == {"modest": 3, "greedy": 1}
 
 
+def test_beside_one_who_wants_little_batches_stay_small_also_while_it_reads_its_answer():
+    queue = Batcher(8, 0)
+    for i in range(20):
+        queue.add(f"greedy {i}", jobs(4), "greedy")
+    assert len(queue.take()) == 8  # nobody else is there
+    shared = []
+    for i in range(4):
+        queue.add(f"modest {i}", jobs(1), "modest")
+        shared.append(collections.Counter(slot.caller for slot in queue.take()))
+    assert shared == [{"modest": 1, "greedy": 2}] * 4
+    assert [len(queue.take()) for _ in range(3)] == [2, 2, 8]  # it may come back; then it is gone
+
+
+def test_callers_who_want_much_fill_batches_together():
+    queue = Batcher(8, 0)
+    for i in range(20):
+        queue.add(f"a {i}", jobs(4), "a")
+        queue.add(f"b {i}", jobs(4), "b")
+    for _ in range(6):
+        assert collections.Counter(slot.caller for slot in queue.take()) == {"a": 4, "b": 4}
+
+
 def test_who_was_away_has_nothing_saved_up():
     queue = Batcher(2, 0)
     for i in range(10):
