@@ -14,6 +14,7 @@ from turbolens._channel import TLS
 from turbolens._compare import Comparison, compare
 from turbolens._contrast import Difference
 from turbolens._edits import (
+    Choice,
     Condition,
     Edit,
     FeatureRef,
@@ -22,6 +23,7 @@ from turbolens._edits import (
     add,
     box,
     boxes,
+    choose,
     edits_from_json,
     edits_to_json,
     feature,
@@ -53,7 +55,7 @@ from turbolens._features import Effect, Example, Feature, Label, Match, Near
 from turbolens._gallery import Gallery, gallery
 from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
-from turbolens._provenance import Provenance
+from turbolens._provenance import Chosen, Provenance
 from turbolens._replay import Manifest, Replay, manifest
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
@@ -65,6 +67,8 @@ __all__ = [
     "TLS",
     "BlockFeatures",
     "Cancelled",
+    "Choice",
+    "Chosen",
     "Closed",
     "Coded",
     "Comparison",
@@ -122,6 +126,7 @@ __all__ = [
     "aio",
     "box",
     "boxes",
+    "choose",
     "compare",
     "connect",
     "edits_from_json",

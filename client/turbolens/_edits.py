@@ -285,6 +285,56 @@ def where(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Choice:
+    """Features for the server to choose; made by :func:`choose`."""
+
+    features: int
+    saes: tuple[str, ...] = ()
+    all_steps: bool = False
+    own_mask: Mask | None = None
+
+    def __repr__(self) -> str:
+        said = [str(self.features)]
+        said += [f"saes={list(self.saes)}"] if self.saes else []
+        said += ["all_steps=True"] if self.all_steps else []
+        said += [f"own_mask={self.own_mask!r}"] if self.own_mask is not None else []
+        return f"choose({', '.join(said)})"
+
+    @classmethod
+    def from_proto(cls, message: steering_pb2.FeatureChoice) -> Choice:
+        """From a message of the contract."""
+        own = Mask(message.own_mask) if message.HasField("own_mask") else None
+        return cls(message.features, tuple(message.saes), message.all_steps, own)
+
+    def to_proto(self) -> steering_pb2.FeatureChoice:
+        """The choice as a message."""
+        own = self.own_mask.message if self.own_mask else None
+        return steering_pb2.FeatureChoice(
+            features=self.features, saes=self.saes, all_steps=self.all_steps, own_mask=own
+        )
+
+
+def choose(
+    features: int, *, saes: str | Sequence[str] = (), all_steps: bool = False, own_mask: Mask | None = None
+) -> Choice:
+    """Let the server choose what :func:`transfer` gives and takes: what tells the reference from the picture.
+
+    Their mean activations over the mask, as shares of the sum over all features of all SAEs, are compared between the
+    reference's run and the picture's own, both without any edit. `result.chosen` says what was chosen.
+
+    Args:
+        features: how many to give, and to take, at most.
+        saes: to choose from; none: all.
+        all_steps: means over all steps; otherwise over the first.
+        own_mask: where features are taken; None: where they are given.
+    """
+    if own_mask is not None and not isinstance(own_mask, Mask):
+        raise TypeError(f"own_mask is {type(own_mask).__name__}; make one with box, boxes, polygon or mask")
+    names = (saes,) if isinstance(saes, str) else tuple(saes)
+    return Choice(whole(features, "features"), names, bool(all_steps), own_mask)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Edit:
     """One edit; made by :func:`add`, :func:`scale`, :func:`ablate`, :func:`set_to`, :func:`replace`, :func:`patch` and
     :func:`transfer`."""
@@ -308,6 +358,8 @@ class Edit:
     """One for each step that it acts at, in place of `amount`, which then is 0; empty: `amount` at all."""
     where: Condition | None = None
     """At which positions; multiplies the mask."""
+    choice: Choice | None = None
+    """Of a `transfer` without features: what the server is to choose."""
 
     def __post_init__(self) -> None:
         what = f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}"
@@ -333,7 +385,7 @@ class Edit:
         if any(weight is not None for _, weight in terms):
             what = repr({name: 1.0 if weight is None else weight for name, weight in terms})
         else:
-            what = _one_or_list(self.blocks or [name for name, _ in terms])
+            what = repr(self.choice) if self.choice else _one_or_list(self.blocks or [name for name, _ in terms])
         amount = f"[{', '.join(f'{one:g}' for one in self.amounts)}]" if self.amounts else f"{self.amount:g}"
         said = [what]
         said += [repr(self.reference)] if self.kind in _WITH_REFERENCE else [amount]
@@ -376,6 +428,7 @@ class Edit:
             tuple(message.patch.hook_points),
             tuple(message.amounts),
             Condition.from_proto(message.condition) if message.HasField("condition") else None,
+            Choice.from_proto(message.transfer.choice) if message.transfer.HasField("choice") else None,
         )
 
     def to_proto(self) -> steering_pb2.Edit:
@@ -398,6 +451,8 @@ class Edit:
             inner.unit = _UNITS[self.unit]
         if self.kind == "transfer":
             inner.remove.extend(map(_ref_message, self.remove))
+            if self.choice is not None:
+                inner.choice.CopyFrom(self.choice.to_proto())
         if self.kind == "patch":
             inner.hook_points.extend(self.blocks)
         return edit
@@ -518,7 +573,7 @@ def patch(
 
 
 def transfer(
-    features: Features,
+    features: Features | Choice,
     reference: str,
     *,
     multiplier: Amount = 1.0,
@@ -530,7 +585,8 @@ def transfer(
     """Give features the activations that they have in a reference, position by position and step by step.
 
     Args:
-        features: one feature, several, or a dict of feature to weight.
+        features: one feature, several, or a dict of feature to weight; or `choose(n)`, which the server chooses, to add
+            the reference's activations of what it gives and subtract the picture's own of what it takes, as published.
         reference: a name among the call's `references`.
         multiplier: of the reference's activations.
         remove: features to take away at the same places; none of `features`.
@@ -540,9 +596,11 @@ def transfer(
     """
     taken = tuple(to_refs(remove))
     amount, amounts = _amount(multiplier)
+    choice = features if isinstance(features, Choice) else None
     return Edit(
-        "transfer", terms_of(features), amount, "mean", mask, steps, reference, taken, amounts=amounts, where=where
-    )
+        "transfer", () if isinstance(features, Choice) else terms_of(features), amount, "mean", mask, steps, reference,
+        taken, amounts=amounts, where=where, choice=choice,
+    )  # fmt: skip
 
 
 def edits_to_json(edits: Sequence[Edit]) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from turbolens._edits import FeatureRef
 from turbolens._png import read_text
 from turbolens._run import Run
-from turbolens_proto.v1 import run_pb2
+from turbolens_proto.v1 import run_pb2, steering_pb2
 
 PNG_KEYWORD: Final = "turbolens"
 """Of the text in a PNG that is its provenance."""
@@ -23,6 +24,40 @@ class Lora:
     weight: float
     hash: str
     """SHA-256 of its file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the server chose for one picture and one edit that left it the choice."""
+
+    seed: int
+    edit: int
+    """Position in the run's edits."""
+    given: Mapping[FeatureRef, float]
+    """Features that were given and their scores, the highest first: their share of the mean activation in the reference
+    less that in the picture's own run. `list(given)` goes into an edit."""
+    taken: Mapping[FeatureRef, float]
+    """Features that were taken, the lowest score first."""
+
+    @classmethod
+    def from_proto(cls, message: run_pb2.ChosenFeatures) -> Chosen:
+        """From the server's message."""
+        given, taken = (
+            {FeatureRef(one.feature.sae, one.feature.index): one.score for one in side}
+            for side in (message.given, message.taken)
+        )
+        return cls(message.seed, message.edit, given, taken)
+
+    def to_proto(self) -> run_pb2.ChosenFeatures:
+        """As a message."""
+        given, taken = (
+            [
+                run_pb2.ScoredFeature(feature=steering_pb2.FeatureRef(sae=ref.sae, index=ref.index), score=score)
+                for ref, score in side.items()
+            ]
+            for side in (self.given, self.taken)
+        )
+        return run_pb2.ChosenFeatures(seed=self.seed, edit=self.edit, given=given, taken=taken)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +82,8 @@ class Provenance:
     dtype: str
     loras: tuple[Lora, ...] = ()
     """What was fused into the model's weights, in order."""
+    chosen: tuple[Chosen, ...] = ()
+    """What the server chose, where an edit left it the choice."""
 
     @classmethod
     def from_proto(cls, message: run_pb2.Provenance) -> Provenance:
@@ -67,6 +104,7 @@ class Provenance:
             device=message.device,
             dtype=message.dtype,
             loras=tuple(Lora(lora.name, lora.weight, lora.hash) for lora in message.loras),
+            chosen=tuple(Chosen.from_proto(chosen) for chosen in message.chosen),
         )
 
     def to_proto(self) -> run_pb2.Provenance:
@@ -83,7 +121,12 @@ class Provenance:
             device=self.device,
             dtype=self.dtype,
             loras=[run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in self.loras],
+            chosen=[chosen.to_proto() for chosen in self.chosen],
         )
+
+    def chosen_for(self, seed: int) -> tuple[Chosen, ...]:
+        """What was chosen for the picture of one seed, by edit."""
+        return tuple({one.edit: one for one in self.chosen if one.seed == seed}.values())
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:

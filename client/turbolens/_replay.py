@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +16,7 @@ from turbolens._blocks import RunFeatures
 from turbolens._model import Model
 from turbolens._numbers import whole
 from turbolens._png import read_text
-from turbolens._provenance import Provenance
+from turbolens._provenance import Chosen, Provenance
 from turbolens._results import PNG_PICTURE, Extraction, Picture
 from turbolens._run import FORMATS, Call, ImageFormat
 
@@ -167,6 +167,7 @@ def otherwise(account: Provenance, model: Model) -> tuple[str, ...]:
 
 def compare(before: Manifest, made: Picture | Extraction, differs: tuple[str, ...], tolerance: int) -> Replay:
     """Hold a result that was made again to the first one."""
+    differs += _otherwise_chosen(before.provenance.chosen_for(before.seed), made.chosen)
     if isinstance(made, Picture):
         return _compare_pixels(before, made, differs, tolerance)
     if _of_features(made) == before.digest:
@@ -179,6 +180,14 @@ def compare(before: Manifest, made: Picture | Extraction, differs: tuple[str, ..
         worst = max([worst, *(abs(has.get(index, 0.0) - mean) / top for index, mean in had.items())])
     detail = f"the mean of a strong feature moved by up to {worst:.2%} of its SAE's strongest"
     return Replay("equal within tolerance" if worst <= _RELATIVE else "different", differs, detail, made)
+
+
+def _otherwise_chosen(then: Sequence[Chosen], now: Sequence[Chosen]) -> tuple[str, ...]:
+    told = []
+    for a, b in zip(then, now, strict=False):
+        if others := (a.given.keys() ^ b.given.keys()) | (a.taken.keys() ^ b.taken.keys()):
+            told.append(f"features chosen for edit {a.edit}: {len(others)} that only one of the two runs has")
+    return tuple(told)
 
 
 def _compare_pixels(before: Manifest, made: Picture, differs: tuple[str, ...], tolerance: int) -> Replay:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from turbolens._blocks import BlockFeatures, LabelsOf, RunFeatures
 from turbolens._files import write_whole
 from turbolens._png import with_text
-from turbolens._provenance import PNG_KEYWORD, Provenance
+from turbolens._provenance import PNG_KEYWORD, Chosen, Provenance
 from turbolens._run import FORMATS, ImageFormat
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
@@ -132,6 +132,11 @@ class Picture(Coded):
         self._latents = message.latents if message.HasField("latents") else None
 
     @property
+    def chosen(self) -> tuple[Chosen, ...]:
+        """What the server chose for it, where an edit left it the choice; of a stream, its `Done` event knows."""
+        return () if self.provenance is None else self.provenance.chosen_for(self.seed)
+
+    @property
     def format(self) -> ImageFormat:
         """How the server coded it."""
         return next(name for name, value in FORMATS.items() if value == self._message.format)
@@ -193,6 +198,11 @@ class Extraction(RunFeatures):
         self.warnings = warnings
         self.batch_size = message.batch_size
         """Runs that the server ran together with it, itself included."""
+
+    @property
+    def chosen(self) -> tuple[Chosen, ...]:
+        """What the server chose for it, where an edit left it the choice."""
+        return self.provenance.chosen_for(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

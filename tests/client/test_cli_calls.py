@@ -345,7 +345,7 @@ def test_references_and_what_reads_them_are_sent(turbolens, fake, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     turbolens(
         "generate", "a star", "--reference", "other=a blue ring = round", "--reference", "seeded=x",
-        "--reference-seed", "seeded=3", "--patch", "up.0.1=other", "--transfer", "down.2.1/4=seeded",
+        "--reference-seed", "seeded=3", "--patch", "up.0.1=other", "--transfer", "down.2.1/4=seeded", "--transfer", "8=other",
         "--multiplier", "2", "--mask", "0,0,.5,1",
     )  # fmt: skip
     sent = tl.Run.from_proto(fake.last(gs.GenerateRequest).run)
@@ -354,4 +354,5 @@ def test_references_and_what_reads_them_are_sent(turbolens, fake, tmp_path, monk
     assert sent.steer == (
         tl.patch("up.0.1", "other", mask=where),
         tl.transfer("down.2.1/4", "seeded", multiplier=2, mask=where),
+        tl.transfer(tl.choose(8), "other", multiplier=2, mask=where),
     )

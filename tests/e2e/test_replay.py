@@ -44,6 +44,12 @@ def kinds(lens):
         "unit of a reference": {
             "steer": [tl.add(up[0], 1, unit="reference", reference="own")], "references": OWN
         },
+        "transfer of what was chosen": {
+            "steer": [tl.transfer(tl.choose(6, own_mask=left), "own", multiplier=1.5)], "references": OWN, "steps": 2
+        },
+        "amounts by step": {"steer": [tl.add(up[0], [8, 2])], "steps": 2},
+        "condition": {"steer": [tl.add(up[0], 8, where=tl.where(up[1], above=0.5))]},
+        "group and its ablation": {"steer": [tl.add({up[0]: 1, up[1]: -1}, 6), tl.ablate(list(up))]},
         "features beside it": {"features": ["up.0.1"], "steer": [tl.add(up[0], 8)]},
     }  # fmt: skip
     features = {
@@ -51,6 +57,10 @@ def kinds(lens):
         "features of two steps": {"steps": 2, "saes": ["mid.0"], "float32": True},
         "features of a steered run": {"steer": [tl.add("mid.0/0", 5, unit="raw")], "only": up},
         "features of one of several": {"seeds": [1, 2]},
+        "features of a transfer of what was chosen": {
+            "steer": [tl.transfer(tl.choose(4, all_steps=True), "own")],
+            "references": OWN,
+        },
     }
     for name, arguments in pictures.items():
         yield name, arguments, lens.generate

@@ -43,7 +43,8 @@ class _OfARun(Calls):
     patch: Repeated = ()
     """Edit BLOCK=REFERENCE: what the block writes in a reference, in place of its own; may be repeated."""
     transfer: Repeated = ()
-    """Edit BLOCK/INDEX=REFERENCE: the feature fires as it does in a reference; may be repeated."""
+    """Edit BLOCK/INDEX=REFERENCE: the feature fires as it does in a reference. N=REFERENCE: the server chooses N
+    features to give and N to take. May be repeated."""
     reference: Repeated = ()
     """NAME=PROMPT: another run for patch and transfer to read, of the picture's seed; may be repeated."""
     reference_seed: Repeated = ()
@@ -88,7 +89,8 @@ class _OfARun(Calls):
         for block, reference in pairs("patch", self.patch, "BLOCK=REFERENCE"):
             made.append(tl.patch(block, reference, mask=mask, steps=when, where=where))
         for name, reference in pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):
-            made.append(tl.transfer(name, reference, multiplier=self.multiplier, mask=mask, steps=when, where=where))
+            what = tl.choose(int(name)) if name.isdecimal() else name
+            made.append(tl.transfer(what, reference, multiplier=self.multiplier, mask=mask, steps=when, where=where))
         return made
 
     def options(self) -> dict[str, Any]:

@@ -617,6 +617,7 @@ class Provenance(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
@@ -649,6 +650,10 @@ class Provenance(_message.Message):
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
         """What was fused into the model's weights, in order."""
 
+    @_builtins.property
+    def chosen(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChosenFeatures]:
+        """What the server chose for each picture and each edit that left it the choice."""
+
     def __init__(
         self,
         *,
@@ -663,14 +668,81 @@ class Provenance(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         loras: _abc.Iterable[Global___Lora] | None = ...,
+        chosen: _abc.Iterable[Global___ChosenFeatures] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "loras", b"loras", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chosen", b"chosen", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "loras", b"loras", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
+
+@_typing.final
+class ChosenFeatures(_message.Message):
+    """What a FeatureChoice came to in one picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: _builtins.int
+    EDIT_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """The picture's seed."""
+    edit: _builtins.int
+    """Position of the edit in the run."""
+    @_builtins.property
+    def given(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredFeature]:
+        """Features that were given, the highest score first."""
+
+    @_builtins.property
+    def taken(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredFeature]:
+        """Features that were taken, the lowest score first."""
+
+    def __init__(
+        self,
+        *,
+        seed: _builtins.int = ...,
+        edit: _builtins.int = ...,
+        given: _abc.Iterable[Global___ScoredFeature] | None = ...,
+        taken: _abc.Iterable[Global___ScoredFeature] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edit", b"edit", "given", b"given", "seed", b"seed", "taken", b"taken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChosenFeatures: _TypeAlias = ChosenFeatures  # noqa: Y015
+
+@_typing.final
+class ScoredFeature(_message.Message):
+    """A feature with its score in a choice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    """Its share of the mean activation in the reference less that in the picture's own run, -1 to 1."""
+    @_builtins.property
+    def feature(self) -> _steering_pb2.FeatureRef:
+        """The feature."""
+
+    def __init__(
+        self,
+        *,
+        feature: _steering_pb2.FeatureRef | None = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoredFeature: _TypeAlias = ScoredFeature  # noqa: Y015
 
 @_typing.final
 class Lora(_message.Message):

@@ -85,7 +85,7 @@ class Edit(_message.Message):
     """A name among the run's references, for `patch`, `transfer` and UNIT_REFERENCE to read; empty for all others."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedFeature]:
-        """The features it moves: at least one, none for `patch`; a feature may be named once."""
+        """The features it moves: at least one, none for `patch` and where the server chooses them; a feature may be named once."""
 
     @_builtins.property
     def add(self) -> Global___AddEdit:
@@ -389,27 +389,82 @@ class TransferEdit(_message.Message):
 
     MULTIPLIER_FIELD_NUMBER: _builtins.int
     REMOVE_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     multiplier: _builtins.float
     """Finite, |multiplier| <= 1000; unset: 1."""
     @_builtins.property
     def remove(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureRef]:
         """Features to take away where the mask is (z' = (1 - mask) * z); none of the edit's own."""
 
+    @_builtins.property
+    def choice(self) -> Global___FeatureChoice:
+        """The server chooses what to give and to take, and says in the provenance what it chose. The edit then names no
+        features, removes none, has no condition, and moves activations as was published with the choice:
+        z' = z + multiplier * (mask * z_reference of what is given - own_mask * z_own of what is taken), z_own being those of
+        the picture's own run without any edit.
+        """
+
     def __init__(
         self,
         *,
         multiplier: _builtins.float | None = ...,
         remove: _abc.Iterable[Global___FeatureRef] | None = ...,
+        choice: Global___FeatureChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "multiplier", b"multiplier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "choice", b"choice", "multiplier", b"multiplier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "multiplier", b"multiplier", "remove", b"remove"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier", "choice", b"choice", "multiplier", b"multiplier", "remove", b"remove"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__multiplier: _TypeAlias = _typing.Literal["multiplier"]  # noqa: Y015
     _WhichOneofArgType__multiplier: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__multiplier) -> _WhichOneofReturnType__multiplier | None: ...
 
 Global___TransferEdit: _TypeAlias = TransferEdit  # noqa: Y015
+
+@_typing.final
+class FeatureChoice(_message.Message):
+    """Which features tell the reference's run from the picture's own, both without any edit, over all SAEs together.
+
+    A feature's mean activation over positions, weighted by a mask, and steps is turned into its share of the sum over all
+    features; its score is the share in the reference less the share in the own run. What has the highest positive scores
+    is given, what has the lowest negative ones is taken. Surkov et al., arXiv 2410.22366 (RIEBench).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURES_FIELD_NUMBER: _builtins.int
+    SAES_FIELD_NUMBER: _builtins.int
+    ALL_STEPS_FIELD_NUMBER: _builtins.int
+    OWN_MASK_FIELD_NUMBER: _builtins.int
+    features: _builtins.int
+    """How many are given, and how many taken, at most; 1 to Limits.max_features_per_edit. Both count towards
+    Limits.max_request_features.
+    """
+    all_steps: _builtins.bool
+    """Means are over all steps; otherwise over the first alone."""
+    @_builtins.property
+    def saes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SAEs to choose from, each once; empty: all that are read step by step."""
+
+    @_builtins.property
+    def own_mask(self) -> Global___Mask:
+        """Where the own run's activations count and are taken; unset: the edit's mask."""
+
+    def __init__(
+        self,
+        *,
+        features: _builtins.int = ...,
+        saes: _abc.Iterable[_builtins.str] | None = ...,
+        all_steps: _builtins.bool = ...,
+        own_mask: Global___Mask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["own_mask", b"own_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_steps", b"all_steps", "features", b"features", "own_mask", b"own_mask", "saes", b"saes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureChoice: _TypeAlias = FeatureChoice  # noqa: Y015
 
 @_typing.final
 class Mask(_message.Message):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
+from turbolens_server.engine.choosing import choose
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.guidance import embed_guidance
 from turbolens_server.engine.info import EngineInfo
@@ -26,6 +27,7 @@ from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, OnEvent, Result, SparseCodes, StepDone
 from turbolens_server.engine.walk import Walk
 from turbolens_server.sae.sae import Sae
+from turbolens_server.steering.choice import Chosen
 from turbolens_server.unet.backend import UNetBackend
 from turbolens_server.unet.conditions import Conditions
 
@@ -61,6 +63,16 @@ class Denoised:
     features: list[list[SparseCodes]]
     """Of each row, in order of step, then of block."""
     tokens_cut: tuple[int, ...]
+    chosen: list[tuple[Chosen, ...]]
+    """Of each row, the features that were chosen for it."""
+
+
+class _FailedFirst(Exception):
+    """A run that something is to be chosen by came to values that are not finite."""
+
+    def __init__(self, event: NotFinite) -> None:
+        super().__init__(str(event))
+        self.event = event
 
 
 def _silent(_: object) -> None:
@@ -179,13 +191,21 @@ class Engine:
             raise ValueError("jobs of one batch share steps, height and width")
         emit, is_cancelled = on_event or _silent, cancelled or _never
         parts, first = self._parts, jobs[0]
+        live = [not is_cancelled(row) for row in range(len(jobs))]
+        jobs = list(jobs)
+        chosen: list[tuple[Chosen, ...]] = [()] * len(jobs)
+        for row in [row for row, alive in enumerate(live) if alive]:
+            try:
+                jobs[row], chosen[row] = choose(jobs[row], self.info, self._read)
+            except _FailedFirst as failed:
+                live[row] = False
+                emit(dataclasses.replace(failed.event, job=row))
 
         lanes = Lanes.of(jobs)
         text = parts.text.encode_all([lane.prompt for lane in lanes.rows])
         seeds, size = [lane.seed for lane in lanes.rows], (first.height, first.width)
         walk = self.begin(text, seeds, first.steps, size, first.timesteps)
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
-        live = [not is_cancelled(row) for row in range(len(jobs))]
         features: list[list[SparseCodes]] = [[] for _ in jobs]
         for step, t in enumerate(walk.timesteps):
             live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
@@ -208,7 +228,19 @@ class Engine:
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row)))
-        return Denoised(jobs, walk.latents[: len(jobs)], live, features, text.tokens_cut)
+        return Denoised(jobs, walk.latents[: len(jobs)], live, features, text.tokens_cut, chosen)
+
+    def _read(self, jobs: Sequence[Job], steps: int) -> list[list[SparseCodes]]:
+        """The features of jobs over their first steps."""
+        taken: list[int] = []
+
+        def count(event: StepDone | FeaturesReady | Result | NotFinite) -> None:
+            if isinstance(event, NotFinite):
+                raise _FailedFirst(event)
+            if isinstance(event, StepDone):
+                taken.append(event.step)
+
+        return self.denoise(jobs, on_event=count, cancelled=lambda _: max(taken, default=-1) + 1 >= steps).features
 
     @_on_own_device
     @torch.inference_mode()
@@ -236,7 +268,7 @@ class Engine:
                 emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
                 continue
             kept = tuple(denoised.features[row])
-            result = Result(row, picture, on_host[row], kept, denoised.tokens_cut[row], len(jobs))
+            result = Result(row, picture, on_host[row], kept, denoised.tokens_cut[row], len(jobs), denoised.chosen[row])
             results[row] = result
             emit(result)
         return results

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from turbolens_server.steering.choice import Chosen
 from turbolens_server.steering.edits import Edit
 
 
@@ -116,6 +117,8 @@ class Result:
     """Tokens of the prompt past the model's limit, which did not reach it."""
     batch_size: int
     """Jobs of its batch, itself included."""
+    chosen: tuple[Chosen, ...] = ()
+    """Features of its edits that were chosen here."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from turbolens_server.rpc.validation import (
     Selection,
     ValidRequest,
 )
+from turbolens_server.steering.choice import Chosen, ScoredFeature
 from turbolens_server.steering.kinds import KINDS
 from turbolens_server.steering.masks import MAX_EDGE
 
@@ -127,8 +128,8 @@ def tensor(values: npt.NDArray[np.float32]) -> run_pb2.Tensor:
     return run_pb2.Tensor(shape=values.shape, type=run_pb2.VALUE_TYPE_FLOAT32, data=values.astype("<f4").tobytes())
 
 
-def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
-    """Everything needed to make a result again."""
+def provenance(request: ValidRequest, info: EngineInfo, results: Sequence[Result]) -> run_pb2.Provenance:
+    """Everything needed to make results again, and what was chosen on the way."""
     return run_pb2.Provenance(
         run=request.run,
         model=_name_of(info.model),
@@ -141,7 +142,19 @@ def provenance(request: ValidRequest, info: EngineInfo) -> run_pb2.Provenance:
         device=info.device,
         dtype=info.dtype,
         loras=_loras(info),
+        chosen=[_chosen(what, request.jobs[result.job].seed) for result in results for what in result.chosen],
     )
+
+
+def _chosen(chosen: Chosen, seed: int) -> run_pb2.ChosenFeatures:
+    def scored(features: Sequence[ScoredFeature]) -> list[run_pb2.ScoredFeature]:
+        return [
+            run_pb2.ScoredFeature(feature=steering_pb2.FeatureRef(sae=f.sae, index=f.index), score=f.score)
+            for f in features
+        ]
+
+    given, taken = scored(chosen.given), scored(chosen.taken)
+    return run_pb2.ChosenFeatures(seed=seed, edit=chosen.edit, given=given, taken=taken)
 
 
 def _loras(info: EngineInfo) -> list[run_pb2.Lora]:

@@ -126,7 +126,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             generation.GenerateResponse(
                 request_id=current_request_id(),
                 generations=made,
-                provenance=convert.provenance(valid, ready.engine.info),
+                provenance=convert.provenance(valid, ready.engine.info, results),
                 warnings=warnings(valid.jobs, results, ready.engine.info),
             )
         )
@@ -181,7 +181,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             features.ExtractFeaturesResponse(
                 request_id=current_request_id(),
                 extractions=[await _off_loop(convert.extraction, result, valid, pack) for result in results],
-                provenance=convert.provenance(valid, ready.engine.info),
+                provenance=convert.provenance(valid, ready.engine.info, results),
                 warnings=warnings(valid.jobs, results, ready.engine.info),
             )
         )
@@ -295,4 +295,6 @@ def _check_finite(failed: list[NotFinite], valid: ValidRequest) -> None:
 
 def _done(valid: ValidRequest, results: list[Result], ready: Ready) -> features.DoneEvent:
     info = ready.engine.info
-    return features.DoneEvent(provenance=convert.provenance(valid, info), warnings=warnings(valid.jobs, results, info))
+    return features.DoneEvent(
+        provenance=convert.provenance(valid, info, results), warnings=warnings(valid.jobs, results, info)
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import Literal
 
+from turbolens_server.steering.choice import FeatureChoice
 from turbolens_server.steering.kinds import EditKind
 from turbolens_server.steering.masks import Mask
 
@@ -67,6 +68,8 @@ class Edit:
     """Hook points of a kind that names them."""
     condition: Condition | None = None
     """Multiplies the mask; of a feature at the one hook point where the edit acts. None: none."""
+    choice: FeatureChoice | None = None
+    """Of a `transfer` without features: how the engine chooses them. None: it does not."""
 
     def acts_at(self, step: int) -> bool:
         """Whether it acts at a step."""

@@ -70,3 +70,35 @@ def move_dense(
                 z[position, j] = new
                 out[position] += (new - old) * W_dec[j]
     return out
+
+
+def choose_dense(
+    reference: Sequence[Tensor], own: Sequence[Tensor], masks: Sequence[Tensor], own_masks: Sequence[Tensor], n: int
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """The choice of a transfer, with every activation written out.
+
+    Args:
+        reference: activations of one run at each hook point, [T, P, d_sae]; over the steps to compare.
+        own: of the picture's own run.
+        masks: where the reference counts, at each hook point [P].
+        own_masks: where the own run does.
+        n: features to give, and to take, at most.
+
+    Returns:
+        Features given and taken, each with its score: places among the features of all hook points in order.
+    """
+
+    def shares(run: Sequence[Tensor], where: Sequence[Tensor]) -> list[float]:
+        means = []
+        for z, m in zip(run, where, strict=True):
+            for j in range(z.shape[2]):
+                at_step = [
+                    sum(float(m[p]) * float(z[t, p, j]) for p in range(len(m))) / float(m.sum()) for t in range(len(z))
+                ]
+                means.append(sum(at_step) / len(at_step))
+        total = sum(means)
+        return [mean / total for mean in means]
+
+    scores = [a - b for a, b in zip(shares(reference, masks), shares(own, own_masks), strict=True)]
+    order = sorted(enumerate(scores), key=lambda one: -one[1])
+    return [one for one in order[:n] if one[1] > 0], [one for one in order[::-1][:n] if one[1] < 0]

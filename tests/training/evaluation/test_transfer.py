@@ -9,6 +9,7 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.twin import encode_dense
+from turbolens_server.steering.choice import choose_features, normalized_mean_difference
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.edits import (
     NOTHING,
@@ -21,10 +22,10 @@ from turbolens_training.evaluation.edits import (
 from turbolens_training.evaluation.sampling import saes_by_block, sample
 from turbolens_training.evaluation.transfer import (
     EncodedPictures,
-    choose_features,
     choose_random_active,
+    choose_transferred,
     dense_deltas,
-    normalized_mean_difference,
+    first_means,
 )
 
 STEPS, PICTURES, POSITIONS, D_MODEL, D_SAE, K = 2, 3, 6, 5, 12, 3
@@ -74,10 +75,10 @@ def slow_scores(reference: EncodedPictures, base: EncodedPictures, picture: int)
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 3 * D_SAE), masked=st.booleans())
 def test_features_are_chosen_as_the_slow_twin_chooses(seed: int, n: int, masked: bool) -> None:
     saes, reference, base = random_runs(seed, masked=masked)
-    scores = normalized_mean_difference(saes, reference, base)
+    scores = normalized_mean_difference(first_means(saes, reference), first_means(saes, base))
     for picture in range(PICTURES):
         assert scores[picture].tolist() == pytest.approx(slow_scores(reference, base, picture), abs=1e-5)
-    choice = choose_features(scores, n)
+    choice = choose_transferred(saes, reference, base, n)
     for picture in range(PICTURES):
         order = sorted(range(2 * D_SAE), key=lambda j: -float(scores[picture, j]))
         given_ = [j for j in order[:n] if scores[picture, j] > 0]

@@ -13,18 +13,17 @@ from tqdm import tqdm
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Job, Reference
 from turbolens_server.sae.sae import Sae
+from turbolens_server.steering.choice import Sides
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Mask
 from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.interventions import shift
 from turbolens_training.evaluation.sampling import Walked, device_of, sample
 from turbolens_training.evaluation.transfer import (
-    Choice,
     EncodedPictures,
-    choose_features,
     choose_random_active,
+    choose_transferred,
     dense_deltas,
-    normalized_mean_difference,
 )
 
 NOTHING: Final = "nothing"
@@ -83,7 +82,7 @@ def transfer(n: int, multiplier: float) -> Method:
     """Feature transfer as RIEBench does it; see `turbolens_training.evaluation.transfer`."""
 
     def method(m: Material) -> Steered:
-        return _transfer(m, choose_features(normalized_mean_difference(m.saes, m.reference, m.base), n), multiplier)
+        return _transfer(m, choose_transferred(m.saes, m.reference, m.base, n), multiplier)
 
     return method
 
@@ -98,7 +97,7 @@ def transfer_random(n: int, multiplier: float, seed: int) -> Method:
     return method
 
 
-def _transfer(m: Material, choice: Choice, multiplier: float) -> Steered:
+def _transfer(m: Material, choice: Sides, multiplier: float) -> Steered:
     """Give the chosen features the activations of the edited caption's run, take away those of the caption's own."""
     names = [WeightedFeature(sae.bundle.name, index) for sae in m.saes.values() for index in range(sae.W_dec.shape[0])]
     edits = []

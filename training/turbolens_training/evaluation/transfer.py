@@ -7,7 +7,8 @@ position and step by step; the last n (T) are taken from it with those that they
 
     update' = update + m (sum over S of z_reference d - sum over T of z_base d)
 
-Here they are chosen; to give and to take are edits that the server makes (`turbolens_training.evaluation.edits`).
+The choice is the server's (`turbolens_server.steering.choice`), of many pictures at once here; to give and to take are
+edits that it makes (`turbolens_training.evaluation.edits`).
 
 Surkov et al., arXiv 2410.22366; github.com/wendlerc/RIEBench.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from turbolens_server.sae.sae import Codes, Sae
+from turbolens_server.steering.choice import Sides, choose_features, mean_activations, normalized_mean_difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,69 +44,35 @@ class EncodedPictures:
         return cls(kept, codes, everywhere if masks is None else masks)
 
 
-def mean_activations(codes: Codes, mask: Tensor, d_sae: int) -> Tensor:
-    """Mean activation of every feature over each picture: codes [N, P, K], mask [N, P] -> [N, d_sae]."""
-    weighted = (codes.values * mask[..., None]).flatten(1)
-    sums = torch.zeros(len(mask), d_sae, device=mask.device).scatter_add_(1, codes.indices.flatten(1), weighted)
-    return sums / mask.sum(1, keepdim=True).clamp(min=1e-6)
+def first_means(saes: Mapping[str, Sae], run: EncodedPictures) -> Tensor:
+    """Mean activations at the first step where a run counts: [N, all features by block]."""
+    return torch.cat(
+        [
+            mean_activations(run.codes[block].values[0], run.codes[block].indices[0], run.masks[block], len(sae.W_dec))
+            for block, sae in saes.items()
+        ],
+        1,
+    )
 
 
-def normalized_mean_difference(saes: Mapping[str, Sae], reference: EncodedPictures, base: EncodedPictures) -> Tensor:
-    """How much larger each feature's share of the mean activation is in the reference: [N, all features by block]."""
-
-    def shares(run: EncodedPictures) -> Tensor:
-        means = []
-        for block, sae in saes.items():
-            first = Codes(run.codes[block].values[0], run.codes[block].indices[0])
-            means.append(mean_activations(first, run.masks[block], sae.W_dec.shape[0]))
-        pooled = torch.cat(means, 1)
-        return pooled / pooled.sum(1, keepdim=True).clamp(min=1e-6)
-
-    return shares(reference) - shares(base)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The features of one batch of edits, over all blocks together."""
-
-    given: Tensor  # [N, all features] bool, S
-    taken: Tensor  # [N, all features] bool, T
-
-
-def choose_features(scores: Tensor, n: int) -> Choice:
-    """The n best features of each picture to give, and the n worst to take: fewer where fewer have a score.
-
-    Only what has more of the activation in the reference is given, and only what has less is taken. The published code
-    fills up with features of score 0, in whatever order its sort leaves them; at several steps these are not all zero.
-
-    Args:
-        scores: [N, all features].
-        n: at least 1.
-    """
-    if n < 1:
-        raise ValueError(f"features={n}: expected at least 1")
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    nothing, most = torch.zeros_like(scores, dtype=torch.bool), min(n, scores.shape[1])
-    given, taken = (nothing.scatter(1, some, True) for some in (order[:, :most], order[:, -most:]))
-    return Choice(given & (scores > 0), taken & (scores < 0))
+def choose_transferred(saes: Mapping[str, Sae], reference: EncodedPictures, base: EncodedPictures, n: int) -> Sides:
+    """The features of each picture to give and to take, as the server chooses them."""
+    means = [first_means(saes, run) for run in (reference, base)]
+    return choose_features(normalized_mean_difference(*means), n)
 
 
 def choose_random_active(
     saes: Mapping[str, Sae], reference: EncodedPictures, base: EncodedPictures, n: int, generator: torch.Generator
-) -> Choice:
+) -> Sides:
     """A baseline: n random features of those active in the reference to give, of those active in the base to take."""
 
     def draw(run: EncodedPictures) -> Tensor:
-        active = []
-        for block, sae in saes.items():
-            first = Codes(run.codes[block].values[0], run.codes[block].indices[0])
-            active.append(mean_activations(first, run.masks[block], sae.W_dec.shape[0]) > 0)
-        pooled = torch.cat(active, 1)
+        pooled = first_means(saes, run) > 0
         lottery = torch.rand(pooled.shape, generator=generator).to(pooled.device) * pooled
         chosen = torch.zeros_like(pooled).scatter(1, lottery.topk(min(n, pooled.shape[1]), dim=1).indices, True)
         return chosen & pooled
 
-    return Choice(draw(reference), draw(base))
+    return Sides(draw(reference), draw(base))
 
 
 def dense_deltas(reference: EncodedPictures, base: EncodedPictures, multiplier: float) -> dict[str, Tensor]:

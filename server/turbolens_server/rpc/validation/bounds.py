@@ -31,10 +31,12 @@ def check_bounds(checks: Checks, field: str, run: run_pb2.Run) -> None:
             checks.bad(f"{field}.{name}", f"{len(items)} {name.rpartition('.')[2]}", f"at most {most} are allowed")
     checks.refuse()
     pixels = 0
-    for i, edit in enumerate(run.edits):
-        pixels += math.prod(png_size(edit.mask.png) or (0, 0))
+    masks = {f"edits[{i}].mask": edit.mask for i, edit in enumerate(run.edits)}
+    masks |= {f"edits[{i}].transfer.choice.own_mask": e.transfer.choice.own_mask for i, e in enumerate(run.edits)}
+    for name, mask in masks.items():
+        pixels += math.prod(png_size(mask.png) or (0, 0))
         if pixels > limits.max_mask_pixels:
             allowed = f"the PNG masks of a request may hold {limits.max_mask_pixels} pixels in all"
-            checks.bad(f"{field}.edits[{i}].mask.png", f"{pixels} pixels up to here", allowed)
+            checks.bad(f"{field}.{name}.png", f"{pixels} pixels up to here", allowed)
             break
     checks.refuse()

@@ -9,7 +9,9 @@ from typing import Final
 import numpy as np
 
 from turbolens_proto.v1 import steering_pb2
+from turbolens_server.engine.info import EngineInfo
 from turbolens_server.rpc.validation.checks import Checks
+from turbolens_server.rpc.validation.choices import check_choice, chooses, read_by_step
 from turbolens_server.rpc.validation.masks import MaskChecks
 from turbolens_server.sae.temporal import refuse_edit
 from turbolens_server.steering.edits import Condition, Edit, Rule, Unit, WeightedFeature
@@ -21,10 +23,11 @@ _MASK_SLACK: Final = 0.5 / 255 + 1e-6
 _UNITS: Final = {0: Unit.MEAN, 1: Unit.RAW, 2: Unit.MEAN, 3: Unit.NORM, 4: Unit.REFERENCE}
 
 
-def saes_edited(edits: Iterable[steering_pb2.Edit]) -> set[str]:
-    """SAEs that edits name, known or not."""
+def saes_edited(edits: Sequence[steering_pb2.Edit], info: EngineInfo) -> set[str]:
+    """SAEs that edits name, known or not, and those that features are chosen from."""
     named = {item.feature.sae for edit in edits for item in edit.features}
     named |= {edit.condition.feature.sae for edit in edits if edit.HasField("condition")}
+    named |= {name for edit in edits if chooses(edit) for name in edit.transfer.choice.saes or read_by_step(info)}
     return named | {ref.sae for edit in edits for ref in edit.transfer.remove}
 
 
@@ -44,25 +47,30 @@ class EditChecks:
         if len(edits) > limits.max_edits:
             self._checks.bad(field, f"{len(edits)} edits", f"at most {limits.max_edits} are allowed")
             return ()
-        count = sum(len(edit.features) + len(edit.transfer.remove) for edit in edits)
+        count = sum(
+            len(edit.features) + len(edit.transfer.remove) + 2 * max(edit.transfer.choice.features, 0) for edit in edits
+        )
         if count > limits.max_request_features:
             allowed = f"the edits of a request may name {limits.max_request_features} in all"
             self._checks.bad(field, f"{count} features", allowed)
             return ()
         before = len(self._checks.violations)
-        by_message = [self._edit(f"{field}[{i}]", edit) for i, edit in enumerate(edits)]
+        by_message = [self._edit(f"{field}[{i}]", edit, i) for i, edit in enumerate(edits)]
         if len(self._checks.violations) == before:
             self._no_overlap(field, by_message)
         return tuple(edit for several in by_message for edit in several)
 
-    def _edit(self, path: str, edit: steering_pb2.Edit) -> list[Edit]:
+    def _edit(self, path: str, edit: steering_pb2.Edit, place: int) -> list[Edit]:
         before = len(self._checks.violations)
         kind: EditKind | None = edit.WhichOneof("kind")
         if kind is None:
             self._checks.wrong(f"{path}.kind", f"is missing; give one of {', '.join(KINDS)}")
         amount, unit = self._amount(path, edit, kind) if kind else (1.0, Unit.MEAN)
         reference = self._reference(path, edit, kind, unit)
-        features = self._features(path, edit, kind, unit)
+        choice = None
+        if chooses(edit):
+            choice = check_choice(self._checks, self._masks, path, edit, place, len(self._references))
+        features = () if chooses(edit) else self._features(path, edit, kind, unit)
         removed = self._removed(f"{path}.transfer.remove", edit.transfer.remove, features)
         points = self._hook_points(f"{path}.patch.hook_points", edit.patch.hook_points) if kind == "patch" else ()
         for name in dict.fromkeys(feature.sae for feature in (*features, *removed)):
@@ -75,14 +83,22 @@ class EditChecks:
         condition = self._condition(f"{path}.condition", edit.condition, named) if edit.HasField("condition") else None
         if kind is None or len(self._checks.violations) > before:
             return []
-        one = Edit(kind, features, amount, unit, mask, window, reference, points, condition)
+        one = Edit(kind, features, amount, unit, mask, window, reference, points, condition, choice)
         first = 0 if window is None else window[0]
         valid = [
             dataclasses.replace(one, amount=at, steps=(first + i, first + i + 1)) for i, at in enumerate(by_step)
         ] or [one]
         if removed:
             valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window, condition=condition))
-        return valid if mask is None else self._on_grids(f"{path}.mask", valid, mask)
+        if mask is not None:
+            valid = self._on_grids(f"{path}.mask", valid, mask)
+        if choice is None:
+            return valid
+        own = valid[0].mask
+        if choice.own_mask is not None:
+            own = self._on_grids(f"{path}.transfer.choice.own_mask", valid, choice.own_mask)[0].mask
+        choice = dataclasses.replace(choice, own_mask=own)
+        return [dataclasses.replace(edit, choice=choice) for edit in valid]
 
     def _amount(self, path: str, edit: steering_pb2.Edit, kind: EditKind) -> tuple[float, Unit]:
         named, message, field = KINDS[kind].amount, getattr(edit, kind), f"{path}.{kind}"
@@ -239,7 +255,8 @@ class EditChecks:
 
     def _points(self, edit: Edit) -> list[str]:
         """Hook points that an edit acts at."""
-        named = (self._checks.info.saes[feature.sae].hook_point for feature in edit.features)
+        saes = (*(feature.sae for feature in edit.features), *(edit.choice.saes if edit.choice else ()))
+        named = (self._checks.info.saes[name].hook_point for name in saes)
         return list(dict.fromkeys((*edit.points, *named)))
 
     def _on_grids(self, field: str, edits: Sequence[Edit], mask: Mask) -> list[Edit]:

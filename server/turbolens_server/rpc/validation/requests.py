@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
+from turbolens_server.engine.choosing import OWN
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job, Reference
 from turbolens_server.rpc.validation.answer import check_answer
 from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
+from turbolens_server.rpc.validation.choices import chooses
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
 from turbolens_server.rpc.validation.runs import check_references, check_sampling, check_seeds, check_source
 from turbolens_server.rpc.validation.selection import Selection, check_sae_options, check_selection, check_steps_of
@@ -93,13 +95,14 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     steps, height, width, timesteps = check_sampling(checks, "run.sampling", run.sampling)
     seeds = check_seeds(checks, "run.seeds", run.seeds)
     references = check_references(checks, "run.references", run.references, {edit.reference for edit in run.edits})
-    reads, edited = not picture or run.HasField("features"), saes_edited(run.edits)
+    reads, edited = not picture or run.HasField("features"), saes_edited(run.edits, checks.info)
     named = set(run.features.saes or checks.info.saes) if reads else set()
     sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
     edits = EditChecks(checks, steps=steps, size=(height, width), references=run.references).edits(
         "run.edits", run.edits
     )
     selection = check_selection(checks, "run.features", run.features, steps) if reads else None
+    own: dict[str, tuple[str, int | None]] = {OWN: (prompt, None)} if any(map(chooses, run.edits)) else {}
     used = edited | set(selection.saes if selection else ())
     check_steps_of(checks, "run.sampling.steps", used, steps)
     jobs = tuple(
@@ -112,7 +115,8 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             timesteps=timesteps,
             edits=edits,
             references=tuple(
-                Reference(name, text, seed if own is None else own) for name, (text, own) in references.items()
+                Reference(name, text, seed if other is None else other)
+                for name, (text, other) in (references | own).items()
             ),
             saes=selection.saes if selection else (),
             sae_options=sae_options,
