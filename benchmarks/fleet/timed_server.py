@@ -22,7 +22,7 @@ from benchmarks.fleet.simulation import Curve
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Job, Result
-from turbolens_server.serving import Serving, load_from
+from turbolens_server.serving import Serving, keep_what_is_loaded, load_from
 
 
 class TimedEngine:
@@ -62,6 +62,7 @@ async def serve(curve: Curve, config: ServerConfig) -> None:
     serving = Serving(config)
     port = await serving.start("127.0.0.1:0")
     await serving.make_ready(engine)  # type: ignore[arg-type]
+    keep_what_is_loaded()
     print(port, flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await serving.stop(0)

@@ -177,10 +177,12 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 from turbolens_server.app import main
 main(["--port", "0", "--log-format", "json"])
+import gc
+print("LEFT TO COLLECT", len(gc.get_objects()), gc.get_freeze_count(), file=sys.stderr)
 """
 
 
-def test_a_server_looks_nobody_up_and_leaves_nothing_at_home(tmp_path):
+def test_a_server_looks_nobody_up_leaves_nothing_at_home_and_nothing_to_long_collections(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ORT_", "XDG_"))}
@@ -205,6 +207,8 @@ def test_a_server_looks_nobody_up_and_leaves_nothing_at_home(tmp_path):
         _, rest = process.communicate(timeout=60)
     finally:
         process.kill()
+    (counts,) = re.findall(r"LEFT TO COLLECT (\d+) (\d+)", rest)
+    assert 10 * int(counts[0]) < int(counts[1])  # a full collection of all that is loaded would hold the event loop
     looked_up = [line.split()[-1] for line in [*lines, *rest.splitlines()] if line.startswith("LOOKED UP")]
     assert {host for host in looked_up if host not in ("127.0.0.1", "localhost")} == set()
     assert [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()] == []
