@@ -8,6 +8,8 @@ from typing import Final
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job, Result
+from turbolens_server.steering.edits import Edit
+from turbolens_server.steering.kinds import KINDS
 
 _SEED_BITS: Final = 32
 """Bits of a seed that reach the noise: what PyTorch's generator on a CPU takes of it."""
@@ -18,6 +20,7 @@ def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: Engine
     found = {
         "PROMPT_CUT": _prompt_cut(results, info),
         "SEEDS_COLLIDE": _seeds_collide([job.seed for job in jobs]),
+        "NO_EFFECT": _no_effect(jobs[0].edits),
         "LATE_START": None if any(job.timesteps for job in jobs) else late_start(info, {job.steps for job in jobs}),
     }
     return [run_pb2.Warning(code=code, message=message) for code, message in found.items() if message is not None]
@@ -37,6 +40,16 @@ def _seeds_collide(seeds: Sequence[int]) -> str | None:
         other = first.setdefault(seed % 2**_SEED_BITS, seed)
         if other != seed:
             return f"seeds {other} and {seed} draw the same noise: only the low {_SEED_BITS} bits of a seed reach it"
+    return None
+
+
+def _no_effect(edits: Sequence[Edit]) -> str | None:
+    """Of the first edit that changes nothing: over the wire an amount that is left out is 0, and nobody can tell."""
+    for at, edit in enumerate(edits):
+        kind = KINDS[edit.kind]
+        if edit.steps is None and kind.own(edit.amount) == 0 == kind.put(edit.amount):
+            why = "; an amount that is left out is 0" if edit.amount == 0 else ""
+            return f"edits[{at}].{edit.kind}.{kind.amount} is {edit.amount:g}, with which it changes nothing{why}"
     return None
 
 

@@ -170,6 +170,24 @@ async def test_seeds_that_draw_the_same_noise_are_told(running, seeds, says):
         assert [says in message for message in found] == [True] * (says is not None)
 
 
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"add": {"strength": 4}}, None),
+        ({"add": {}}, "edits[1].add.strength is 0, with which it changes nothing; an amount that is left out is 0"),
+        ({"scale": {"factor": 1}}, "edits[1].scale.factor is 1, with which it changes nothing"),
+        ({"scale": {}}, None),  # ablates
+        ({"set": {}}, None),
+        ({"add": {}, "steps": {"start": 0, "end": 1}}, None),  # one step of a schedule
+    ],
+)
+async def test_an_edit_that_changes_nothing_is_told(running, edit, says):
+    features = [{"feature": {"sae": "mid.0", "index": 1}}]
+    both = [{"features": features, **one} for one in ({"scale": {"factor": 2}}, edit)]
+    answer = await running.generation.Generate(messages.generate(prompt="x", seeds=[1], edits=both))
+    assert [w.message for w in answer.warnings if w.code == "NO_EFFECT"] == ([says] if says else [])
+
+
 def test_the_same_low_bits_are_the_same_noise():
     """What the warning rests on."""
     one, other = (torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in (7, 2**32 + 7))
