@@ -2,13 +2,15 @@
 
 python -m benchmarks.live_painting
 
-Needs Chromium and what `make test-studio` installs. Server, studio and browser share this machine's cores; each stroke
-is painted with live drawing on, so that a picture of an earlier moment of the stroke may still be under way.
+Needs Chromium and what `make test-studio` installs. Server, studio and browser share this machine's cores, of which
+the engine, here and alone, leaves one to the others, as `turbolens studio --embedded` does; each stroke is painted with
+live drawing on, so that a picture of an earlier moment of the stroke may still be under way.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from playwright.sync_api import Page, sync_playwright
 
@@ -47,9 +50,13 @@ def main(rounds: int = 60, out: Path = RESULTS / "live_painting.json") -> None:
     if chromium is None:
         raise SystemExit("no Chromium: apt-get install chromium")
     where = machine()
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    torch.set_num_threads(threads)
     engine = load_engine()
     jobs = Work(1, 1, *engine.info.default_size).jobs()
-    server, address = _start(["serve", "--port", "0", "--log-format", "json"], r'"address": "([^"]+)"', '"ready"')
+    server, address = _start(
+        ["serve", "--port", "0", "--threads", str(threads), "--log-format", "json"], r'"address": "([^"]+)"', '"ready"'
+    )
     studio, page_address = _start(["studio", "--server", address, "--no-open"], r"(http://\S+)", "http")
     try:
         with sync_playwright() as playwright, tl.connect(address) as lens:

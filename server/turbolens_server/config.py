@@ -38,6 +38,9 @@ class ServerConfig:
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: str = "auto"
     """`auto` (float16 on a GPU, else float32), `float32`, `float16` or `bfloat16`."""
+    threads: int = 0
+    """CPU threads that compute a picture; 0: as many as there are cores, or as OMP_NUM_THREADS says. Where something
+    else keeps a core busy, one fewer is much faster: each operation waits for the slowest of its threads."""
     backend: Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"] = "auto"
     """What runs the U-Net; all but `torch` and `torch-compile` need an extra. What is asked for runs or the start
     fails; `tensorrt` needs an engine from `turbolens engine build`."""
@@ -110,6 +113,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         least_of: dict[str, float] = {
+            "threads": 0,
             "port": 0,
             "max_steps": 1,
             "max_seeds": 1,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
@@ -57,6 +58,8 @@ _LAST_BYTES_S: Final = 0.5
 
 def load_from(config: ServerConfig) -> Engine:
     """The engine that a configuration asks for; raises LoadError."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     return load_engine(
         model=config.model,
         device=config.device,
@@ -240,6 +243,7 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
         saes=list(info.saes),
         device=info.device,
         dtype=info.dtype,
+        threads=torch.get_num_threads(),
         load_s=round(info.load_s, 2),
         ready_s=round(time.monotonic() - start, 2),
         memory_gib=round(info.memory.total / gib, 2),

@@ -103,7 +103,9 @@ async def _serve(config: StudioConfig, listening: socket.socket) -> None:
         print("Loading the embedded model ...", flush=True)
     hosts = {config.host, *config.allow_host, *filter(None, os.environ.get(HOSTS_VARIABLE, "").split(","))}
     access = Access(token, frozenset(hosts), f"turbolens-studio-{port}")
-    connection = Connection("embedded" if config.embedded else config.server)
+    # The browser draws on the same cores: a picture that uses all of them waits for it at every operation.
+    spare = max(1, (os.cpu_count() or 2) - 1)
+    connection = Connection("embedded", threads=spare) if config.embedded else Connection(config.server)
     server = uvicorn.Server(
         uvicorn.Config(
             build_app(connection, access, on_ready, config.root_path),

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import turbolens as tl
 
@@ -20,8 +20,10 @@ _ASK_S: Final = 5.0
 class Connection:
     """A lens, and whether its server answers; `async with` opens and closes it."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, **settings: Any) -> None:
+        """Of the server at `target`; `settings` are those of the embedded one."""
         self.target = target
+        self._settings = settings
         self.state: State = "connecting"
         self.detail = ""
         """Why it is not ready, in words."""
@@ -37,7 +39,7 @@ class Connection:
     async def __aenter__(self) -> Connection:
         if self.target == "embedded":
             # Loading blocks, and there is no page yet that could wait for it.
-            self._lens = tl.aio.connect(self.target)
+            self._lens = tl.aio.connect(self.target, **self._settings)
             self._found(await self._lens.model())
         self._minding = asyncio.create_task(self._mind())
         return self

@@ -268,6 +268,7 @@ def brief(feature: tl.Feature) -> dict[str, Any]:
 def whole(feature: tl.Feature) -> dict[str, Any]:
     """A feature with all that is known of it."""
     return brief(feature) | {
+        "iconStrength": feature.icon_strength,
         "labels": [dataclasses.asdict(label) for label in feature.labels],
         "examples": [dataclasses.asdict(example) | {"seed": str(example.seed)} for example in feature.examples],
     }

@@ -27,6 +27,7 @@ def test_precedence(tmp_path):
         ("", {"TURBOLENS_REFLECTION": "perhaps"}, "true or false"),
         ("port = 70000", {}, "65535"),
         ("max_steps = 0", {}, "max_steps"),
+        ("threads = -1", {}, "threads is -1; it must be at least 0"),
         ("grace_s = nan", {}, "grace_s"),
         ("max_batch = 0", {}, "max_batch"),
         ("max_queue_pictures = 15", {}, "at least 16"),

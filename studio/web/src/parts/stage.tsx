@@ -45,6 +45,7 @@ export function Stage(props: StageProps) {
   const latest = useRef(props);
   latest.current = props;
   const frame = useRef(0);
+  const stretched = useRef<{ seen: unknown[]; canvas: OffscreenCanvas } | null>(null);
 
   const viewNow = () => latest.current.view.value ?? fit(latest.current.size, element.current, 0);
 
@@ -60,14 +61,22 @@ export function Stage(props: StageProps) {
       x: Math.round((view.x + at.x * view.scale) * ratio),
       y: Math.round((view.y + at.y * view.scale) * ratio),
     });
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, drawn.width, drawn.height);
     const [from, to] = [place({ x: 0, y: 0 }), place({ x: size.width, y: size.height })];
-    if (picture) {
-      context.imageSmoothingEnabled = view.scale < 8;
-      context.imageSmoothingQuality = "high";
-      context.drawImage(picture, from.x, from.y, to.x - from.x, to.y - from.y);
+    const smooth = view.scale < 8;
+    const seen = [picture, drawn.width, drawn.height, from.x, from.y, to.x, to.y, smooth];
+    // Stretching a picture costs more than all that is drawn over it, and while one paints it stays the same.
+    if (!stretched.current || seen.some((part, at) => part !== stretched.current!.seen[at])) {
+      const canvas = new OffscreenCanvas(drawn.width, drawn.height);
+      const own = canvas.getContext("2d")!;
+      own.imageSmoothingEnabled = smooth;
+      own.imageSmoothingQuality = "high";
+      if (picture) own.drawImage(picture, from.x, from.y, to.x - from.x, to.y - from.y);
+      stretched.current = { seen, canvas };
     }
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalCompositeOperation = "copy";
+    context.drawImage(stretched.current.canvas, 0, 0);
+    context.globalCompositeOperation = "source-over";
     draw?.(context, place, ratio, view.scale);
   };
   const redraw = () => {

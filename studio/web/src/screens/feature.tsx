@@ -16,6 +16,8 @@ const examplesLane = new Lane("examples");
 const doseLane = new Lane("dose");
 const iconLane = new Lane("icon");
 const DOSES = [-8, -4, -2, 0, 2, 4, 8, 16] as const;
+/** Where none is known to show anything. */
+const ICON_STRENGTH = 4;
 const ICON_SEEDS = ["0", "1", "2"] as const;
 
 function adding(sae: string, index: number, amount: number, kind: "add" | "replace", unit: "mean" | "raw") {
@@ -238,12 +240,13 @@ function Dose({ of }: { of: Known }) {
 
 function AloneIcon({ of }: { of: Known }) {
   const unit = of.mean > 0 ? "mean" : "raw";
-  const runs = ICON_SEEDS.map((seed) => ({ prompt: "", seed, steps: 1, edits: [adding(of.sae, of.index, 6, "replace", unit)] }));
+  const strength = of.iconStrength ?? ICON_STRENGTH;
+  const runs = ICON_SEEDS.map((seed) => ({ prompt: "", seed, steps: 1, edits: [adding(of.sae, of.index, strength, "replace", unit)] }));
   const pictures = useRuns(iconLane, runs, `${of.sae}/${of.index}`);
   return (
     <section class="panel" data-panel="icon">
       <h3>Its icon</h3>
-      <p class="quiet">On the empty prompt, the feature alone in place of all that its block writes, at three seeds. A block that draws little by itself shows little: icons can mislead.</p>
+      <p class="quiet">On the empty prompt, the feature alone in place of all that its block writes, at three seeds. {of.iconStrength === null ? `No strength is known at which something shows; this is ${strength}.` : `At ${strength}, the first strength tried at which something shows.`} Icons can mislead.</p>
       <ul class="icons">{ICON_SEEDS.map((seed, at) => <li>{pictures[at] ? <BlobImage blob={pictures[at]!.png} alt={`icon, seed ${seed}`} /> : <span class="loading" />}</li>)}</ul>
     </section>
   );

@@ -52,6 +52,8 @@ export interface Example {
 }
 
 export interface Known extends Brief {
+  /** Of `replace` on the empty prompt, where something shows; null: at none that was tried, or nobody looked. */
+  iconStrength: number | null;
   labels: { attribute: string; value: string; region: string; score: number }[];
   examples: Example[];
 }

@@ -76,11 +76,12 @@ export class Lane {
     lanes.set(name, this);
   }
 
-  run(runs: Run[], listener: Listener): void {
+  /** What only waits in the server's line, and a sweep, is given up for what is newer; what runs only where `hurry` says so. */
+  run(runs: Run[], listener: Listener, hurry = false): void {
     this.next?.listener.cancelled?.();
     this.next = { rev: ++lastRev, runs, listener, sent: 0 };
-    // What only waits in the server's line, and a sweep, is given up for what is newer; what runs is let finish.
     if (!this.now || this.inLine) this.send();
+    else if (hurry) socket?.send(JSON.stringify({ kind: "cancel", lane: this.name })); // what waits is sent at its end
   }
 
   cancel(): void {

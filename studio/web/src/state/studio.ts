@@ -100,6 +100,8 @@ function makeBase(of: Doc): void {
 
 let lastBegan = 0;
 let lastTook = 100;
+/** Whether the last picture asked for is of a moment of a stroke: nobody waits for it once the stroke is done. */
+let drewMidway = false;
 let timer = 0;
 
 /** Layers as they look now, the stroke that is being painted included. */
@@ -136,7 +138,8 @@ export function makeResult(): void {
       if (!drawing) void keep(picture, of, layers, base.value?.key ?? "");
     },
     error: failed,
-  });
+  }, drewMidway && !drawing);
+  drewMidway = drawing;
 }
 
 /** Tell the browser's own timeline how long the picture after a stroke took, once it is on the screen. */
