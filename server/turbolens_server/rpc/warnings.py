@@ -45,11 +45,13 @@ def _seeds_collide(seeds: Sequence[int]) -> str | None:
 
 def _no_effect(edits: Sequence[Edit]) -> str | None:
     """Of the first edit that changes nothing: over the wire an amount that is left out is 0, and nobody can tell."""
-    for at, edit in enumerate(edits):
+    for edit in edits:
         kind = KINDS[edit.kind]
         if edit.steps is None and kind.own(edit.amount) == 0 == kind.put(edit.amount):
+            features = ", ".join(f"{feature.sae}/{feature.index}" for feature in edit.features[:3])
+            more = ", ..." if len(edit.features) > 3 else ""
             why = "; an amount that is left out is 0" if edit.amount == 0 else ""
-            return f"edits[{at}].{edit.kind}.{kind.amount} is {edit.amount:g}, with which it changes nothing{why}"
+            return f"{edit.kind} of {features}{more}: {kind.amount} {edit.amount:g} changes nothing{why}"
     return None
 
 

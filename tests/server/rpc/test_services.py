@@ -174,8 +174,8 @@ async def test_seeds_that_draw_the_same_noise_are_told(running, seeds, says):
     ("edit", "says"),
     [
         ({"add": {"strength": 4}}, None),
-        ({"add": {}}, "edits[1].add.strength is 0, with which it changes nothing; an amount that is left out is 0"),
-        ({"scale": {"factor": 1}}, "edits[1].scale.factor is 1, with which it changes nothing"),
+        ({"add": {}}, "add of mid.0/1: strength 0 changes nothing; an amount that is left out is 0"),
+        ({"scale": {"factor": 1}}, "scale of mid.0/1: factor 1 changes nothing"),
         ({"scale": {}}, None),  # ablates
         ({"set": {}}, None),
         ({"add": {}, "steps": {"start": 0, "end": 1}}, None),  # one step of a schedule
