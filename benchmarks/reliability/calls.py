@@ -16,7 +16,7 @@ import tyro
 import turbolens as tl
 from benchmarks.fleet.simulation import Curve
 from benchmarks.reliability.results import save, say
-from benchmarks.reliability.servers import started, timed
+from benchmarks.reliability.servers import span_sink, started, timed
 from benchmarks.served import AIM
 from turbolens_server.bench import contenders as make
 from turbolens_server.bench.contenders import Work
@@ -58,10 +58,10 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 
 def overhead(rounds: int, traces: bool) -> dict[str, Any]:
-    """One picture of one step by the engine, and by a server with TLS, a token and metrics, interleaved."""
+    """One picture of one step by the engine, and by a server with TLS, a token, metrics and traces, interleaved."""
     engine = load_engine()
     jobs = Work(1, 1, *engine.info.default_size).jobs()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, span_sink() as (endpoint, sent):
         folder = Path(name)
         cert, key = certificate(folder)
         token, digest = make_token()
@@ -69,7 +69,8 @@ def overhead(rounds: int, traces: bool) -> dict[str, Any]:
         tokens.write_text(f'[[token]]\nname = "bench"\nsha256 = "{digest}"\n')
         flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--tokens", str(tokens), "--host", "localhost"]
         flags += ["--traces"] if traces else []
-        with started(*flags, metrics_port=_METRICS_PORT) as server:
+        to = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        with started(*flags, metrics_port=_METRICS_PORT, environment=to) as server:
             target = f"localhost:{server.target.rpartition(':')[2]}"
             tls = tl.TLS(cert.read_bytes())
             with tl.connect(target, tls=tls, token=token) as lens:
@@ -84,6 +85,7 @@ def overhead(rounds: int, traces: bool) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "traces": traces,
+        "span_kib_sent": sum(sent) // 1024,
         "engine_ms": round(rows[0].median_ms, 2),
         "server_ms": round(rows[1].median_ms, 2),
         "added_ms": [
@@ -96,7 +98,7 @@ def overhead(rounds: int, traces: bool) -> dict[str, Any]:
     }
 
 
-def main(calls: int = 10_000, rounds: int = 60, traces: bool = False) -> None:
+def main(calls: int = 10_000, rounds: int = 60, traces: bool = True) -> None:
     """Call.
 
     Args:

@@ -56,7 +56,7 @@ _LINES: Final = {
         ("p50, first and last third", "flat",
          "{p50_ms_first_and_last_third[0]:.0f}, {p50_ms_first_and_last_third[1]:.0f} ms"),
     ]),
-    "overhead": ("a call beside the engine alone; TLS, token, metrics on", [
+    "overhead": ("a call beside the engine alone; TLS, token, metrics, traces on", [
         ("added", "< 3 ms or 5 %", "{added_ms[0]} ms ({added_ms[1]} to {added_ms[2]}), {ratio[0]} times: {verdict}"),
     ]),
 }  # fmt: skip

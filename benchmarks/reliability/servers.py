@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.server
 import json
 import os
 import re
@@ -56,12 +57,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(*flags: str, metrics_port: int = 0) -> Iterator[Server]:
-    """`turbolens serve` with flags, on a free port, ready."""
+def started(*flags: str, metrics_port: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """`turbolens serve` with flags, and variables beside this process's own, on a free port, ready."""
     command = [str(Path(sys.prefix) / "bin" / "turbolens"), "serve", "--port", "0", "--log-format", "json", *flags]
     if metrics_port:
         command += ["--metrics-port", str(metrics_port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    variables = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     server = Server(process, "", metrics_port)
     ready = threading.Event()
 
@@ -103,6 +105,28 @@ def timed(curve: Curve, settings: Mapping[str, Any] | None = None) -> Iterator[S
             yield Server(process, f"127.0.0.1:{int(port)}", (settings or {}).get("metrics_port", 0))
         finally:
             _kill(process)
+
+
+@contextlib.contextmanager
+def span_sink() -> Iterator[tuple[str, list[int]]]:
+    """What takes spans by OTLP over HTTP and throws them away: its address, and the sizes of what came."""
+    sizes: list[int] = []
+
+    class Sink(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sizes.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *_: object) -> None:
+            """Nothing is said."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Sink) as sink:
+        threading.Thread(target=sink.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{sink.server_port}", sizes
+        finally:
+            sink.shutdown()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,9 +78,9 @@ class Connection:
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """What every call brings."""
         if self.token is None:
-            return self.more
+            return (*_trace(), *self.more)
         token = self.token if isinstance(self.token, str) else self.token()
-        return (("authorization", f"Bearer {token}"), *self.more)
+        return (("authorization", f"Bearer {token}"), *_trace(), *self.more)
 
     def options(self) -> list[tuple[str, Any]]:
         """Options of a channel."""
@@ -94,6 +95,17 @@ class Connection:
         if self.authority is not None:
             options.append(("grpc.default_authority", self.authority))
         return options
+
+
+def _trace() -> tuple[tuple[str, str], ...]:
+    """The caller's span, as W3C has it, where its program uses OpenTelemetry."""
+    if "opentelemetry" not in sys.modules:
+        return ()
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple(carrier.items())
 
 
 def client_version() -> str:

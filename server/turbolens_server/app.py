@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from turbolens_server.config import ConfigError, ServerConfig, read_config
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.places import problems
 from turbolens_server.logs import configure_logging, get_logger
+from turbolens_server.telemetry import send_traces
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> None:
     if wrong := problems(config):
         sys.exit("\n".join(f"turbolens serve: {line}" for line in wrong))
     configure_logging(config.log_format, config.log_level)
+    last_spans = _send_traces() if config.traces else None
     # Imported late: a command's help and a mistyped setting must not wait for torch.
     from turbolens_server.sae.bundle import BundleError
 
@@ -38,11 +41,21 @@ def main(argv: list[str]) -> None:
         code = asyncio.run(_serve(config))
     except (ConfigError, LoadError, BundleError) as error:
         sys.exit(f"turbolens serve: {error}")
+    if last_spans is not None:
+        last_spans()
     if code is not None:
         # A thread that reads weights cannot be stopped, and ending the interpreter under it, or beside a lost GPU, can
         # crash or hang in native code. Nothing needs saving.
         logging.shutdown()
         os._exit(code)
+
+
+def _send_traces() -> Callable[[], object]:
+    try:
+        return send_traces()
+    except ModuleNotFoundError as error:
+        print(f"turbolens serve: traces needs {error.name}: pip install 'turbolens[traces]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def _end_at_once(sign: int, _: object = None) -> None:

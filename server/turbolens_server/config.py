@@ -82,6 +82,9 @@ class ServerConfig:
     """Port that answers health alone, in the clear and without a token, for probes that can do neither; 0: none."""
     metrics_port: int = 0
     """Port of Prometheus metrics, over HTTP at /metrics; 0: none."""
+    traces: bool = False
+    """Send spans of calls, batches and steps by OpenTelemetry, to where OTEL_EXPORTER_OTLP_ENDPOINT and its like say;
+    needs the extra `traces`."""
     max_connection_age_s: float = 0
     """Seconds after which callers are asked to connect anew, so that they find servers that were added; 0: never."""
     max_steps: int = 4

@@ -78,8 +78,11 @@ def start(model: str = "mini", **settings: Any) -> Embedded:
     Logging is the program's own: the server logs to the standard library's logger "turbolens", like any library.
 
     Raises:
-        TypeError: a setting of logging was given.
+        TypeError: a setting was given that is the process's own.
     """
-    if taken := sorted(settings.keys() & {"log_format", "log_level"}):
-        raise TypeError(f"{', '.join(taken)}: in this process, logging is set on logging.getLogger({NAME!r})")
+    if taken := sorted(settings.keys() & {"log_format", "log_level", "traces"}):
+        raise TypeError(
+            f"{', '.join(taken)}: in this process, logging is set on logging.getLogger({NAME!r}), and traces go where "
+            "OpenTelemetry's SDK sends them"
+        )
     return Embedded(ServerConfig(model=model, **settings))

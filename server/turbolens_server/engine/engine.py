@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
@@ -24,7 +25,16 @@ from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.sampler import Sampler
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
-from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, OnEvent, Result, SparseCodes, StepDone
+from turbolens_server.engine.types import (
+    FeaturesReady,
+    Job,
+    NotFinite,
+    OnEvent,
+    Result,
+    SparseCodes,
+    StepDone,
+    StepTimes,
+)
 from turbolens_server.engine.walk import Walk
 from turbolens_server.sae.sae import Sae
 from turbolens_server.steering.choice import Chosen
@@ -211,10 +221,11 @@ class Engine:
             live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
             if not any(live):
                 break
-            tap = StepTap(plan, step)
+            tap, started = StepTap(plan, step), time.monotonic()
             estimate = walk.step(t, tap)
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(walk.latents).flatten(1).all(1).tolist()
+            times = StepTimes(started, time.monotonic(), tuple(tap.times))
             whole = [all(finite[lane] for lane in lanes.rows_of(row)) for row in range(len(jobs))]
             for row in [row for row, alive in enumerate(live) if alive and not whole[row]]:
                 live[row] = False
@@ -227,7 +238,7 @@ class Engine:
             shown = {} if estimate is None else dict(decode_rows(parts.decoder, estimate, previews, live))
             for row in range(len(jobs)):
                 if live[row]:
-                    emit(StepDone(row, step, first.steps, shown.get(row)))
+                    emit(StepDone(row, step, first.steps, shown.get(row), times))
         return Denoised(jobs, walk.latents[: len(jobs)], live, features, text.tokens_cut, chosen)
 
     def _read(self, jobs: Sequence[Job], steps: int) -> list[list[SparseCodes]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,9 +34,15 @@ class StepTap:
         """Hook points with something to do; where there is none, the U-Net runs as if it had no taps."""
         self.closed = frozenset(point for point, edits in self._edits.items() if edits.closed)
         """Hook points with an edit that depends on the updates of this pass."""
+        self.times: list[tuple[str, float, float]] = []
+        """What was done: hook point, start and end by `time.monotonic`."""
 
     def __call__(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
         """Read and steer the update [B, P, d_model] of one hook point."""
+        with self._timed(point):
+            return self._read_and_steer(point, update, grid)
+
+    def _read_and_steer(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
         edits = self._edits[point]
         codes = []  # of the encoded rows, by SAE, as features of the whole dictionary
         for name in self._plan.saes_at[point]:
@@ -52,8 +60,15 @@ class StepTap:
 
     def read(self, point: str, update: Tensor, grid: tuple[int, int]) -> None:
         """Read the update [B, P, d_model] of one hook point."""
-        for name in self._plan.saes_at[point]:
-            self._read_rows(name, update, grid, [])
+        with self._timed(point):
+            for name in self._plan.saes_at[point]:
+                self._read_rows(name, update, grid, [])
+
+    @contextlib.contextmanager
+    def _timed(self, point: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.times.append((point, started, time.monotonic()))
 
     def affine(self, point: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         """The edits at a hook point without closed ones: gain [B, 1, h, w] and bias [B, d_model, h, w], float32.

@@ -84,6 +84,17 @@ class SparseCodes:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When a step of a batch ran, by `time.monotonic`."""
+
+    started: float
+    ended: float
+    taps: tuple[tuple[str, float, float], ...]
+    """Hook points where features were read or edited: name, start, end. On a GPU the time in which the host handed the
+    work over; the GPU's own is in the step's."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepDone:
     """A denoising step of job `job` ended."""
 
@@ -92,6 +103,7 @@ class StepDone:
     steps: int
     preview: npt.NDArray[np.uint8] | None = None
     """[height, width, 3], where asked."""
+    times: StepTimes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,8 +14,10 @@ from typing import Any, Final
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
+from opentelemetry.trace import Span
 
 from turbolens_server.logs import get_logger
+from turbolens_server.rpc import traces
 from turbolens_server.rpc.admission import Account, Ledger
 from turbolens_server.rpc.answers import Answers
 from turbolens_server.rpc.callers import Caller, KnownCallers, address, identify, refused
@@ -54,8 +56,11 @@ def _usable(asked: Any) -> bool:
 class Call:
     """One call from its first bytes to its line in the log."""
 
-    def __init__(self, method: str, caller: Caller, account: Account, context: Any, metrics: Metrics) -> None:
+    def __init__(
+        self, method: str, caller: Caller, account: Account, context: Any, metrics: Metrics, span: Span
+    ) -> None:
         self._context = context
+        self._span = span
         self._metrics = metrics
         self._start = time.perf_counter()
         # Read now: asking a context that the caller has left for its peer can bring the process down.
@@ -76,6 +81,8 @@ class Call:
         self.error: Exception | None = None
         _CALL.set(self)
         structlog.contextvars.bind_contextvars(request_id=self.request_id, method=method, caller=caller.name)
+        if (trace_id := traces.trace_id(span)) is not None:
+            structlog.contextvars.bind_contextvars(trace_id=trace_id)
 
     def name_after(self, request: Any) -> None:
         """Take the id that the request itself brings."""
@@ -102,6 +109,7 @@ class Call:
         await self._context.abort(error.code, error.message, error.trailing_metadata(self.request_id))
 
     def _tell(self, code: grpc.StatusCode, **more: Any) -> None:
+        traces.end_call(self._span, code, self.request_id, more.get("reason", ""))
         self._metrics.requests.labels(self.method, code.name).inc()
         self._metrics.request_seconds.labels(self.method).observe(self._elapsed_s())
         if code is grpc.StatusCode.CANCELLED:
@@ -283,8 +291,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             caller, denied = Caller(address(peer)), error
         self._active += 1
         try:
-            with self._ledger.account(caller) as account:
-                call = Call(name, caller, account, context, self._metrics)
+            metadata = dict(context.invocation_metadata() or ())
+            with self._ledger.account(caller) as account, traces.of_call(name, metadata) as span:
+                call = Call(name, caller, account, context, self._metrics, span)
                 call.refused = denied
                 try:
                     yield call

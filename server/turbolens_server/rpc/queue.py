@@ -21,6 +21,7 @@ import structlog
 from turbolens_server.engine.batcher import Batcher
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Event, Job, NotFinite, Result
+from turbolens_server.rpc import traces
 from turbolens_server.rpc.admission import SHARE
 from turbolens_server.rpc.errors import (
     expired,
@@ -282,6 +283,7 @@ class Queue:
             if ticket.started is None:
                 ticket.started = now
                 self.metrics.queue_wait.observe(now - ticket.arrived)
+                traces.record(ticket.context, "queue", ticket.arrived, now)
             ticket.largest_batch = max(ticket.largest_batch, len(batch.slots))
         self.metrics.batch_size.observe(len(batch.slots))
         self._tell_positions()
@@ -353,15 +355,23 @@ class Queue:
         denoise = functools.partial(self._engine.denoise, on_event=forward, cancelled=cancelled)
         decode = functools.partial(self._engine.decode, on_event=forward, cancelled=cancelled)
         seconds = self.metrics.stage_seconds
-        started = loop.time()
-        denoised = await loop.run_in_executor(self._denoise, denoise, [slot.job for slot in batch.slots])
-        seconds.labels("unet").observe(loop.time() - started)
-        async with self._decoding:
-            if free is not None:
-                free()
-            started = loop.time()
-            await loop.run_in_executor(self._decode, decode, denoised)
-            seconds.labels("vae").observe(loop.time() - started)
+        first, second = (loop.time(), 0.0), None
+        try:
+            denoised = await loop.run_in_executor(self._denoise, denoise, [slot.job for slot in batch.slots])
+            first = (first[0], loop.time())
+            seconds.labels("unet").observe(first[1] - first[0])
+            seconds.labels("sae").observe(sum(over - began for step in batch.times for _, began, over in step.taps))
+            async with self._decoding:
+                if free is not None:
+                    free()
+                started = loop.time()
+                await loop.run_in_executor(self._decode, decode, denoised)
+                second = (started, loop.time())
+                seconds.labels("vae").observe(second[1] - started)
+        finally:
+            contexts = [ticket.context for ticket in batch.tickets]
+            first = (first[0], first[1] or loop.time())
+            traces.record_batch(contexts, len(batch.slots), first, second, batch.times)
 
     def _free(self) -> None:
         self._busy = False

@@ -28,7 +28,7 @@ from turbolens_proto.v1 import (
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
-from turbolens_server.rpc import bulk, convert, questions
+from turbolens_server.rpc import bulk, convert, questions, traces
 from turbolens_server.rpc.admission import Account, answer_bytes
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
 from turbolens_server.rpc.check_pool import CheckPool
@@ -96,6 +96,12 @@ async def _off_loop(function: Callable[..., T], *arguments: Any, **options: Any)
     return await asyncio.to_thread(function, *arguments, **options)
 
 
+async def _coded(ready: Ready, function: Callable[..., T], *arguments: Any) -> T:
+    """What is made of one picture or its features for an answer."""
+    with traces.stage("coding"), ready.queue.metrics.stage_seconds.labels("coding").time():
+        return await _off_loop(function, *arguments)
+
+
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """`turbolens.v1.ModelService`."""
 
@@ -121,7 +127,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         valid = await self._readiness.valid(validate_generate, request)
         results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
         pack = convert.Packer(valid, ready.catalog.labels_of)
-        made = [await _off_loop(convert.generation, result, valid, pack) for result in results]
+        made = [await _coded(ready, convert.generation, result, valid, pack) for result in results]
         return _one_message(
             generation.GenerateResponse(
                 request_id=current_request_id(),
@@ -147,14 +153,14 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 match event:
                     case Queued(position):
                         yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
-                    case StepDone(job, step, steps, preview):
-                        coded = None if preview is None else await _off_loop(convert.image, preview, valid)
+                    case StepDone(job, step, steps, preview=preview):
+                        coded = None if preview is None else await _coded(ready, convert.image, preview, valid)
                         yield answer(step=generation.StepEvent(seed_index=job, step=step, steps=steps, preview=coded))
                     case FeaturesReady():
-                        yield answer(features=await _off_loop(_features_event, event, valid, pack))
+                        yield answer(features=await _coded(ready, _features_event, event, valid, pack))
                     case Result():
                         results.append(event)
-                        made = await _off_loop(convert.generation, event, valid)
+                        made = await _coded(ready, convert.generation, event, valid)
                         yield answer(picture=generation.PictureEvent(seed_index=event.job, generation=made))
                     case NotFinite():
                         failed.append(event)
@@ -180,7 +186,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         return _one_message(
             features.ExtractFeaturesResponse(
                 request_id=current_request_id(),
-                extractions=[await _off_loop(convert.extraction, result, valid, pack) for result in results],
+                extractions=[await _coded(ready, convert.extraction, result, valid, pack) for result in results],
                 provenance=convert.provenance(valid, ready.engine.info, results),
                 warnings=warnings(valid.jobs, results, ready.engine.info),
             )
@@ -203,7 +209,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                     case Queued(position):
                         yield answer(queued=features.QueuedEvent(request_id=current_request_id(), position=position))
                     case FeaturesReady():
-                        yield answer(features=await _off_loop(_features_event, event, valid, pack))
+                        yield answer(features=await _coded(ready, _features_event, event, valid, pack))
                     case Result():
                         results.append(event)
                     case NotFinite():

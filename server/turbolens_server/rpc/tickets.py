@@ -7,8 +7,11 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
+from opentelemetry.context import Context
+
 from turbolens_server.engine.batcher import Slot
-from turbolens_server.engine.types import Event, FeaturesReady, NotFinite, Result, SparseCodes, StepDone
+from turbolens_server.engine.types import Event, FeaturesReady, NotFinite, Result, SparseCodes, StepDone, StepTimes
+from turbolens_server.rpc import traces
 from turbolens_server.rpc.metrics import Metrics
 
 
@@ -29,6 +32,8 @@ class Ticket:
     deadline: float | None
     """On the loop's clock, like `arrived`; None: none."""
     caller: str = ""
+    context: Context = dataclasses.field(default_factory=traces.here)
+    """Where its spans belong."""
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Nobody waits for it any more; read by the engine's threads."""
     position: int = -1
@@ -72,6 +77,8 @@ class Batch:
         """Events that callers have had, so that a second run of a job does not tell them again."""
         self._steps = 0
         """Steps that have been taken."""
+        self.times: list[StepTimes] = []
+        """Of the steps that have been taken, where the engine tells."""
         self._left_at: dict[int, int] = {}
         """Steps that had been taken when a row was first seen to be cancelled, by row."""
 
@@ -97,6 +104,8 @@ class Batch:
         slot = self.slots[event.job]
         if isinstance(event, StepDone):
             self._steps = max(self._steps, event.step + 1)
+            if event.times is not None and event.step == len(self.times):
+                self.times.append(event.times)
         key = (slot.request, slot.index, *_what(event))
         if key in self._told:
             return
