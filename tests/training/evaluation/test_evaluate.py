@@ -53,7 +53,7 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
     }
     page = (out / "report.html").read_text()
     figures = sorted(path.name for path in out.glob("*.png"))
-    assert page.count("data:image/png;base64,") == len(figures) == 8
+    assert page.count("data:image/png;base64,") == len(figures) == 9
     for text in (page, (out / "report.md").read_text(), json.dumps(tables["run"])):
         assert str(tmp_path) not in text
 

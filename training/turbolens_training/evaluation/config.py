@@ -106,7 +106,9 @@ class EvalConfig:
     mean_multipliers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     """Factors on the mean differences: larger, as a mean over positions is smaller than the change where it matters."""
     strengths: tuple[float, ...] = (4.0, 8.0, 16.0)
-    """Strengths of adding one labelled feature, in its mean activation."""
+    """Strengths of adding one labelled feature, and of every edit of the features known for a value, in their means."""
+    known_features: int = 4
+    """Features of a value that `edits` adds, sets and swaps, where the catalog has no measured group for it."""
     locality_features: int = 8
     """Random features of each block, that its statistics saw active, for `locality` to add to half of the picture."""
     locality_scenes: int = 8
@@ -118,7 +120,7 @@ class EvalConfig:
         """Refuse what nothing can be measured with."""
         check_counts(
             self, "steps", "batch", "quality_pictures", "splice_scenes", "probe_pictures", "pairs", "choice_pairs",
-            "features", "locality_features", "locality_scenes",
+            "features", "known_features", "locality_features", "locality_scenes",
         )  # fmt: skip
         if not self.parts:
             raise ValueError("parts: none")

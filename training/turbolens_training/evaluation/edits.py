@@ -18,6 +18,7 @@ from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Mask
 from turbolens_training.activations.taps import Intervention
 from turbolens_training.evaluation.interventions import shift
+from turbolens_training.evaluation.kept import KeptBatches
 from turbolens_training.evaluation.sampling import Walked, device_of, sample
 from turbolens_training.evaluation.transfer import (
     EncodedPictures,
@@ -145,13 +146,22 @@ def edit_pictures(
     steps: int,
     batch: int,
     title: str,
+    kept: KeptBatches | None = None,
 ) -> dict[str, Tensor]:
-    """Latents [N, C, h, w] of every method by name, and of `NOTHING` and `PROMPT`, the unedited runs."""
+    """Latents [N, C, h, w] of every method by name, and of `NOTHING` and `PROMPT`, the unedited runs.
+
+    `kept` holds what a run that was cut short has made, and gets what this one makes.
+    """
     latents: dict[str, list[Tensor]] = {name: [] for name in (NOTHING, PROMPT, *methods)}
     with tqdm(total=len(pairs) * len(latents), desc=title, unit="picture") as progress:
         for start in range(0, len(pairs), batch):
             rows = slice(start, min(start + batch, len(pairs)))
             some = pairs[rows]
+            if kept is not None and (made := kept.get(start)) is not None:
+                for name, parts in latents.items():
+                    parts.append(made[name])
+                progress.update(len(some) * len(latents))
+                continue
 
             def run(captions: list[str], intervene: Intervention | None = None, some: CaptionPairs = some) -> Walked:
                 found = sample(engine, captions, some.seeds, steps, intervene=intervene, keep=intervene is None)
@@ -171,6 +181,8 @@ def edit_pictures(
                     progress.update(len(some))
                 else:
                     latents[name].append(run(some.captions, do).latents.cpu())
+            if kept is not None:
+                kept.put(start, {name: parts[-1] for name, parts in latents.items()})
     return {name: torch.cat(parts) for name, parts in latents.items()}
 
 

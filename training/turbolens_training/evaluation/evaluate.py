@@ -185,6 +185,9 @@ def _edits(engine: Engine, config: EvalConfig) -> Section:
         across="attribute",
         values={"nearer": "nearer to the edited scene", "others_right": "other attributes right"},
     )
+    figures.error_bars(
+        config.out / "scene_edit_intervals.png", chosen, x="nearer", y="others_right", by="cell", across="attribute"
+    )
     names, columns, pictures = example_pictures(engine, result)
     figures.picture_sheet(config.out / "scene_edit_examples.png", pictures, names, columns)
     return Section(
@@ -192,10 +195,10 @@ def _edits(engine: Engine, config: EvalConfig) -> Section:
         "The same kind of pairs, edited by every method without changing the prompt. progress is how far the picture "
         "went from the exact picture of the scene (0) to that of the edited scene (1); nearer the share nearer to the "
         "latter; psnr is to it; others_right the share of other attributes that are right. nothing is the floor, "
-        "prompt change the ceiling. A method's best setting is that with the largest nearer x others_right over all "
-        "attributes, on these same pairs.",
+        "prompt change the ceiling. low and high bound nearer and others_right at 95 % (Wilson). A method's best "
+        "setting is that with the largest nearer x others_right over all attributes, on these same pairs.",
         {"scene_edit_all": overall, "scene_edit": rows},
-        ["scene_edit.png", "scene_edit_attributes.png", "scene_edit_examples.png"],
+        ["scene_edit.png", "scene_edit_intervals.png", "scene_edit_attributes.png", "scene_edit_examples.png"],
         frozenset({"scene_edit"}),
     )
 

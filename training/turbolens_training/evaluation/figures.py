@@ -101,6 +101,38 @@ def curves(path: Path, rows: Rows, *, x: str, y: str, by: str) -> None:
     save_figure(figure, path)
 
 
+def error_bars(path: Path, rows: Rows, *, x: str, y: str, by: str, across: str) -> None:
+    """Points of two columns with their intervals (`NAME_low`, `NAME_high` of the first word of each column's name): a
+    panel for each value of `across`, a colour for each value of `by`."""
+    panels = list(dict.fromkeys(row[across] for row in rows))
+    names = list(dict.fromkeys(row[by] for row in rows))
+    wide = min(4, len(panels))
+    tall = -(-len(panels) // wide)
+    figure, axes = plt.subplots(
+        tall, wide, figsize=(3.2 * wide, 2.9 * tall + 0.9), squeeze=False, sharex=True, sharey=True
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for row in (row for row in rows if row[across] == panel):
+            index = names.index(row[by])
+            bars = []
+            for column in (x, y):
+                low, high = (float(row[f"{column.split('_')[0]}_{end}"]) for end in ("low", "high"))
+                bars.append([[max(0.0, row[column] - low)], [max(0.0, high - row[column])]])
+            look = {"color": plt.get_cmap("tab20")(index % 20), "marker": "os^D"[index % 4], "ms": 5, "lw": 0.8}
+            axis.errorbar(row[x], row[y], xerr=bars[0], yerr=bars[1], ls="", label=str(row[by]), **look)
+        counts = sorted({row["pairs"] for row in rows if row[across] == panel})
+        axis.set_title(f"{panel} ({', '.join(map(str, counts))} pairs)", fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.supxlabel(x.replace("_", " "), fontsize=9)
+    figure.supylabel(y.replace("_", " "), fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=5, fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.9 / figure.get_figheight()))
+    save_figure(figure, path)
+
+
 def picture_sheet(path: Path, pictures: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Pictures [rows, columns, 3, H, W] in [-1, 1] with their names."""
     pixels = ((pictures.permute(0, 1, 3, 4, 2) + 1) / 2).clamp(0, 1).numpy()

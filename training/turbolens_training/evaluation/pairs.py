@@ -15,7 +15,7 @@ from torch import Tensor
 from turbolens_server.engine.engine import Engine
 from turbolens_training.evaluation.edits import CaptionPairs
 from turbolens_training.measures.concepts import Concept, Scenes, draw_scenes
-from turbolens_training.measures.counterfactual import Sheet
+from turbolens_training.measures.counterfactual import Sheet, interval
 from turbolens_training.mini.captions import plain_caption
 from turbolens_training.mini.evaluate import psnr
 from turbolens_training.mini.render import render
@@ -54,12 +54,23 @@ class EditScore:
     """To the exact edited picture, dB."""
     others: float
     """Share of the other attributes that are right."""
+    pairs: int = 1
+    """Of them."""
+    counts_as: float = 1.0
+    """Pairs that would make as sure of a mean of means that count the same: fewer, where these are of unequal many."""
 
     @classmethod
     def mean(cls, scores: Sequence[EditScore]) -> EditScore:
         """Mean of scores, each counting the same."""
-        rows = torch.tensor([dataclasses.astuple(score) for score in scores], dtype=torch.float64)
-        return cls(*rows.mean(0).tolist())
+        rows = [(score.progress, score.nearer, score.psnr, score.others) for score in scores]
+        means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+        counts_as = len(scores) ** 2 / sum(1 / score.counts_as for score in scores)
+        progress, nearer, psnr, others = means
+        return cls(progress, nearer, psnr, others, sum(score.pairs for score in scores), counts_as)
+
+    def interval(self, share: float) -> tuple[float, float]:
+        """At 95 %, of one of its shares (Wilson's); wider than need be for `others`, of several attributes a pair."""
+        return interval(share, self.counts_as)
 
 
 def draw_pairs(engine: Engine, concepts: Sequence[Concept], per_concept: int, key: str) -> list[Group]:
@@ -79,17 +90,25 @@ def split(groups: Sequence[Group], pictures: Tensor) -> Iterator[tuple[Group, Te
     yield from zip(groups, pictures.split([len(group.scenes.seeds) for group in groups]), strict=True)
 
 
-def score_group(group: Group, pictures: Tensor) -> EditScore:
-    """Score the edited pictures [N, 3, h, w] of one group."""
-    effect = Sheet(group.scenes, pictures.shape[-1]).judge(group.concept, pictures)
+def score_group(group: Group, pictures: Tensor, sheet: Sheet) -> EditScore:
+    """Score the edited pictures [N, 3, h, w] of one group beside its renderings."""
+    effect, n = sheet.judge(group.concept, pictures), len(pictures)
     target = group.exact(pictures.shape[-1])[1]
-    return EditScore((1 + effect.margin) / 2, effect.moved, psnr(pictures, target).mean().item(), effect.others)
+    return EditScore(
+        (1 + effect.margin) / 2, effect.moved, psnr(pictures, target).mean().item(), effect.others, n, float(n)
+    )
 
 
-def score_edits(groups: Sequence[Group], pictures: Tensor) -> dict[str, EditScore]:
-    """Scores by attribute, each a mean over its values, and under `all` the mean over attributes."""
+def score_edits(
+    groups: Sequence[Group], pictures: Tensor, sheets: Sequence[Sheet] | None = None
+) -> dict[str, EditScore]:
+    """Scores by attribute, each a mean over its values, and under `all` the mean over attributes.
+
+    `sheets` are the groups' renderings, for who scores many pictures of them; None: they are drawn here.
+    """
+    drawn = sheets or [Sheet(group.scenes, pictures.shape[-1]) for group in groups]
     by_attribute: dict[str, list[EditScore]] = {}
-    for group, some in split(groups, pictures):
-        by_attribute.setdefault(group.concept.attribute, []).append(score_group(group, some))
+    for (group, some), sheet in zip(split(groups, pictures), drawn, strict=True):
+        by_attribute.setdefault(group.concept.attribute, []).append(score_group(group, some, sheet))
     scores = {attribute: EditScore.mean(found) for attribute, found in by_attribute.items()}
     return {**scores, "all": EditScore.mean(list(scores.values()))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,9 +28,12 @@ from turbolens_training.evaluation.edits import (
     transfer_random,
 )
 from turbolens_training.evaluation.interventions import shift
+from turbolens_training.evaluation.kept import KeptBatches
+from turbolens_training.evaluation.named import named_methods
 from turbolens_training.evaluation.pairs import EditScore, Group, caption_pairs, draw_pairs, score_edits
 from turbolens_training.evaluation.sampling import decode, device_of, saes_by_block, sample, thumbnails
 from turbolens_training.measures.concepts import Concept, pick_concepts
+from turbolens_training.measures.counterfactual import Sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,10 @@ def grid(engine: Engine, saes: Mapping[str, Sae], groups: Sequence[Group], confi
         if info.bundle.folder is not None and (info.bundle.folder / "features.parquet").exists()
     }
     if labels:
+        for (name, strength), method in named_methods(
+            saes, labels, groups, config.known_features, config.strengths, config.seed
+        ).items():
+            cells[Cell(name, None, strength)] = method
         directions = {b: d[None] for b, d in labelled_directions(saes, groups, labels).items()}
         for strength in config.strengths:
             cells[Cell("add one labelled", None, strength)] = push(directions, strength)
@@ -171,10 +179,15 @@ class SceneEdit:
                 "features": "" if cell.features is None else cell.features,
                 "multiplier": "" if cell.multiplier is None else cell.multiplier,
                 "attribute": attribute,
+                "pairs": score.pairs,
                 "progress": round(score.progress, 3),
                 "nearer": round(score.nearer, 3),
+                "nearer_low": round(score.interval(score.nearer)[0], 3),
+                "nearer_high": round(score.interval(score.nearer)[1], 3),
                 "psnr": round(score.psnr, 2),
                 "others_right": round(score.others, 3),
+                "others_low": round(score.interval(score.others)[0], 3),
+                "others_high": round(score.interval(score.others)[1], 3),
             }
             for cell, scores in self.scores.items()
             for attribute, score in scores.items()
@@ -193,6 +206,13 @@ def _worth(score: EditScore) -> float:
     return score.nearer * score.others
 
 
+def _what(engine: Engine, config: EvalConfig, methods: Mapping[str, Method]) -> str:
+    """All that the pictures of a run depend on."""
+    settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in ("out", "parts")}
+    hashes = [engine.info.model_hash, *(sae.bundle.hash for sae in engine.info.saes.values())]
+    return json.dumps([settings, hashes, list(methods)])
+
+
 def measure_scene_edit(engine: Engine, config: EvalConfig) -> SceneEdit:
     """Run the whole grid."""
     saes = saes_by_block(engine)
@@ -200,10 +220,15 @@ def measure_scene_edit(engine: Engine, config: EvalConfig) -> SceneEdit:
     pairs = caption_pairs(groups)
     cells = grid(engine, saes, groups, config)
     methods = {str(cell): method for cell, method in cells.items()}
-    found = edit_pictures(engine, saes, pairs, methods, steps=config.steps, batch=config.batch, title="edits")
+    kept = KeptBatches(config.out / "edits.parts", _what(engine, config, methods))
+    found = edit_pictures(
+        engine, saes, pairs, methods, steps=config.steps, batch=config.batch, title="edits", kept=kept
+    )
     everything = [Cell(NOTHING), *cells, Cell(PROMPT)]
     latents = {cell: found[str(cell)] for cell in everything}
-    scores = {cell: score_edits(groups, thumbnails(x)) for cell, x in latents.items()}
+    sheets = [Sheet(group.scenes, latents[everything[0]].shape[-1]) for group in groups]
+    scores = {cell: score_edits(groups, thumbnails(x), sheets) for cell, x in latents.items()}
+    kept.drop()
     return SceneEdit(scores, pairs, groups, latents)
 
 

@@ -83,7 +83,7 @@ class Sheet:
         )
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
+def interval(share: float, count: float) -> tuple[float, float]:
     """Wilson's interval of a share of so many, at 95 %."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
