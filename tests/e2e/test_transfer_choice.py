@@ -93,6 +93,8 @@ def test_nothing_is_moved_by_no_multiple_of_it_and_twice_it_is_twice_it(lens):
             *((OTHERS, [tl.transfer(tl.choose(6, saes="down.2.1"), "other", multiplier=m)]) for m in (0, 1, 2)),
         )
     )
+    told = steered(lens, tl.choose(6), multiplier=0).warnings
+    assert [(one.code, "what is chosen: multiplier 0" in one.message) for one in told] == [("NO_EFFECT", True)]
     assert np.allclose(plain, nothing, atol=1e-3)  # three lanes round otherwise than one
     assert np.abs(once - plain).mean() < np.abs(twice - plain).mean()
 

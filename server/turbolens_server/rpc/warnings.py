@@ -47,8 +47,9 @@ def _no_effect(edits: Sequence[Edit]) -> str | None:
     """Of the first edit that changes nothing: over the wire an amount that is left out is 0, and nobody can tell."""
     for edit in edits:
         kind = KINDS[edit.kind]
-        if edit.steps is None and kind.own(edit.amount) == 0 == kind.put(edit.amount):
-            features = ", ".join(f"{feature.sae}/{feature.index}" for feature in edit.features[:3])
+        own = 0 if edit.choice else kind.own(edit.amount)  # what is chosen is added
+        if edit.steps is None and own == 0 == kind.put(edit.amount):
+            features = ", ".join(f"{feature.sae}/{feature.index}" for feature in edit.features[:3]) or "what is chosen"
             more = ", ..." if len(edit.features) > 3 else ""
             why = "; an amount that is left out is 0" if edit.amount == 0 else ""
             return f"{edit.kind} of {features}{more}: {kind.amount} {edit.amount:g} changes nothing{why}"

@@ -36,11 +36,14 @@ def test_every_part_from_the_command_line(tiny_folder: Path, random_saes: Path, 
     assert {row["label"] for row in tables["detectors"]} == {"color=blue"}
     sites = ["none", "down.2.1", "mid.0", "up.0.0", "up.0.1", "all", "prompt"]
     assert [row["block"] for row in tables["blocks"] if row["attribute"] == "color"] == sites
-    methods = ["transfer", "random features", "add one labelled", *2 * ["mean difference"], "dense transfer", "patch"]
+    named = ["add", "set", "ablate and add", "replace", "add random", "add one labelled"]
+    methods = ["transfer", "random features", *named, *2 * ["mean difference"], "dense transfer", "patch"]
     assert [row["method"] for row in tables["scene_edit_all"]] == [NOTHING, *methods, PROMPT]
     means = [row["multiplier"] for row in tables["scene_edit_all"] if row["method"] == "mean difference"]
     assert means == [1.0, 3.0]
-    assert len(tables["scene_edit"]) == 9 * 3
+    assert len(tables["scene_edit"]) == 14 * 3
+    assert all(row["nearer_low"] <= row["nearer"] <= row["nearer_high"] for row in tables["scene_edit"])
+    assert {row["pairs"] for row in tables["scene_edit"]} == {1, 2}
     assert len(tables["locality"]) == 4
     assert tables["run"]["seconds"].keys() == {
         "quality",
