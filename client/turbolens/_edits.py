@@ -29,6 +29,18 @@ UNIT_NAMES: Final[dict[int, Unit]] = {
     steering_pb2.UNIT_REFERENCE: "reference",
 }
 Rule = Literal["above", "below", "map"]
+Side = Literal["cond", "contrast", "both"]
+SIDES: Final[dict[Side, steering_pb2.Side.ValueType]] = {
+    "cond": steering_pb2.SIDE_UNSPECIFIED,
+    "contrast": steering_pb2.SIDE_CONTRAST,
+    "both": steering_pb2.SIDE_BOTH,
+}
+SIDE_NAMES: Final[dict[int, Side]] = {
+    steering_pb2.SIDE_UNSPECIFIED: "cond",
+    steering_pb2.SIDE_COND: "cond",
+    steering_pb2.SIDE_CONTRAST: "contrast",
+    steering_pb2.SIDE_BOTH: "both",
+}
 Kind = Literal["add", "scale", "set", "replace", "patch", "transfer"]
 _AMOUNTS: Final[dict[Kind, str]] = {
     "add": "strength", "scale": "factor", "set": "value", "replace": "strength", "transfer": "multiplier",
@@ -360,6 +372,8 @@ class Edit:
     """At which positions; multiplies the mask."""
     choice: Choice | None = None
     """Of a `transfer` without features: what the server is to choose."""
+    side: Side = "cond"
+    """Which predictions of a guided run it moves."""
 
     def __post_init__(self) -> None:
         what = f"the {_AMOUNTS.get(self.kind, 'amount')} of {self.kind}"
@@ -367,6 +381,8 @@ class Edit:
         object.__setattr__(self, "amounts", tuple(number(amount, what) for amount in self.amounts))
         if self.unit not in _UNITS:
             raise ValueError(f"unit {self.unit!r}; use one of {', '.join(_UNITS)}")
+        if self.side not in SIDES:
+            raise ValueError(f"side {self.side!r}; use one of {', '.join(SIDES)}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask is {type(self.mask).__name__}; make one with box, boxes, polygon or mask")
         if self.where is not None and not isinstance(self.where, Condition):
@@ -396,6 +412,7 @@ class Edit:
         said += [f"mask={self.mask!r}"] if self.mask is not None else []
         said += [f"steps={self.steps}"] if self.steps is not None else []
         said += [f"where={self.where!r}"] if self.where is not None else []
+        said += [f"side={self.side!r}"] if self.side != "cond" else []
         return f"{'set_to' if self.kind == 'set' else self.kind}({', '.join(said)})"
 
     @classmethod
@@ -412,6 +429,8 @@ class Edit:
         number = inner.unit if kind in _WITH_UNIT else steering_pb2.UNIT_UNSPECIFIED
         if number not in UNIT_NAMES:
             raise ValueError(f"unit {number} is none that this client knows")
+        if message.side not in SIDE_NAMES:
+            raise ValueError(f"side {message.side} is none that this client knows")
         unsaid = kind == "patch" or (kind == "transfer" and not inner.HasField("multiplier") and not message.amounts)
         return cls(
             kind,
@@ -429,6 +448,7 @@ class Edit:
             tuple(message.amounts),
             Condition.from_proto(message.condition) if message.HasField("condition") else None,
             Choice.from_proto(message.transfer.choice) if message.transfer.HasField("choice") else None,
+            SIDE_NAMES[message.side],
         )
 
     def to_proto(self) -> steering_pb2.Edit:
@@ -442,6 +462,7 @@ class Edit:
             reference=self.reference,
             amounts=self.amounts,
             condition=self.where.to_proto() if self.where else None,
+            side=SIDES[self.side],
         )
         inner: Any = getattr(edit, self.kind)
         inner.SetInParent()
@@ -489,6 +510,7 @@ def add(
     mask: Mask | None = None,
     steps: Steps = None,
     where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Raise activations by `strength` units (negative: lower them).
 
@@ -502,24 +524,39 @@ def add(
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
         where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
+        side: with guidance, which predictions it moves: "cond", the one with the prompt; "contrast", that one and the
+            one without by the opposite, of `add` and `scale` alone; "both", both alike.
     """
     amount, amounts = _amount(strength)
-    return Edit("add", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where)
+    return Edit(
+        "add", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where, side=side
+    )
 
 
 def scale(
-    features: Features, factor: Amount, *, mask: Mask | None = None, steps: Steps = None, where: Condition | None = None
+    features: Features,
+    factor: Amount,
+    *,
+    mask: Mask | None = None,
+    steps: Steps = None,
+    where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Multiply activations by `factor`; 1 changes nothing."""
     amount, amounts = _amount(factor)
-    return Edit("scale", terms_of(features), amount, "mean", mask, steps, amounts=amounts, where=where)
+    return Edit("scale", terms_of(features), amount, "mean", mask, steps, amounts=amounts, where=where, side=side)
 
 
 def ablate(
-    features: Features, *, mask: Mask | None = None, steps: Steps = None, where: Condition | None = None
+    features: Features,
+    *,
+    mask: Mask | None = None,
+    steps: Steps = None,
+    where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Remove features: multiply their activations by 0."""
-    return scale(features, 0.0, mask=mask, steps=steps, where=where)
+    return scale(features, 0.0, mask=mask, steps=steps, where=where, side=side)
 
 
 def set_to(
@@ -531,10 +568,13 @@ def set_to(
     mask: Mask | None = None,
     steps: Steps = None,
     where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Fix activations at `value` units, wherever they stood."""
     amount, amounts = _amount(value)
-    return Edit("set", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where)
+    return Edit(
+        "set", terms_of(features), amount, unit, mask, steps, reference, amounts=amounts, where=where, side=side
+    )
 
 
 def replace(
@@ -545,10 +585,11 @@ def replace(
     mask: Mask | None = None,
     steps: Steps = None,
     where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Put the features in place of everything that the block would have written."""
     amount, amounts = _amount(strength)
-    return Edit("replace", terms_of(features), amount, unit, mask, steps, amounts=amounts, where=where)
+    return Edit("replace", terms_of(features), amount, unit, mask, steps, amounts=amounts, where=where, side=side)
 
 
 def patch(
@@ -558,6 +599,7 @@ def patch(
     mask: Mask | None = None,
     steps: Steps = None,
     where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Put what blocks write in a reference in place of what they would have written, position by position.
 
@@ -567,9 +609,11 @@ def patch(
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
         where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
+        side: with guidance, which predictions it moves: "cond", the one with the prompt; "contrast", that one and the
+            one without by the opposite, of `add` and `scale` alone; "both", both alike.
     """
     names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
-    return Edit("patch", (), 1.0, "mean", mask, steps, reference, (), names, where=where)
+    return Edit("patch", (), 1.0, "mean", mask, steps, reference, (), names, where=where, side=side)
 
 
 def transfer(
@@ -581,6 +625,7 @@ def transfer(
     mask: Mask | None = None,
     steps: Steps = None,
     where: Condition | None = None,
+    side: Side = "cond",
 ) -> Edit:
     """Give features the activations that they have in a reference, position by position and step by step.
 
@@ -593,13 +638,15 @@ def transfer(
         mask: where; None: everywhere.
         steps: half-open range of 0-based steps; None: every step.
         where: at which positions, by a feature's activation there, such as `where(f, above=1)`; None: all.
+        side: with guidance, which predictions it moves: "cond", the one with the prompt; "contrast", that one and the
+            one without by the opposite, of `add` and `scale` alone; "both", both alike.
     """
     taken = tuple(to_refs(remove))
     amount, amounts = _amount(multiplier)
     choice = features if isinstance(features, Choice) else None
     return Edit(
         "transfer", () if isinstance(features, Choice) else terms_of(features), amount, "mean", mask, steps, reference,
-        taken, amounts=amounts, where=where, choice=choice,
+        taken, amounts=amounts, where=where, choice=choice, side=side,
     )  # fmt: skip
 
 

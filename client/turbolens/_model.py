@@ -107,6 +107,7 @@ class Limits:
     max_request_bytes: int
     max_selected: int
     max_saes: int
+    max_guidance_scale: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

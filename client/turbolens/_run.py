@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
-from turbolens._numbers import seconds, text, whole, whole_or_none
+from turbolens._numbers import number, seconds, text, whole, whole_or_none
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -57,6 +57,9 @@ class RunOptions(TypedDict, total=False):
     width: int | None
     height: int | None
     timesteps: Sequence[int]
+    guidance_scale: float
+    guidance_rescale: float
+    negative_prompt: str | None
     steer: Sequence[Edit]
     references: Mapping[str, Reference]
     only: Only
@@ -101,6 +104,9 @@ class Run:
     height: int | None = None
     timesteps: tuple[int, ...] = ()
     """Empty: as the server's scheduler chooses them."""
+    guidance_scale: float = 0.0
+    guidance_rescale: float = 0.0
+    negative_prompt: str | None = None
     steer: tuple[Edit, ...] = ()
     references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
     features: tuple[str, ...] | None = None
@@ -125,6 +131,9 @@ class Run:
             width=sampling.width if sampling.HasField("width") else None,
             height=sampling.height if sampling.HasField("height") else None,
             timesteps=tuple(sampling.timesteps),
+            guidance_scale=sampling.guidance_scale,
+            guidance_rescale=sampling.guidance_rescale,
+            negative_prompt=sampling.negative_prompt if sampling.HasField("negative_prompt") else None,
             steer=tuple(Edit.from_proto(edit) for edit in message.edits),
             references={
                 name: Reference(r.source.prompt.text, r.seed if r.HasField("seed") else None)
@@ -141,7 +150,15 @@ class Run:
         """The run as a message; `labels` asks for those of the features that come back."""
         return run_pb2.Run(
             source=_source(self.prompt),
-            sampling=run_pb2.Sampling(steps=self.steps, width=self.width, height=self.height, timesteps=self.timesteps),
+            sampling=run_pb2.Sampling(
+                steps=self.steps,
+                width=self.width,
+                height=self.height,
+                timesteps=self.timesteps,
+                guidance_scale=self.guidance_scale or None,
+                guidance_rescale=self.guidance_rescale,
+                negative_prompt=self.negative_prompt,
+            ),
             seeds=self.seeds,
             edits=[edit.to_proto() for edit in self.steer],
             features=None if self.features is None else self._selection(self.features, labels),
@@ -237,8 +254,8 @@ def extract_call(prompt: str, seed: int | None, seeds: Sequence[int] | None, opt
 
 
 _DEFAULTS: Final[Mapping[str, Any]] = {
-    "timesteps": (), "steer": (), "references": {}, "float32": False, "format": "png", "latents": False,
-    "previews": False, "request_id": "",
+    "timesteps": (), "guidance_scale": 0.0, "guidance_rescale": 0.0, "steer": (), "references": {}, "float32": False,
+    "format": "png", "latents": False, "previews": False, "request_id": "",
 }  # fmt: skip
 """Of options that are not None where they are left out."""
 
@@ -290,6 +307,9 @@ def _call(
         width=whole_or_none(given.pop("width", None), "width"),
         height=whole_or_none(given.pop("height", None), "height"),
         timesteps=tuple(whole(t, "timesteps") for t in given.pop("timesteps", ())),
+        guidance_scale=number(given.pop("guidance_scale", 0.0), "guidance_scale"),
+        guidance_rescale=number(given.pop("guidance_rescale", 0.0), "guidance_rescale"),
+        negative_prompt=_text_or_none(given.pop("negative_prompt", None), "the negative prompt"),
         steer=tuple(given.pop("steer", ())),
         references=_references(given.pop("references", {})),
         features=saes,
@@ -303,6 +323,10 @@ def _call(
 
 def _source(prompt: str) -> run_pb2.Source:
     return run_pb2.Source(prompt=run_pb2.PromptSource(text=text(prompt, "the prompt")))
+
+
+def _text_or_none(value: str | None, what: str) -> str | None:
+    return None if value is None else text(value, what)
 
 
 def _seed(seed: int | None) -> int | None:

@@ -145,6 +145,10 @@ class Lens:
                 steps: denoising steps; None: the server's default.
                 width, height: pixels; None: the server's default.
                 timesteps: of the steps, falling, for models distilled for certain ones; empty: as the server chooses.
+                guidance_scale: above 1, each prediction is led away from one without the prompt, for models made for
+                    that, such as SDXL base; 0 or 1: not at all.
+                guidance_rescale: how far a guided prediction is brought back to the spread that it has without, 0 to 1.
+                negative_prompt: what guidance leads away from; None: nothing, as the model hears it.
                 steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
                 references: other runs that edits read, by names of your own: `{"other": reference("a blue ring")}`.
                 features: features to return: True for all, or SAEs by name.

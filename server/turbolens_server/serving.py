@@ -92,7 +92,11 @@ class Serving:
         """
         self._config = config
         self._readiness = Readiness(
-            RequestLimits(max_seeds=config.max_seeds, max_references=min(MAX_REFERENCES, config.max_batch - 1))
+            RequestLimits(
+                max_seeds=config.max_seeds,
+                max_references=min(MAX_REFERENCES, config.max_batch - 1),
+                max_lanes=config.max_batch,
+            )
         )
         self._health = health.HealthServicer()
         self.device_lost = asyncio.Event()

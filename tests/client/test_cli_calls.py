@@ -62,6 +62,19 @@ def test_edits_take_a_unit_and_a_range_of_steps_where_they_have_one(turbolens, f
     ]
 
 
+def test_guidance_and_the_side_of_edits(turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turbolens(
+        "generate", "a star", "--steps", "4", "--guidance-scale", "5.5", "--guidance-rescale", "0.7",
+        "--negative-prompt", "snow", "--add", "up.0.1/1=8", "--patch", "up.0.1=r", "--reference", "r=a ring",
+        "--side", "both",
+    )  # fmt: skip
+    sent = fake.last(gs.GenerateRequest).run
+    assert (sent.sampling.guidance_scale, sent.sampling.guidance_rescale) == (5.5, 0.7)
+    assert sent.sampling.negative_prompt == "snow"
+    assert [tl.Edit.from_proto(edit).side for edit in sent.edits] == ["both", "both"]
+
+
 def test_edits_come_from_a_file_too(turbolens, fake, tmp_path):
     kept = [tl.add({"up.0.1/1": 1, "up.0.1/2": -0.5}, 3, mask=tl.polygon((0, 0), (1, 0), (0, 1)), steps=(0, 1))]
     file = tmp_path / "edits.json"
@@ -345,8 +358,8 @@ def test_references_and_what_reads_them_are_sent(turbolens, fake, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     turbolens(
         "generate", "a star", "--reference", "other=a blue ring = round", "--reference", "seeded=x",
-        "--reference-seed", "seeded=3", "--patch", "up.0.1=other", "--transfer", "down.2.1/4=seeded", "--transfer", "8=other",
-        "--multiplier", "2", "--mask", "0,0,.5,1",
+        "--reference-seed", "seeded=3", "--patch", "up.0.1=other", "--transfer", "down.2.1/4=seeded", "--transfer",
+        "8=other", "--multiplier", "2", "--mask", "0,0,.5,1",
     )  # fmt: skip
     sent = tl.Run.from_proto(fake.last(gs.GenerateRequest).run)
     where = tl.box(0, 0, 0.5, 1)

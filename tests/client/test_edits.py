@@ -225,3 +225,29 @@ def test_the_unit_of_a_reference_and_its_name_go_together(arguments):
     for make in (tl.add, tl.set_to):
         with pytest.raises(ValueError, match="go together"):
             make("up.0.1/2", 1, **arguments)
+
+
+@pytest.mark.parametrize("side", ["contrast", "both"])
+def test_a_side_of_guidance_is_written_read_and_shown(side):
+    for edit in (
+        tl.add("up.0.1/4", 2, side=side), tl.ablate("up.0.1/4", side=side), tl.set_to("up.0.1/4", 2, side=side),
+        tl.replace("up.0.1/4", 2, side=side), tl.patch("up.0.1", "r", side=side),
+        tl.transfer("up.0.1/4", "r", side=side),
+    ):  # fmt: skip
+        assert edit.to_proto().side == {"contrast": steering_pb2.SIDE_CONTRAST, "both": steering_pb2.SIDE_BOTH}[side]
+        assert tl.Edit.from_proto(edit.to_proto()) == edit
+        assert f"side={side!r}" in repr(edit)
+        assert tl.edits_from_json(tl.edits_to_json([edit])) == [edit]
+
+
+def test_the_side_with_the_prompt_goes_without_saying():
+    plain = tl.add("up.0.1/4", 2)
+    assert "side" not in repr(plain)
+    told = plain.to_proto()
+    told.side = steering_pb2.SIDE_COND
+    assert tl.Edit.from_proto(told) == plain
+    told.side = 9
+    with pytest.raises(ValueError, match="side 9"):
+        tl.Edit.from_proto(told)
+    with pytest.raises(ValueError, match="use one of cond, contrast, both"):
+        tl.add("up.0.1/4", 2, side="uncond")

@@ -50,12 +50,18 @@ def kinds(lens):
         "amounts by step": {"steer": [tl.add(up[0], [8, 2])], "steps": 2},
         "condition": {"steer": [tl.add(up[0], 8, where=tl.where(up[1], above=0.5))]},
         "group and its ablation": {"steer": [tl.add({up[0]: 1, up[1]: -1}, 6), tl.ablate(list(up))]},
+        "guided": {"guidance_scale": 4.5, "guidance_rescale": 0.7, "negative_prompt": "snow background", "steps": 2},
+        "sides": {
+            "guidance_scale": 3, "steer": [tl.add(up[0], 4, side="contrast"), tl.patch("up.0.0", "other", side="both")],
+            "references": OTHER,
+        },
         "features beside it": {"features": ["up.0.1"], "steer": [tl.add(up[0], 8)]},
     }  # fmt: skip
     features = {
         "features": {},
         "features of two steps": {"steps": 2, "saes": ["mid.0"], "float32": True},
         "features of a steered run": {"steer": [tl.add("mid.0/0", 5, unit="raw")], "only": up},
+        "features of a guided run": {"guidance_scale": 4.5, "saes": ["up.0.1"]},
         "features of one of several": {"seeds": [1, 2]},
         "features of a transfer of what was chosen": {
             "steer": [tl.transfer(tl.choose(4, all_steps=True), "own")],

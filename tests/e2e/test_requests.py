@@ -282,7 +282,7 @@ BAD = {
     "too many steps": (request(sampling={"steps": 5}), "run.sampling.steps"),
     "odd width": (request(sampling={"width": 100}), "run.sampling.width"),
     "huge height": (request(sampling={"height": 1 << 20}), "run.sampling.height"),
-    "guidance": (request(sampling={"guidance_scale": 5}), "run.sampling.guidance_scale"),
+    "guidance": (request(sampling={"guidance_scale": 0.5}), "run.sampling.guidance_scale"),
     "nan guidance": (request(sampling={"guidance_scale": float("nan")}), "run.sampling.guidance_scale"),
     "long id": (request(request_id="x" * 129), "request_id"),
     "no kind": (request(edits=[{"features": [{"feature": {"sae": "mid.0"}}]}]), "run.edits[0].kind"),
@@ -433,7 +433,15 @@ hostile = st.builds(
             "prompt": st.text(max_size=50),
             "seeds": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3),
             "sampling": st.fixed_dictionaries(
-                {}, optional={"steps": any_int32, "width": any_int32, "height": any_int32, "guidance_scale": any_float}
+                {},
+                optional={
+                    "steps": any_int32,
+                    "width": any_int32,
+                    "height": any_int32,
+                    "guidance_scale": any_float,
+                    "guidance_rescale": any_float,
+                    "negative_prompt": st.text(max_size=5),
+                },
             ),
             "features": st.fixed_dictionaries({"saes": st.lists(st.sampled_from(["mid.0", "x"]), max_size=2)}),
             "image": st.fixed_dictionaries({"format": st.integers(-1, 6)}, optional={"quality": any_int32}),

@@ -31,6 +31,12 @@ class _OfARun(Calls):
     """Several seeds, such as 7,8 or 10-19."""
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
+    guidance_scale: float = 0.0
+    """Guidance, for models made for it, such as 5 with 25 steps; 0: none."""
+    guidance_rescale: float = 0.0
+    """How far guided predictions are brought back to the spread that they have without, 0 to 1."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; left out: nothing."""
     add: Repeated = ()
     """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit, or one for each step: 8,4,0; may be
     repeated."""
@@ -59,6 +65,8 @@ class _OfARun(Calls):
     """BLOCK/INDEX=STRENGTH: these edits act where that feature of their block is above so many of its means."""
     edit_steps: str | None = None
     """START,END: these edits act from step START, counted from 0, up to and not including END; left out: always."""
+    side: Literal["cond", "contrast", "both"] = "cond"
+    """With guidance: these edits move the prediction with the prompt, both in contrast, or both alike."""
     edits_file: Annotated[Path | None, tyro.conf.arg(name="edits")] = None
     """JSON that `tl.edits_to_json` made, for weights, polygons and all else; comes before the edits named here."""
     k: Repeated = ()
@@ -75,6 +83,7 @@ class _OfARun(Calls):
             ((name, above),) = pairs("where", (self.where,), "BLOCK/INDEX=STRENGTH")
             where = tl.where(name, above=float(above))
         when = None if self.edit_steps is None else _range(self.edit_steps)
+        acts: dict[str, Any] = {"mask": mask, "steps": when, "where": where, "side": self.side}
         for kind, texts in (("add", self.add), ("scale", self.scale), ("set", self.set), ("replace", self.replace)):
             for text in texts:
                 name, equals, amount = text.partition("=")
@@ -83,14 +92,14 @@ class _OfARun(Calls):
                 each = [float(one) for one in amount.split(",")]
                 said = each if len(each) > 1 else each[0]
                 if kind == "scale":
-                    made.append(tl.scale(name, said, mask=mask, steps=when, where=where))
+                    made.append(tl.scale(name, said, **acts))
                 else:
-                    made.append(_MAKE[kind](name, said, unit=self.unit, mask=mask, steps=when, where=where))
+                    made.append(_MAKE[kind](name, said, unit=self.unit, **acts))
         for block, reference in pairs("patch", self.patch, "BLOCK=REFERENCE"):
-            made.append(tl.patch(block, reference, mask=mask, steps=when, where=where))
+            made.append(tl.patch(block, reference, **acts))
         for name, reference in pairs("transfer", self.transfer, "BLOCK/INDEX=REFERENCE"):
             what = tl.choose(int(name)) if name.isdecimal() else name
-            made.append(tl.transfer(what, reference, multiplier=self.multiplier, mask=mask, steps=when, where=where))
+            made.append(tl.transfer(what, reference, multiplier=self.multiplier, **acts))
         return made
 
     def options(self) -> dict[str, Any]:
@@ -103,6 +112,9 @@ class _OfARun(Calls):
             "seed": self.seed,
             "seeds": None if self.seeds is None else _seeds(self.seeds),
             "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "negative_prompt": self.negative_prompt,
             "steer": self.edits(),
             "references": {name: tl.reference(text, seed=seeds.get(name)) for name, text in prompts.items()},
             "k": numbers("k", self.k, "SAE"),

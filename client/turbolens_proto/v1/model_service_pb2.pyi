@@ -386,6 +386,7 @@ class Limits(_message.Message):
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     MAX_SELECTED_FIELD_NUMBER: _builtins.int
     MAX_SAES_FIELD_NUMBER: _builtins.int
+    MAX_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     max_prompt_chars: _builtins.int
     """Characters of a prompt."""
     max_prompt_tokens: _builtins.int
@@ -405,7 +406,7 @@ class Limits(_message.Message):
     max_message_bytes: _builtins.int
     """Bytes of one answer."""
     max_batch: _builtins.int
-    """Pictures that run together, of one caller or several."""
+    """Lanes that run together, of one caller or several: a picture's, its references', and of each a second with guidance."""
     max_queue: _builtins.int
     """Requests that wait; one more is refused with RESOURCE_EXHAUSTED and a time to come back."""
     max_queue_pictures: _builtins.int
@@ -438,6 +439,8 @@ class Limits(_message.Message):
     """Features that one request may name in `FeatureSelection.only`."""
     max_saes: _builtins.int
     """SAEs that one request or search may name, and options of SAEs."""
+    max_guidance_scale: _builtins.float
+    """Guidance scale; 0 where none is served: the U-Net hears it as an embedding, or batches hold one lane."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes served."""
@@ -472,10 +475,11 @@ class Limits(_message.Message):
         max_request_bytes: _builtins.int = ...,
         max_selected: _builtins.int = ...,
         max_saes: _builtins.int = ...,
+        max_guidance_scale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_bytes", b"max_request_bytes", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_saes", b"max_saes", "max_seeds", b"max_seeds", "max_selected", b"max_selected", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_guidance_scale", b"max_guidance_scale", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_bytes", b"max_request_bytes", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_saes", b"max_saes", "max_seeds", b"max_seeds", "max_selected", b"max_selected", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

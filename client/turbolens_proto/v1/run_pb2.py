@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from turbolens_proto.v1 import steering_pb2 as turbolens_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16turbolens/v1/run.proto\x12\x0cturbolens.v1\x1a\x1bturbolens/v1/steering.proto\"\xeb\x02\n\x03Run\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.turbolens.v1.Source\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.Sampling\x12\r\n\x05seeds\x18\x03 \x03(\x03\x12!\n\x05\x65\x64its\x18\x04 \x03(\x0b\x32\x12.turbolens.v1.Edit\x12\x30\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1e.turbolens.v1.FeatureSelection\x12-\n\x0bsae_options\x18\x06 \x03(\x0b\x32\x18.turbolens.v1.SaeOptions\x12\x35\n\nreferences\x18\x07 \x03(\x0b\x32!.turbolens.v1.Run.ReferencesEntry\x1aJ\n\x0fReferencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.turbolens.v1.Reference:\x02\x38\x01\">\n\x06Source\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.turbolens.v1.PromptSourceH\x00\x42\x06\n\x04kind\"M\n\tReference\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.turbolens.v1.Source\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x1c\n\x0cPromptSource\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xa9\x01\n\x08Sampling\x12\x12\n\x05steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05width\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06height\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\ttimesteps\x18\x05 \x03(\x05\x42\x08\n\x06_stepsB\x08\n\x06_widthB\t\n\x07_heightB\x11\n\x0f_guidance_scale\"[\n\x0cImageOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.turbolens.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\"_\n\x05Image\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.turbolens.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\"L\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x05\x12%\n\x04type\x18\x02 \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x85\x01\n\x10\x46\x65\x61tureSelection\x12\x0c\n\x04saes\x18\x01 \x03(\t\x12&\n\x04only\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRef\x12+\n\nvalue_type\x18\x03 \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x0e\n\x06labels\x18\x04 \x01(\x08\"O\n\nSaeOptions\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0e\n\x01k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06prefix\x18\x03 \x01(\x05H\x01\x88\x01\x01\x42\x04\n\x02_kB\t\n\x07_prefix\"\xa0\x02\n\x0eSparseFeatures\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\x12\r\n\x05\x64_sae\x18\x05 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x06 \x01(\x0c\x12\x0f\n\x07indices\x18\x07 \x01(\x0c\x12\x0e\n\x06values\x18\x08 \x01(\x0c\x12+\n\nvalue_type\x18\t \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x38\n\x06labels\x18\n \x03(\x0b\x32(.turbolens.v1.SparseFeatures.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd7\x03\n\nProvenance\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.turbolens.v1.Run\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x17\n\x0f\x63omponents_hash\x18\x04 \x01(\t\x12;\n\nsae_hashes\x18\x05 \x03(\x0b\x32\'.turbolens.v1.Provenance.SaeHashesEntry\x12\x12\n\nforced_sae\x18\x06 \x01(\x08\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.turbolens.v1.Provenance.VersionsEntry\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12!\n\x05loras\x18\x0b \x03(\x0b\x32\x12.turbolens.v1.Lora\x12,\n\x06\x63hosen\x18\x16 \x03(\x0b\x32\x1c.turbolens.v1.ChosenFeatures\x1a\x30\n\x0eSaeHashesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x84\x01\n\x0e\x43hosenFeatures\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\x05\x12*\n\x05given\x18\x03 \x03(\x0b\x32\x1b.turbolens.v1.ScoredFeature\x12*\n\x05taken\x18\x04 \x03(\x0b\x32\x1b.turbolens.v1.ScoredFeature\"I\n\rScoredFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\r\n\x05score\x18\x02 \x01(\x02\"2\n\x04Lora\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\x12\x0c\n\x04hash\x18\x03 \x01(\t\"(\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*\x85\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x14\n\x10IMAGE_FORMAT_RAW\x10\x04*W\n\tValueType\x12\x1a\n\x16VALUE_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12VALUE_TYPE_FLOAT16\x10\x01\x12\x16\n\x12VALUE_TYPE_FLOAT32\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16turbolens/v1/run.proto\x12\x0cturbolens.v1\x1a\x1bturbolens/v1/steering.proto\"\xeb\x02\n\x03Run\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.turbolens.v1.Source\x12(\n\x08sampling\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.Sampling\x12\r\n\x05seeds\x18\x03 \x03(\x03\x12!\n\x05\x65\x64its\x18\x04 \x03(\x0b\x32\x12.turbolens.v1.Edit\x12\x30\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0b\x32\x1e.turbolens.v1.FeatureSelection\x12-\n\x0bsae_options\x18\x06 \x03(\x0b\x32\x18.turbolens.v1.SaeOptions\x12\x35\n\nreferences\x18\x07 \x03(\x0b\x32!.turbolens.v1.Run.ReferencesEntry\x1aJ\n\x0fReferencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.turbolens.v1.Reference:\x02\x38\x01\">\n\x06Source\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.turbolens.v1.PromptSourceH\x00\x42\x06\n\x04kind\"M\n\tReference\x12$\n\x06source\x18\x01 \x01(\x0b\x32\x14.turbolens.v1.Source\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x1c\n\x0cPromptSource\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xf5\x01\n\x08Sampling\x12\x12\n\x05steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05width\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06height\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\ttimesteps\x18\x05 \x03(\x05\x12\x18\n\x10guidance_rescale\x18\x06 \x01(\x01\x12\x1c\n\x0fnegative_prompt\x18\x07 \x01(\tH\x04\x88\x01\x01\x42\x08\n\x06_stepsB\x08\n\x06_widthB\t\n\x07_heightB\x11\n\x0f_guidance_scaleB\x12\n\x10_negative_prompt\"[\n\x0cImageOptions\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.turbolens.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_quality\"_\n\x05Image\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.turbolens.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\"L\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x05\x12%\n\x04type\x18\x02 \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x85\x01\n\x10\x46\x65\x61tureSelection\x12\x0c\n\x04saes\x18\x01 \x03(\t\x12&\n\x04only\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRef\x12+\n\nvalue_type\x18\x03 \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x0e\n\x06labels\x18\x04 \x01(\x08\"O\n\nSaeOptions\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0e\n\x01k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06prefix\x18\x03 \x01(\x05H\x01\x88\x01\x01\x42\x04\n\x02_kB\t\n\x07_prefix\"\xa0\x02\n\x0eSparseFeatures\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\x12\r\n\x05\x64_sae\x18\x05 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x06 \x01(\x0c\x12\x0f\n\x07indices\x18\x07 \x01(\x0c\x12\x0e\n\x06values\x18\x08 \x01(\x0c\x12+\n\nvalue_type\x18\t \x01(\x0e\x32\x17.turbolens.v1.ValueType\x12\x38\n\x06labels\x18\n \x03(\x0b\x32(.turbolens.v1.SparseFeatures.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd7\x03\n\nProvenance\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.turbolens.v1.Run\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x17\n\x0f\x63omponents_hash\x18\x04 \x01(\t\x12;\n\nsae_hashes\x18\x05 \x03(\x0b\x32\'.turbolens.v1.Provenance.SaeHashesEntry\x12\x12\n\nforced_sae\x18\x06 \x01(\x08\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.turbolens.v1.Provenance.VersionsEntry\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12!\n\x05loras\x18\x0b \x03(\x0b\x32\x12.turbolens.v1.Lora\x12,\n\x06\x63hosen\x18\x16 \x03(\x0b\x32\x1c.turbolens.v1.ChosenFeatures\x1a\x30\n\x0eSaeHashesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x84\x01\n\x0e\x43hosenFeatures\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\x05\x12*\n\x05given\x18\x03 \x03(\x0b\x32\x1b.turbolens.v1.ScoredFeature\x12*\n\x05taken\x18\x04 \x03(\x0b\x32\x1b.turbolens.v1.ScoredFeature\"I\n\rScoredFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\r\n\x05score\x18\x02 \x01(\x02\"2\n\x04Lora\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\x12\x0c\n\x04hash\x18\x03 \x01(\t\"(\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*\x85\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x14\n\x10IMAGE_FORMAT_RAW\x10\x04*W\n\tValueType\x12\x1a\n\x16VALUE_TYPE_UNSPECIFIED\x10\x00\x12\x16\n\x12VALUE_TYPE_FLOAT16\x10\x01\x12\x16\n\x12VALUE_TYPE_FLOAT32\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,10 +40,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROVENANCE_SAEHASHESENTRY']._serialized_options = b'8\001'
   _globals['_PROVENANCE_VERSIONSENTRY']._loaded_options = None
   _globals['_PROVENANCE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_IMAGEFORMAT']._serialized_start=2335
-  _globals['_IMAGEFORMAT']._serialized_end=2468
-  _globals['_VALUETYPE']._serialized_start=2470
-  _globals['_VALUETYPE']._serialized_end=2557
+  _globals['_IMAGEFORMAT']._serialized_start=2411
+  _globals['_IMAGEFORMAT']._serialized_end=2544
+  _globals['_VALUETYPE']._serialized_start=2546
+  _globals['_VALUETYPE']._serialized_end=2633
   _globals['_RUN']._serialized_start=70
   _globals['_RUN']._serialized_end=433
   _globals['_RUN_REFERENCESENTRY']._serialized_start=359
@@ -55,33 +55,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPTSOURCE']._serialized_start=578
   _globals['_PROMPTSOURCE']._serialized_end=606
   _globals['_SAMPLING']._serialized_start=609
-  _globals['_SAMPLING']._serialized_end=778
-  _globals['_IMAGEOPTIONS']._serialized_start=780
-  _globals['_IMAGEOPTIONS']._serialized_end=871
-  _globals['_IMAGE']._serialized_start=873
-  _globals['_IMAGE']._serialized_end=968
-  _globals['_TENSOR']._serialized_start=970
-  _globals['_TENSOR']._serialized_end=1046
-  _globals['_FEATURESELECTION']._serialized_start=1049
-  _globals['_FEATURESELECTION']._serialized_end=1182
-  _globals['_SAEOPTIONS']._serialized_start=1184
-  _globals['_SAEOPTIONS']._serialized_end=1263
-  _globals['_SPARSEFEATURES']._serialized_start=1266
-  _globals['_SPARSEFEATURES']._serialized_end=1554
-  _globals['_SPARSEFEATURES_LABELSENTRY']._serialized_start=1509
-  _globals['_SPARSEFEATURES_LABELSENTRY']._serialized_end=1554
-  _globals['_PROVENANCE']._serialized_start=1557
-  _globals['_PROVENANCE']._serialized_end=2028
-  _globals['_PROVENANCE_SAEHASHESENTRY']._serialized_start=1931
-  _globals['_PROVENANCE_SAEHASHESENTRY']._serialized_end=1979
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=1981
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=2028
-  _globals['_CHOSENFEATURES']._serialized_start=2031
-  _globals['_CHOSENFEATURES']._serialized_end=2163
-  _globals['_SCOREDFEATURE']._serialized_start=2165
-  _globals['_SCOREDFEATURE']._serialized_end=2238
-  _globals['_LORA']._serialized_start=2240
-  _globals['_LORA']._serialized_end=2290
-  _globals['_WARNING']._serialized_start=2292
-  _globals['_WARNING']._serialized_end=2332
+  _globals['_SAMPLING']._serialized_end=854
+  _globals['_IMAGEOPTIONS']._serialized_start=856
+  _globals['_IMAGEOPTIONS']._serialized_end=947
+  _globals['_IMAGE']._serialized_start=949
+  _globals['_IMAGE']._serialized_end=1044
+  _globals['_TENSOR']._serialized_start=1046
+  _globals['_TENSOR']._serialized_end=1122
+  _globals['_FEATURESELECTION']._serialized_start=1125
+  _globals['_FEATURESELECTION']._serialized_end=1258
+  _globals['_SAEOPTIONS']._serialized_start=1260
+  _globals['_SAEOPTIONS']._serialized_end=1339
+  _globals['_SPARSEFEATURES']._serialized_start=1342
+  _globals['_SPARSEFEATURES']._serialized_end=1630
+  _globals['_SPARSEFEATURES_LABELSENTRY']._serialized_start=1585
+  _globals['_SPARSEFEATURES_LABELSENTRY']._serialized_end=1630
+  _globals['_PROVENANCE']._serialized_start=1633
+  _globals['_PROVENANCE']._serialized_end=2104
+  _globals['_PROVENANCE_SAEHASHESENTRY']._serialized_start=2007
+  _globals['_PROVENANCE_SAEHASHESENTRY']._serialized_end=2055
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=2057
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=2104
+  _globals['_CHOSENFEATURES']._serialized_start=2107
+  _globals['_CHOSENFEATURES']._serialized_end=2239
+  _globals['_SCOREDFEATURE']._serialized_start=2241
+  _globals['_SCOREDFEATURE']._serialized_end=2314
+  _globals['_LORA']._serialized_start=2316
+  _globals['_LORA']._serialized_end=2366
+  _globals['_WARNING']._serialized_start=2368
+  _globals['_WARNING']._serialized_end=2408
 # @@protoc_insertion_point(module_scope)

@@ -256,6 +256,8 @@ class Sampling(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     TIMESTEPS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Denoising steps."""
     width: _builtins.int
@@ -263,7 +265,16 @@ class Sampling(_message.Message):
     height: _builtins.int
     """Picture height in pixels."""
     guidance_scale: _builtins.float
-    """Only the model's one-pass setting (0) is served."""
+    """Classifier-free guidance: above 1, each prediction p_c is led away from one without the prompt, p_u, to
+    p_u + guidance_scale (p_c - p_u), which takes a second lane of a batch. 0 or 1: none. Otherwise above 1 and at most
+    Limits.max_guidance_scale. Unset: 0.
+    """
+    guidance_rescale: _builtins.float
+    """How far a guided prediction is brought back to the spread that it has with the prompt alone, 0 to 1. 0: not at all."""
+    negative_prompt: _builtins.str
+    """What guidance leads away from, with the bounds of a prompt; empty is a text like another. Unset: nothing at all,
+    which a model hears as it was trained to: as zeros, or as the empty text.
+    """
     @_builtins.property
     def timesteps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Timesteps of the steps, falling, for models that are distilled for certain ones; empty: as the scheduler chooses
@@ -278,15 +289,19 @@ class Sampling(_message.Message):
         height: _builtins.int | None = ...,
         guidance_scale: _builtins.float | None = ...,
         timesteps: _abc.Iterable[_builtins.int] | None = ...,
+        guidance_rescale: _builtins.float = ...,
+        negative_prompt: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_negative_prompt", b"_negative_prompt", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "steps", b"steps", "timesteps", b"timesteps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_negative_prompt", b"_negative_prompt", "_steps", b"_steps", "_width", b"_width", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "steps", b"steps", "timesteps", b"timesteps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
+    _WhichOneofReturnType__negative_prompt: _TypeAlias = _typing.Literal["negative_prompt"]  # noqa: Y015
+    _WhichOneofArgType__negative_prompt: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
@@ -295,6 +310,8 @@ class Sampling(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__negative_prompt) -> _WhichOneofReturnType__negative_prompt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload

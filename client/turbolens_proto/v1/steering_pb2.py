@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bturbolens/v1/steering.proto\x12\x0cturbolens.v1\"\xdb\x03\n\x04\x45\x64it\x12/\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x1d.turbolens.v1.WeightedFeature\x12$\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x15.turbolens.v1.AddEditH\x00\x12(\n\x05scale\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.ScaleEditH\x00\x12$\n\x03set\x18\x04 \x01(\x0b\x32\x15.turbolens.v1.SetEditH\x00\x12,\n\x07replace\x18\x05 \x01(\x0b\x32\x19.turbolens.v1.ReplaceEditH\x00\x12(\n\x05patch\x18\x06 \x01(\x0b\x32\x17.turbolens.v1.PatchEditH\x00\x12.\n\x08transfer\x18\x07 \x01(\x0b\x32\x1a.turbolens.v1.TransferEditH\x00\x12 \n\x04mask\x18\x08 \x01(\x0b\x32\x12.turbolens.v1.Mask\x12&\n\x05steps\x18\t \x01(\x0b\x32\x17.turbolens.v1.StepRange\x12\x11\n\treference\x18\n \x01(\t\x12\x13\n\x07\x61mounts\x18\x0b \x03(\x02\x42\x02\x10\x01\x12*\n\tcondition\x18\x0c \x01(\x0b\x32\x17.turbolens.v1.ConditionB\x06\n\x04kind\"\x91\x01\n\tCondition\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x0f\n\x05\x61\x62ove\x18\x02 \x01(\x02H\x00\x12\x0f\n\x05\x62\x65low\x18\x03 \x01(\x02H\x00\x12\r\n\x03map\x18\x04 \x01(\x02H\x00\x12 \n\x04unit\x18\x05 \x01(\x0e\x32\x12.turbolens.v1.UnitB\x06\n\x04rule\"\\\n\x0fWeightedFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"(\n\nFeatureRef\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\"=\n\x07\x41\x64\x64\x45\x64it\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"\x1b\n\tScaleEdit\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\":\n\x07SetEdit\x12\r\n\x05value\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"A\n\x0bReplaceEdit\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\" \n\tPatchEdit\x12\x13\n\x0bhook_points\x18\x01 \x03(\t\"\x8d\x01\n\x0cTransferEdit\x12\x17\n\nmultiplier\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12(\n\x06remove\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRef\x12+\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1b.turbolens.v1.FeatureChoiceB\r\n\x0b_multiplier\"h\n\rFeatureChoice\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x01(\x05\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x11\n\tall_steps\x18\x03 \x01(\x08\x12$\n\x08own_mask\x18\x04 \x01(\x0b\x32\x12.turbolens.v1.Mask\"p\n\x04Mask\x12$\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.BoxesH\x00\x12*\n\x08polygons\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.PolygonsH\x00\x12\r\n\x03png\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05shape\")\n\x05\x42oxes\x12 \n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x11.turbolens.v1.Box\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"3\n\x08Polygons\x12\'\n\x08polygons\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Polygon\".\n\x07Polygon\x12#\n\x06points\x18\x01 \x03(\x0b\x32\x13.turbolens.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\'\n\tStepRange\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05*\\\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\r\n\tUNIT_MEAN\x10\x02\x12\r\n\tUNIT_NORM\x10\x03\x12\x12\n\x0eUNIT_REFERENCE\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bturbolens/v1/steering.proto\x12\x0cturbolens.v1\"\xfd\x03\n\x04\x45\x64it\x12/\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x1d.turbolens.v1.WeightedFeature\x12$\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x15.turbolens.v1.AddEditH\x00\x12(\n\x05scale\x18\x03 \x01(\x0b\x32\x17.turbolens.v1.ScaleEditH\x00\x12$\n\x03set\x18\x04 \x01(\x0b\x32\x15.turbolens.v1.SetEditH\x00\x12,\n\x07replace\x18\x05 \x01(\x0b\x32\x19.turbolens.v1.ReplaceEditH\x00\x12(\n\x05patch\x18\x06 \x01(\x0b\x32\x17.turbolens.v1.PatchEditH\x00\x12.\n\x08transfer\x18\x07 \x01(\x0b\x32\x1a.turbolens.v1.TransferEditH\x00\x12 \n\x04mask\x18\x08 \x01(\x0b\x32\x12.turbolens.v1.Mask\x12&\n\x05steps\x18\t \x01(\x0b\x32\x17.turbolens.v1.StepRange\x12\x11\n\treference\x18\n \x01(\t\x12\x13\n\x07\x61mounts\x18\x0b \x03(\x02\x42\x02\x10\x01\x12*\n\tcondition\x18\x0c \x01(\x0b\x32\x17.turbolens.v1.Condition\x12 \n\x04side\x18\r \x01(\x0e\x32\x12.turbolens.v1.SideB\x06\n\x04kind\"\x91\x01\n\tCondition\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x0f\n\x05\x61\x62ove\x18\x02 \x01(\x02H\x00\x12\x0f\n\x05\x62\x65low\x18\x03 \x01(\x02H\x00\x12\r\n\x03map\x18\x04 \x01(\x02H\x00\x12 \n\x04unit\x18\x05 \x01(\x0e\x32\x12.turbolens.v1.UnitB\x06\n\x04rule\"\\\n\x0fWeightedFeature\x12)\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x18.turbolens.v1.FeatureRef\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"(\n\nFeatureRef\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\"=\n\x07\x41\x64\x64\x45\x64it\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"\x1b\n\tScaleEdit\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\":\n\x07SetEdit\x12\r\n\x05value\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\"A\n\x0bReplaceEdit\x12\x10\n\x08strength\x18\x01 \x01(\x02\x12 \n\x04unit\x18\x02 \x01(\x0e\x32\x12.turbolens.v1.Unit\" \n\tPatchEdit\x12\x13\n\x0bhook_points\x18\x01 \x03(\t\"\x8d\x01\n\x0cTransferEdit\x12\x17\n\nmultiplier\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12(\n\x06remove\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.FeatureRef\x12+\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1b.turbolens.v1.FeatureChoiceB\r\n\x0b_multiplier\"h\n\rFeatureChoice\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x01(\x05\x12\x0c\n\x04saes\x18\x02 \x03(\t\x12\x11\n\tall_steps\x18\x03 \x01(\x08\x12$\n\x08own_mask\x18\x04 \x01(\x0b\x32\x12.turbolens.v1.Mask\"p\n\x04Mask\x12$\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x13.turbolens.v1.BoxesH\x00\x12*\n\x08polygons\x18\x02 \x01(\x0b\x32\x16.turbolens.v1.PolygonsH\x00\x12\r\n\x03png\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05shape\")\n\x05\x42oxes\x12 \n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x11.turbolens.v1.Box\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"3\n\x08Polygons\x12\'\n\x08polygons\x18\x01 \x03(\x0b\x32\x15.turbolens.v1.Polygon\".\n\x07Polygon\x12#\n\x06points\x18\x01 \x03(\x0b\x32\x13.turbolens.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\'\n\tStepRange\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05*M\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\r\n\tSIDE_COND\x10\x01\x12\x11\n\rSIDE_CONTRAST\x10\x02\x12\r\n\tSIDE_BOTH\x10\x03*\\\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\r\n\tUNIT_MEAN\x10\x02\x12\r\n\tUNIT_NORM\x10\x03\x12\x12\n\x0eUNIT_REFERENCE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,42 +33,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EDIT'].fields_by_name['amounts']._loaded_options = None
   _globals['_EDIT'].fields_by_name['amounts']._serialized_options = b'\020\001'
-  _globals['_UNIT']._serialized_start=1705
-  _globals['_UNIT']._serialized_end=1797
+  _globals['_SIDE']._serialized_start=1739
+  _globals['_SIDE']._serialized_end=1816
+  _globals['_UNIT']._serialized_start=1818
+  _globals['_UNIT']._serialized_end=1910
   _globals['_EDIT']._serialized_start=46
-  _globals['_EDIT']._serialized_end=521
-  _globals['_CONDITION']._serialized_start=524
-  _globals['_CONDITION']._serialized_end=669
-  _globals['_WEIGHTEDFEATURE']._serialized_start=671
-  _globals['_WEIGHTEDFEATURE']._serialized_end=763
-  _globals['_FEATUREREF']._serialized_start=765
-  _globals['_FEATUREREF']._serialized_end=805
-  _globals['_ADDEDIT']._serialized_start=807
-  _globals['_ADDEDIT']._serialized_end=868
-  _globals['_SCALEEDIT']._serialized_start=870
-  _globals['_SCALEEDIT']._serialized_end=897
-  _globals['_SETEDIT']._serialized_start=899
-  _globals['_SETEDIT']._serialized_end=957
-  _globals['_REPLACEEDIT']._serialized_start=959
-  _globals['_REPLACEEDIT']._serialized_end=1024
-  _globals['_PATCHEDIT']._serialized_start=1026
-  _globals['_PATCHEDIT']._serialized_end=1058
-  _globals['_TRANSFEREDIT']._serialized_start=1061
-  _globals['_TRANSFEREDIT']._serialized_end=1202
-  _globals['_FEATURECHOICE']._serialized_start=1204
-  _globals['_FEATURECHOICE']._serialized_end=1308
-  _globals['_MASK']._serialized_start=1310
-  _globals['_MASK']._serialized_end=1422
-  _globals['_BOXES']._serialized_start=1424
-  _globals['_BOXES']._serialized_end=1465
-  _globals['_BOX']._serialized_start=1467
-  _globals['_BOX']._serialized_end=1530
-  _globals['_POLYGONS']._serialized_start=1532
-  _globals['_POLYGONS']._serialized_end=1583
-  _globals['_POLYGON']._serialized_start=1585
-  _globals['_POLYGON']._serialized_end=1631
-  _globals['_POINT']._serialized_start=1633
-  _globals['_POINT']._serialized_end=1662
-  _globals['_STEPRANGE']._serialized_start=1664
-  _globals['_STEPRANGE']._serialized_end=1703
+  _globals['_EDIT']._serialized_end=555
+  _globals['_CONDITION']._serialized_start=558
+  _globals['_CONDITION']._serialized_end=703
+  _globals['_WEIGHTEDFEATURE']._serialized_start=705
+  _globals['_WEIGHTEDFEATURE']._serialized_end=797
+  _globals['_FEATUREREF']._serialized_start=799
+  _globals['_FEATUREREF']._serialized_end=839
+  _globals['_ADDEDIT']._serialized_start=841
+  _globals['_ADDEDIT']._serialized_end=902
+  _globals['_SCALEEDIT']._serialized_start=904
+  _globals['_SCALEEDIT']._serialized_end=931
+  _globals['_SETEDIT']._serialized_start=933
+  _globals['_SETEDIT']._serialized_end=991
+  _globals['_REPLACEEDIT']._serialized_start=993
+  _globals['_REPLACEEDIT']._serialized_end=1058
+  _globals['_PATCHEDIT']._serialized_start=1060
+  _globals['_PATCHEDIT']._serialized_end=1092
+  _globals['_TRANSFEREDIT']._serialized_start=1095
+  _globals['_TRANSFEREDIT']._serialized_end=1236
+  _globals['_FEATURECHOICE']._serialized_start=1238
+  _globals['_FEATURECHOICE']._serialized_end=1342
+  _globals['_MASK']._serialized_start=1344
+  _globals['_MASK']._serialized_end=1456
+  _globals['_BOXES']._serialized_start=1458
+  _globals['_BOXES']._serialized_end=1499
+  _globals['_BOX']._serialized_start=1501
+  _globals['_BOX']._serialized_end=1564
+  _globals['_POLYGONS']._serialized_start=1566
+  _globals['_POLYGONS']._serialized_end=1617
+  _globals['_POLYGON']._serialized_start=1619
+  _globals['_POLYGON']._serialized_end=1665
+  _globals['_POINT']._serialized_start=1667
+  _globals['_POINT']._serialized_end=1696
+  _globals['_STEPRANGE']._serialized_start=1698
+  _globals['_STEPRANGE']._serialized_end=1737
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,40 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Side:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIDE_UNSPECIFIED: _Side.ValueType  # 0
+    """The one with the prompt."""
+    SIDE_COND: _Side.ValueType  # 1
+    """The one with the prompt."""
+    SIDE_CONTRAST: _Side.ValueType  # 2
+    """The one with the prompt by the edit, the one without by its opposite: of `add` and `scale` alone, whose opposites are
+    -strength and 2 - factor.
+    """
+    SIDE_BOTH: _Side.ValueType  # 3
+    """Both alike."""
+
+class Side(_Side, metaclass=_SideEnumTypeWrapper):
+    """Which of the two predictions of a guided run an edit moves. Each is steered by its own activations, and reads its own
+    side of a reference.
+    """
+
+SIDE_UNSPECIFIED: Side.ValueType  # 0
+"""The one with the prompt."""
+SIDE_COND: Side.ValueType  # 1
+"""The one with the prompt."""
+SIDE_CONTRAST: Side.ValueType  # 2
+"""The one with the prompt by the edit, the one without by its opposite: of `add` and `scale` alone, whose opposites are
+-strength and 2 - factor.
+"""
+SIDE_BOTH: Side.ValueType  # 3
+"""Both alike."""
+Global___Side: _TypeAlias = Side  # noqa: Y015
+
 class _Unit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -81,8 +115,11 @@ class Edit(_message.Message):
     REFERENCE_FIELD_NUMBER: _builtins.int
     AMOUNTS_FIELD_NUMBER: _builtins.int
     CONDITION_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """A name among the run's references, for `patch`, `transfer` and UNIT_REFERENCE to read; empty for all others."""
+    side: Global___Side.ValueType
+    """Which predictions of a guided run it moves; unspecified: the one with the prompt. Others need guidance."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedFeature]:
         """The features it moves: at least one, none for `patch` and where the server chooses them; a feature may be named once."""
@@ -144,10 +181,11 @@ class Edit(_message.Message):
         reference: _builtins.str = ...,
         amounts: _abc.Iterable[_builtins.float] | None = ...,
         condition: Global___Condition | None = ...,
+        side: Global___Side.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "condition", b"condition", "kind", b"kind", "mask", b"mask", "patch", b"patch", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "amounts", b"amounts", "condition", b"condition", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "amounts", b"amounts", "condition", b"condition", "features", b"features", "kind", b"kind", "mask", b"mask", "patch", b"patch", "reference", b"reference", "replace", b"replace", "scale", b"scale", "set", b"set", "side", b"side", "steps", b"steps", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "scale", "set", "replace", "patch", "transfer"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

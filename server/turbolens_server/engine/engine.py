@@ -18,7 +18,7 @@ from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.choosing import choose
 from turbolens_server.engine.decode import decode_rows
-from turbolens_server.engine.guidance import embed_guidance
+from turbolens_server.engine.guidance import Sides, embed_guidance
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
@@ -27,6 +27,7 @@ from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import (
     FeaturesReady,
+    Guidance,
     Job,
     NotFinite,
     OnEvent,
@@ -212,9 +213,11 @@ class Engine:
                 emit(dataclasses.replace(failed.event, job=row))
 
         lanes = Lanes.of(jobs)
-        text = parts.text.encode_all([lane.prompt for lane in lanes.rows])
-        seeds, size = [lane.seed for lane in lanes.rows], (first.height, first.width)
-        walk = self.begin(text, seeds, first.steps, size, first.timesteps)
+        # Apart, as in `diffusers`: how many texts are encoded in one go shows in their last bits.
+        sides = (lanes.rows[: len(lanes.seeds)], lanes.rows[len(lanes.seeds) :])
+        text = EncodedTexts.joined([parts.text.encode_all([lane.prompt for lane in rows]) for rows in sides if rows])
+        size = (first.height, first.width)
+        walk = self.begin(text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance)
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         features: list[list[SparseCodes]] = [[] for _ in jobs]
         for step, t in enumerate(walk.timesteps):
@@ -226,7 +229,7 @@ class Engine:
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(walk.latents).flatten(1).all(1).tolist()
             times = StepTimes(started, time.monotonic(), tuple(tap.times))
-            whole = [all(finite[lane] for lane in lanes.rows_of(row)) for row in range(len(jobs))]
+            whole = [all(finite[walk] for walk in lanes.walks_of(row)) for row in range(len(jobs))]
             for row in [row for row, alive in enumerate(live) if alive and not whole[row]]:
                 live[row] = False
                 emit(NotFinite(row, "U-Net", step, self.info.dtype))
@@ -239,7 +242,8 @@ class Engine:
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row), times))
-        return Denoised(jobs, walk.latents[: len(jobs)], live, features, text.tokens_cut, chosen)
+        cut = [max(text.tokens_cut[lane] for lane in (row, lanes.second.get(row, row))) for row in range(len(jobs))]
+        return Denoised(jobs, walk.latents[: len(jobs)], live, features, tuple(cut), chosen)
 
     def _read(self, jobs: Sequence[Job], steps: int) -> list[list[SparseCodes]]:
         """The features of jobs over their first steps."""
@@ -323,23 +327,27 @@ class Engine:
         steps: int,
         size: tuple[int, int] | None = None,
         timesteps: Sequence[int] = (),
+        guidance: Sequence[Guidance | None] = (),
     ) -> Walk:
-        """A walk before its first step, a lane for each text and seed; in the thread of `denoise`.
+        """A batch before its first step, a walk for each seed; in the thread of `denoise`.
 
         Args:
-            text: one for each lane.
-            seeds: likewise.
-            steps: of the walk.
+            text: one for each walk, and then one for the second lane of each that has guidance.
+            seeds: one for each walk.
+            steps: of the walks.
             size: (height, width) of the pictures in pixels; None: the model's own.
             timesteps: of the steps, falling; empty: as the sampler chooses them.
+            guidance: of each walk; empty: none.
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
         shape = (parts.unet.config.in_channels, height // parts.vae_downscale, width // parts.vae_downscale)
-        time_ids = self._time_ids_of((height, width), dtype).expand(len(seeds), -1)
-        guidance = None if self._guidance is None else self._guidance.to(dtype).expand(len(seeds), -1)
+        lanes = len(text.hidden)
+        time_ids = self._time_ids_of((height, width), dtype).expand(lanes, -1)
+        embedded = None if self._guidance is None else self._guidance.to(dtype).expand(lanes, -1)
         state = self._sampler.start(steps, seeds, shape, dtype, timesteps)
-        return Walk(self._unet, state, Conditions(text.hidden, text.pooled, time_ids, guidance))
+        conditions = Conditions(text.hidden, text.pooled, time_ids, embedded)
+        return Walk(self._unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
 
     def _time_ids_of(self, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""

@@ -114,3 +114,8 @@ class EngineInfo:
     """In the order in which they were fused."""
     embedded_guidance: float = 1.0
     """Guidance scale of a U-Net that takes it as an embedding; 1 where it takes none."""
+    takes_guidance: bool = True
+    """Whether a request may ask for guidance; a U-Net that takes it as an embedding has its own."""
+    made_for_guidance: bool = False
+    """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
+    distilled model may have kept them."""

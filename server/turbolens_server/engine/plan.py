@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ class BatchPlan:
         self._masks: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._resolved: dict[tuple[int, str, int], ResolvedEdit] = {}
         self._composed: dict[tuple[object, ...], RowEdits] = {}
+        self._opposites: dict[int, Edit] = {}
         for row, job in enumerate(jobs):
             _check_temporal(job, info)
             for name in job.saes:
@@ -80,9 +81,9 @@ class BatchPlan:
             for options in job.sae_options:
                 for lane in self.lanes.rows_of(row):
                     self.options.setdefault(options.sae, {})[lane] = options
-            for edit in job.edits:
+            for lane, edit in self._sided(row, job):
                 for at in dict.fromkeys([*edit.points, *(info.saes[f.sae].hook_point for f in edit.features)]):
-                    self._edits.setdefault(at, {}).setdefault(row, []).append(edit)
+                    self._edits.setdefault(at, {}).setdefault(lane, []).append(edit)
         self.saes_at: dict[str, list[str]] = {point: [] for point in self._edits}
         for name, sae in info.saes.items():
             self.saes_at.setdefault(sae.hook_point, []).append(name)
@@ -101,7 +102,7 @@ class BatchPlan:
             if (acting := [edit for edit in edits if edit.acts_at(step)])
         }
         encoded = {row for row, edits in by_row.items() if edits.reads_own}
-        encoded |= {self.lanes.references[row][name] for row, edits in by_row.items() for name in edits.given}
+        encoded |= {self.lanes.read_by(row)[name] for row, edits in by_row.items() for name in edits.given}
         return PointEdits(self._first_of.get(point, {}), by_row, tuple(sorted(encoded)))
 
     def directions(self, point: str, step: int) -> Tensor:
@@ -110,6 +111,15 @@ class BatchPlan:
         if not each:
             return torch.zeros(0, self._points[point].d_model, device=self.device)
         return each[0] if len(each) == 1 else torch.cat(each)
+
+    def _sided(self, row: int, job: Job) -> Iterator[tuple[int, Edit]]:
+        """The edits of a job with the lanes that they act on."""
+        for edit in job.edits:
+            yield row, edit
+            if edit.side == "both":
+                yield self.lanes.second[row], edit
+            elif edit.side == "contrast":
+                yield self.lanes.second[row], self._opposites.setdefault(id(edit), edit.opposite())
 
     def _dictionary(self, point: str) -> dict[str, int]:
         """Where each SAE's features begin, of those that any edit of the batch names at a hook point."""

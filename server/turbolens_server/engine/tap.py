@@ -106,7 +106,7 @@ class StepTap:
         if not edits.given or known is None:
             return edits
         edits = edits.to(known.values.device)
-        lanes = self._plan.lanes.references[row]
+        lanes = self._plan.lanes.read_by(row)
         activations = {}
         for name in edits.given:
             at = place[lanes[name]]
@@ -120,7 +120,7 @@ class StepTap:
             return steered
         out = steered.float()
         for row, name, share in patches:
-            out[row] += share.to(out.device)[:, None] * update[self._plan.lanes.references[row][name]].float()
+            out[row] += share.to(out.device)[:, None] * update[self._plan.lanes.read_by(row)[name]].float()
         return out.to(update.dtype)
 
     def _pack(self, point: str, positions: int, by_row: dict[int, RowEdits]) -> PackedEdits:

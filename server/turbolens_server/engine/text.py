@@ -39,12 +39,29 @@ class EncodedTexts:
     tokens_cut: tuple[int, ...]
     """Of each."""
 
+    @classmethod
+    def joined(cls, texts: Sequence[EncodedTexts]) -> EncodedTexts:
+        """Those of several batches as of one."""
+        if len(texts) == 1:
+            return texts[0]
+        hidden, pooled = (torch.cat([getattr(text, name) for text in texts]) for name in ("hidden", "pooled"))
+        return cls(hidden, pooled, tuple(cut for text in texts for cut in text.tokens_cut))
+
 
 class TextEncoder:
     """Both text encoders of an SDXL model with a small cache. Not for use by several threads at once."""
 
-    def __init__(self, tokenizers: tuple[Any, Any], encoders: tuple[Any, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        tokenizers: tuple[Any, Any],
+        encoders: tuple[Any, Any],
+        device: torch.device,
+        *,
+        zeros_for_nothing: bool = False,
+    ) -> None:
+        """`zeros_for_nothing`: no text at all is zeros, as the U-Net was trained, and not the empty text."""
         self._tokenizers = tokenizers
+        self._zeros_for_nothing = zeros_for_nothing
         self._encode = _encoding(encoders, device)
         if device.type == "cuda":
             self._encode = Graphed(self._encode)
@@ -77,9 +94,17 @@ class TextEncoder:
         for count in range(1, _TOGETHER + 1):
             self.encode_together([""] * count)
 
-    def encode_all(self, prompts: Sequence[str]) -> EncodedTexts:
-        """Encode the prompts of a batch; those that are not kept from before in one go, a few at a time."""
-        texts = self._encode_missing(prompts)
+    def encode_all(self, prompts: Sequence[str | None]) -> EncodedTexts:
+        """Encode the prompts of a batch; those that are not kept from before in one go, a few at a time.
+
+        None is no text, which is not the empty one: see `zeros_for_nothing`.
+        """
+        zeros = self._zeros_for_nothing
+        found = iter(self._encode_missing([prompt or "" for prompt in prompts if prompt is not None or not zeros]))
+        heard = [None if prompt is None and zeros else next(found) for prompt in prompts]
+        one = next((text for text in heard if text is not None), None) or self.encode("")
+        nothing = EncodedText(torch.zeros_like(one.hidden), torch.zeros_like(one.pooled), 0)
+        texts = [text or nothing for text in heard]
         hidden, pooled = torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts])
         return EncodedTexts(hidden, pooled, tuple(text.tokens_cut for text in texts))
 

@@ -34,11 +34,24 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance: each prediction is led away from one that hears another text, or none."""
+
+    scale: float
+    """Above 1."""
+    rescale: float = 0.0
+    """How far it is brought back to the spread of the prediction with the prompt, 0 to 1."""
+    negative_prompt: str | None = None
+    """What it is led away from; None: nothing, as the model hears it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """One picture to make: a prompt, a seed, and what to do and return on the way.
 
-    A row of a batch is a *lane*, one walk from noise to latents. A job is one lane for its picture and one for each
-    reference; they share a batch and never part, so an edit finds what it reads in the same pass.
+    A row of a batch is a *lane*: what the U-Net hears and sees of one walk from noise to latents. A job is a walk for
+    its picture and one for each reference, each of one lane, or with guidance of two; they share a batch and never
+    part, so an edit finds what it reads in the same pass.
     """
 
     prompt: str
@@ -59,11 +72,13 @@ class Job:
     """Those of its steps, falling; empty: as the sampler chooses them."""
     references: tuple[Reference, ...] = ()
     """Unsteered runs that its edits read, by distinct names."""
+    guidance: Guidance | None = None
+    """Of its picture and of its references; None: none."""
 
     @property
     def lanes(self) -> int:
         """Rows that it takes of a batch."""
-        return 1 + len(self.references)
+        return (1 + len(self.references)) * (1 if self.guidance is None else 2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,7 +141,7 @@ class Result:
     features: tuple[SparseCodes, ...]
     """In order of step, then of block."""
     tokens_cut: int
-    """Tokens of the prompt past the model's limit, which did not reach it."""
+    """Tokens of the prompt past the model's limit, which did not reach it; of the negative prompt, where more."""
     batch_size: int
     """Jobs of its batch, itself included."""
     chosen: tuple[Chosen, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from turbolens_server.files import hash_file, hash_files
@@ -38,4 +39,6 @@ def hash_components(folder: Path, variant: str | None = None, vae: Path | None =
             settings += find_weights(at, stem, None if replaced else variant).files
         found += [(part, path) for path in sorted(settings)]
     lines = "".join(f"{part}/{path.name} {hash_file(path)}\n" for part, path in found)
+    if json.loads((folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True):
+        lines += "force_zeros_for_empty_prompt\n"  # what guidance leads away from where a request names nothing
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -105,12 +105,14 @@ def load_engine(
         raise LoadError(f"{model}: {error}") from error
     if max_steps < len(timesteps):
         raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
-    if sampler.config.get("timestep_spacing") == "leading" and not timesteps:
+    embeds_guidance = parts.unet.config.time_cond_proj_dim is not None
+    made_for_guidance = sampler.config.get("timestep_spacing") == "leading" and not timesteps and not embeds_guidance
+    if made_for_guidance:
         get_logger().warning(
             "few steps from little noise",
             model=model,
-            reason="timesteps are spaced as for models of many steps with guidance, which is not served",
-            way_out="--timestep-spacing trailing, if the model is distilled",
+            reason="timesteps are spaced as for models of many steps with guidance",
+            way_out="if it is distilled, --timestep-spacing trailing; else --max-steps 50, and guidance in requests",
         )
     other = sampler is not parts.pipeline.scheduler
     components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
@@ -139,6 +141,7 @@ def load_engine(
             (parts.pipeline.tokenizer, parts.pipeline.tokenizer_2),
             (parts.encoders[0].to(on), parts.encoders[1].to(on)),
             on,
+            zeros_for_nothing=bool(parts.pipeline.config.force_zeros_for_empty_prompt),
         )
         decoder = parts.vae.to(on)
         spec = GraphSpec.of(parts.unet, tapped, parts.downscale, text.max_tokens)
@@ -175,7 +178,9 @@ def load_engine(
             train_timesteps=int(sampler.config.num_train_timesteps),
             previews=able.previews,
             loras=parts.fused.loras,
-            embedded_guidance=1.0 if parts.unet.config.time_cond_proj_dim is None else embedded_guidance,
+            embedded_guidance=embedded_guidance if embeds_guidance else 1.0,
+            takes_guidance=not embeds_guidance,
+            made_for_guidance=made_for_guidance,
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
         return Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)

@@ -119,7 +119,7 @@ async def answer_one(item: Item, response: Awaitable[pb.ExtractFeaturesResponse]
 
 def _lanes(item: Item) -> int:
     run = item.request.run
-    return max(1, len(run.seeds)) * (1 + len(run.references))
+    return max(1, len(run.seeds)) * (1 + len(run.references)) * (2 if run.sampling.guidance_scale > 1 else 1)
 
 
 def _item_error(error: RpcError) -> pb.ItemError:

@@ -246,6 +246,7 @@ def model(
             max_request_bytes=MAX_REQUEST_BYTES,
             max_selected=limits.max_selected,
             max_saes=limits.max_saes,
+            max_guidance_scale=limits.max_guidance_scale if info.takes_guidance and limits.max_lanes > 1 else 0,
         ),
         defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
         edit_kinds=list(KINDS),

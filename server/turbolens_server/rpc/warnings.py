@@ -22,6 +22,7 @@ def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: Engine
         "SEEDS_COLLIDE": _seeds_collide([job.seed for job in jobs]),
         "NO_EFFECT": _no_effect(jobs[0].edits),
         "LATE_START": None if any(job.timesteps for job in jobs) else late_start(info, {job.steps for job in jobs}),
+        "NO_GUIDANCE": _no_guidance(jobs, info),
     }
     return [run_pb2.Warning(code=code, message=message) for code, message in found.items() if message is not None]
 
@@ -31,6 +32,18 @@ def _prompt_cut(results: Sequence[Result | None], info: EngineInfo) -> str | Non
     if not cut:
         return None
     return f"the prompt's last {cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+
+
+def _no_guidance(jobs: Sequence[Job], info: EngineInfo) -> str | None:
+    """Of a picture without guidance, by a model that looks as if it were made for it."""
+    if not info.made_for_guidance or all(job.guidance or job.timesteps for job in jobs):
+        return None
+    steps = jobs[0].steps
+    return (
+        f"{info.scheduler} is set as for models of tens of steps with guidance, and this was {steps} "
+        f"step{'s'[: steps > 1]} without: try guidance_scale=5 and steps=25, or, if the model is distilled, serve it "
+        "with --timestep-spacing trailing"
+    )
 
 
 def _seeds_collide(seeds: Sequence[int]) -> str | None:

@@ -7,7 +7,7 @@ import enum
 from typing import Literal
 
 from turbolens_server.steering.choice import FeatureChoice
-from turbolens_server.steering.kinds import EditKind
+from turbolens_server.steering.kinds import KINDS, EditKind
 from turbolens_server.steering.masks import Mask
 
 
@@ -34,6 +34,8 @@ class WeightedFeature:
 
 
 Rule = Literal["above", "below", "map"]
+Side = Literal["cond", "contrast", "both"]
+"""Predictions of a guided run: the one with the prompt; that one, and the one without by the opposite; both alike."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +72,19 @@ class Edit:
     """Multiplies the mask; of a feature at the one hook point where the edit acts. None: none."""
     choice: FeatureChoice | None = None
     """Of a `transfer` without features: how the engine chooses them. None: it does not."""
+    side: Side = "cond"
+    """Which predictions of a guided run it moves."""
+
+    def opposite(self) -> Edit:
+        """The edit that moves activations as far the other way.
+
+        Raises:
+            ValueError: its kind has none.
+        """
+        mirrored = KINDS[self.kind].opposite
+        if mirrored is None:
+            raise ValueError(f"{self.kind} has no opposite")
+        return dataclasses.replace(self, amount=mirrored(self.amount))
 
     def acts_at(self, step: int) -> bool:
         """Whether it acts at a step."""

@@ -36,6 +36,8 @@ class Kind:
     """Whether it takes the place of the whole update, and comes before the kinds that do not."""
     reference: bool = False
     """Whether what it puts in comes from a reference run."""
+    opposite: Callable[[float], float] | None = None
+    """Amount of the edit of the same kind that moves activations as far the other way; None: there is none."""
 
     @property
     def reads_own(self) -> bool:
@@ -57,8 +59,8 @@ def _all_of_it(a: Any) -> Any:
 
 
 KINDS: Final[dict[EditKind, Kind]] = {
-    "add": Kind("strength", own=_nothing, put=_it, unit=True, weights=True),
-    "scale": Kind("factor", own=lambda a: a - 1, put=_nothing),
+    "add": Kind("strength", own=_nothing, put=_it, unit=True, weights=True, opposite=lambda a: -a),
+    "scale": Kind("factor", own=lambda a: a - 1, put=_nothing, opposite=lambda a: 2 - a),
     "set": Kind("value", own=_all_of_it, put=_it, unit=True, weights=True),
     "replace": Kind("strength", own=_all_of_it, put=_it, unit=True, weights=True, whole=True),
     "transfer": Kind("multiplier", own=_all_of_it, put=_it, weights=True, reference=True),

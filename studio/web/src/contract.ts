@@ -13,6 +13,7 @@ export interface EditJson {
   reference?: string;
   amounts?: number[];
   condition?: ConditionJson;
+  side?: "SIDE_UNSPECIFIED" | "SIDE_COND" | "SIDE_CONTRAST" | "SIDE_BOTH";
 }
 
 export interface ModelJson {
@@ -67,6 +68,7 @@ export interface PatchEditJson {
 export interface TransferEditJson {
   multiplier?: number;
   remove?: FeatureRefJson[];
+  choice?: FeatureChoiceJson;
 }
 
 export interface MaskJson {
@@ -140,6 +142,7 @@ export interface LimitsJson {
   maxRequestBytes?: number;
   maxSelected?: number;
   maxSaes?: number;
+  maxGuidanceScale?: number;
 }
 
 export interface SamplingJson {
@@ -148,6 +151,8 @@ export interface SamplingJson {
   height?: number;
   guidanceScale?: number;
   timesteps?: number[];
+  guidanceRescale?: number;
+  negativePrompt?: string;
 }
 
 export interface MemoryJson {
@@ -176,6 +181,13 @@ export interface LoraJson {
 export interface FeatureRefJson {
   sae?: string;
   index?: number;
+}
+
+export interface FeatureChoiceJson {
+  features?: number;
+  saes?: string[];
+  allSteps?: boolean;
+  ownMask?: MaskJson;
 }
 
 export interface BoxesJson {

@@ -203,6 +203,25 @@ async def test_a_late_start_is_told_with_the_runs_that_have_it(loading):
     assert not (await loading.generation.Generate(a_request(sampling={"steps": 2}))).warnings
 
 
+async def test_a_model_that_looks_made_for_guidance_warns_of_runs_without_it(loading):
+    await loading.serving.make_ready(FakeEngine(an_info(made_for_guidance=True, scheduler="Euler")))
+    plain = await loading.generation.Generate(a_request())
+    assert [warning.code for warning in plain.warnings] == ["NO_GUIDANCE"]
+    assert "this was 1 step without: try guidance_scale=5 and steps=25" in plain.warnings[0].message
+    guided = await loading.generation.Generate(a_request(sampling={"guidance_scale": 5}))
+    assert not guided.warnings
+    assert guided.provenance.run.sampling.guidance_scale == 5
+
+
+async def test_a_unet_that_hears_its_guidance_takes_no_other(loading):
+    await loading.serving.make_ready(FakeEngine(an_info(takes_guidance=False, embedded_guidance=8.0)))
+    assert (await loading.models.GetModel(ms.GetModelRequest())).model.limits.max_guidance_scale == 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await loading.generation.Generate(a_request(sampling={"guidance_scale": 5}))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "hears its guidance, set to 8" in caught.value.details()
+
+
 async def test_an_answer_that_no_message_holds_is_refused_before_any_work(loading):
     """Where it was not known before, it is one line all the same."""
     big = (2048, 2048)

@@ -93,8 +93,37 @@ SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
         (a_request(sampling={"steps": 0}), "run.sampling.steps", "1 to 4"),
         (a_request(sampling={"width": 32}), "run.sampling.width", "64x64, 64x32"),
         (a_request(sampling={"height": 65}), "run.sampling.height", "64x64"),
-        (a_request(sampling={"guidance_scale": NAN}), "run.sampling.guidance_scale", "only 0"),
-        (a_request(sampling={"guidance_scale": 1}), "run.sampling.guidance_scale", "only 0"),
+        (a_request(sampling={"guidance_scale": NAN}), "run.sampling.guidance_scale", "0 or 1 for none"),
+        (a_request(sampling={"guidance_scale": 0.5}), "run.sampling.guidance_scale", "more than 1 and at most 100"),
+        (a_request(sampling={"guidance_scale": -3}), "run.sampling.guidance_scale", "more than 1 and at most 100"),
+        (a_request(sampling={"guidance_scale": 101}), "run.sampling.guidance_scale", "at most 100"),
+        (a_request(sampling={"guidance_scale": 5, "guidance_rescale": 1.1}), "run.sampling.guidance_rescale", "0 to 1"),
+        (a_request(sampling={"guidance_scale": 5, "guidance_rescale": NAN}), "run.sampling.guidance_rescale", "0 to 1"),
+        (a_request(sampling={"guidance_rescale": 0.5}), "run.sampling.guidance_rescale", "nothing without guidance"),
+        (a_request(sampling={"negative_prompt": ""}), "run.sampling.negative_prompt", "nothing without guidance"),
+        (
+            a_request(sampling={"guidance_scale": 5, "negative_prompt": "x" * 4001}),
+            "run.sampling.negative_prompt",
+            "4000",
+        ),
+        (
+            a_request(
+                an_edit(set={"value": 1, "unit": 4}, reference="a"),
+                *(an_edit(set={"value": 1, "unit": 4}, reference=name) for name in "bcd"),
+                sampling={"guidance_scale": 5},
+                references=dict.fromkeys("abcd", A_RUN),
+            ),
+            "run.sampling.guidance_scale",
+            "and its 4 references takes 10 lanes, and a batch holds 8",
+        ),
+        (a_request(an_edit(side=2)), "run.edits[0].side", "got 'contrast'; a run without guidance has no sides"),
+        (a_request(an_edit(side=1)), "run.edits[0].side", "without guidance"),
+        (a_request(an_edit(side=4), sampling={"guidance_scale": 5}), "run.edits[0].side", "SIDE_BOTH"),
+        (
+            a_request(an_edit(set={"value": 1}, side=2), sampling={"guidance_scale": 5}),
+            "run.edits[0].side",
+            "set has no opposite; add and scale have",
+        ),
         (a_request(image={"format": 9}), "image.format", "IMAGE_FORMAT_PNG"),
         (a_request(image={"quality": 90}), "image.quality", "JPEG"),
         (a_request(image={"format": 4, "quality": 90}), "image.quality", "JPEG"),
@@ -538,7 +567,15 @@ edits = st.builds(
     st.fixed_dictionaries({"features": st.lists(terms, max_size=3)}, optional={"mask": masks, "steps": windows}),
 )
 sampling = st.fixed_dictionaries(
-    {}, optional={"steps": any_int, "width": any_int, "height": any_int, "guidance_scale": any_float}
+    {},
+    optional={
+        "steps": any_int,
+        "width": any_int,
+        "height": any_int,
+        "guidance_scale": any_float,
+        "guidance_rescale": any_float,
+        "negative_prompt": st.text(max_size=5),
+    },
 )
 shared = {
     "prompt": st.text(max_size=30),

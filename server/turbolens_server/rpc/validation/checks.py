@@ -7,6 +7,7 @@ import math
 from typing import Any, Final
 
 from turbolens_proto.v1 import steering_pb2
+from turbolens_server.engine.batcher import MAX_BATCH
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.rpc.errors import Violation, invalid
 
@@ -33,6 +34,9 @@ class RequestLimits:
     """SAEs that a request or a search may name, and options of SAEs."""
     max_references: int = MAX_REFERENCES
     """Each takes a row of a batch beside its picture's."""
+    max_lanes: int = MAX_BATCH
+    """Of one picture, its references' included: a batch holds no more."""
+    max_guidance_scale: float = 100.0
     max_strength: float = 1000.0
     max_mask_bytes: int = 4 * 2**20
     # What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.

@@ -14,13 +14,14 @@ from turbolens_server.rpc.validation.checks import Checks
 from turbolens_server.rpc.validation.choices import check_choice, chooses, read_by_step
 from turbolens_server.rpc.validation.masks import MaskChecks
 from turbolens_server.sae.temporal import refuse_edit
-from turbolens_server.steering.edits import Condition, Edit, Rule, Unit, WeightedFeature
+from turbolens_server.steering.edits import Condition, Edit, Rule, Side, Unit, WeightedFeature
 from turbolens_server.steering.kinds import KINDS, EditKind
 from turbolens_server.steering.masks import FloatGrid, GridMask, Mask
 
 _MASK_SLACK: Final = 0.5 / 255 + 1e-6
 """What rounding to the grey levels of a PNG adds to a weight."""
 _UNITS: Final = {0: Unit.MEAN, 1: Unit.RAW, 2: Unit.MEAN, 3: Unit.NORM, 4: Unit.REFERENCE}
+_SIDES: Final[dict[int, Side]] = {0: "cond", 1: "cond", 2: "contrast", 3: "both"}
 
 
 def saes_edited(edits: Sequence[steering_pb2.Edit], info: EngineInfo) -> set[str]:
@@ -34,12 +35,15 @@ def saes_edited(edits: Sequence[steering_pb2.Edit], info: EngineInfo) -> set[str
 class EditChecks:
     """Checks the edits of one request, which share the bounds on masks and features."""
 
-    def __init__(self, checks: Checks, *, steps: int, size: tuple[int, int], references: Collection[str]) -> None:
+    def __init__(
+        self, checks: Checks, *, steps: int, size: tuple[int, int], references: Collection[str], guided: bool = False
+    ) -> None:
         self._checks = checks
         self._masks = MaskChecks(checks)
         self._steps = steps
         self._size = size
         self._references = references
+        self._guided = guided
 
     def edits(self, field: str, edits: Sequence[steering_pb2.Edit]) -> tuple[Edit, ...]:
         """The edits that are right, as the engine has them: what a `transfer` takes away is a `scale` by 0 after it."""
@@ -81,15 +85,16 @@ class EditChecks:
         mask = self._masks.mask(f"{path}.mask", edit.mask) if edit.HasField("mask") else None
         named = [*points, *(self._checks.info.saes[feature.sae].hook_point for feature in (*features, *removed))]
         condition = self._condition(f"{path}.condition", edit.condition, named) if edit.HasField("condition") else None
+        side = self._side(f"{path}.side", edit, kind)
         if kind is None or len(self._checks.violations) > before:
             return []
-        one = Edit(kind, features, amount, unit, mask, window, reference, points, condition, choice)
+        one = Edit(kind, features, amount, unit, mask, window, reference, points, condition, choice, side)
         first = 0 if window is None else window[0]
         valid = [
             dataclasses.replace(one, amount=at, steps=(first + i, first + i + 1)) for i, at in enumerate(by_step)
         ] or [one]
         if removed:
-            valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window, condition=condition))
+            valid.append(Edit("scale", removed, 0.0, mask=mask, steps=window, condition=condition, side=side))
         if mask is not None:
             valid = self._on_grids(f"{path}.mask", valid, mask)
         if choice is None:
@@ -159,6 +164,18 @@ class EditChecks:
             allowed = "at least 0" if rule == "above" else "more than 0"
             self._checks.bad(f"{field}.{rule}", threshold, f"must be {allowed}, as activations are")
         return Condition(WeightedFeature(name, index), rule, threshold, unit)
+
+    def _side(self, field: str, edit: steering_pb2.Edit, kind: EditKind | None) -> Side:
+        """Which predictions of a guided run an edit moves."""
+        if not self._checks.known(field, edit.side, steering_pb2.Side):
+            return "cond"
+        side = _SIDES[edit.side]
+        if edit.side and not self._guided:
+            self._checks.bad(field, side, "a run without guidance has no sides; give a guidance_scale of more than 1")
+        if side == "contrast" and kind is not None and KINDS[kind].opposite is None:
+            able = " and ".join(name for name, each in KINDS.items() if each.opposite is not None)
+            self._checks.bad(field, side, f"{kind} has no opposite; {able} have")
+        return side
 
     def _raw_scale(self, edit: steering_pb2.Edit) -> float:
         """What the activations themselves come to in the SAEs of an edit."""

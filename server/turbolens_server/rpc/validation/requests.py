@@ -13,7 +13,13 @@ from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
 from turbolens_server.rpc.validation.choices import chooses
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
-from turbolens_server.rpc.validation.runs import check_references, check_sampling, check_seeds, check_source
+from turbolens_server.rpc.validation.runs import (
+    check_lanes,
+    check_references,
+    check_sampling,
+    check_seeds,
+    check_source,
+)
 from turbolens_server.rpc.validation.selection import Selection, check_sae_options, check_selection, check_steps_of
 
 GenerateLike = generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
@@ -92,17 +98,19 @@ def _image(checks: Checks, image: run_pb2.ImageOptions) -> tuple[run_pb2.ImageFo
 
 def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> ValidRequest:
     prompt = check_source(checks, "run.source", run.source)
-    steps, height, width, timesteps = check_sampling(checks, "run.sampling", run.sampling)
+    steps, height, width, timesteps, guidance = check_sampling(checks, "run.sampling", run.sampling)
     seeds = check_seeds(checks, "run.seeds", run.seeds)
     references = check_references(checks, "run.references", run.references, {edit.reference for edit in run.edits})
     reads, edited = not picture or run.HasField("features"), saes_edited(run.edits, checks.info)
     named = set(run.features.saes or checks.info.saes) if reads else set()
     sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
-    edits = EditChecks(checks, steps=steps, size=(height, width), references=run.references).edits(
-        "run.edits", run.edits
-    )
+    edits = EditChecks(
+        checks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
+    ).edits("run.edits", run.edits)
     selection = check_selection(checks, "run.features", run.features, steps) if reads else None
     own: dict[str, tuple[str, int | None]] = {OWN: (prompt, None)} if any(map(chooses, run.edits)) else {}
+    lanes_field = "run.sampling.guidance_scale" if guidance else "run.references"
+    check_lanes(checks, lanes_field, len(references) + len(own), guidance)
     used = edited | set(selection.saes if selection else ())
     check_steps_of(checks, "run.sampling.steps", used, steps)
     jobs = tuple(
@@ -122,12 +130,14 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             sae_options=sae_options,
             picture=picture,
             previews=previews,
+            guidance=guidance,
         )
         for seed in seeds
     )
     filled = run_pb2.Run()
     filled.CopyFrom(run)
     filled.seeds[:] = seeds
-    sampling = run_pb2.Sampling(steps=steps, width=width, height=height, guidance_scale=0.0, timesteps=timesteps)
-    filled.sampling.CopyFrom(sampling)
+    sampling = filled.sampling
+    sampling.steps, sampling.height, sampling.width, sampling.timesteps[:] = steps, height, width, timesteps
+    sampling.guidance_scale = guidance.scale if guidance else 0.0
     return ValidRequest(filled, jobs, selection, frozenset(used))

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from turbolens_proto.v1 import run_pb2
+from turbolens_server.engine.types import Guidance
 from turbolens_server.rpc.validation.checks import Checks
 
 MAX_SEED: Final = 2**63 - 1
@@ -20,10 +21,14 @@ def check_source(checks: Checks, field: str, source: run_pb2.Source) -> str:
     if source.WhichOneof("kind") != "prompt":
         checks.wrong(field, "is missing; give a prompt (the empty prompt is one)")
         return ""
-    text = source.prompt.text
+    return check_prompt(checks, f"{field}.prompt.text", source.prompt.text)
+
+
+def check_prompt(checks: Checks, field: str, text: str) -> str:
+    """A text that the model hears."""
     if len(text) > checks.limits.max_prompt_chars:
         allowed = f"has {len(text)} characters; at most {checks.limits.max_prompt_chars} are allowed"
-        checks.bad(f"{field}.prompt.text", text, allowed)
+        checks.bad(field, text, allowed)
     return text
 
 
@@ -35,10 +40,11 @@ class Sampled(NamedTuple):
     width: int
     timesteps: tuple[int, ...]
     """Empty: as the scheduler chooses them."""
+    guidance: Guidance | None
 
 
 def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Sampled:
-    """Steps, size and timesteps with every default filled in."""
+    """Steps, size, timesteps and guidance with every default filled in."""
     info = checks.info
     timesteps = _timesteps(checks, field, sampling)
     steps = sampling.steps if sampling.HasField("steps") else len(timesteps) or info.default_steps
@@ -52,12 +58,38 @@ def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Sa
         named = "width" if sampling.HasField("width") else "height"
         checks.bad(f"{field}.{named}", f"{width}x{height}", f"sizes served (width x height): {served}")
         height, width = info.default_size
-    if sampling.HasField("guidance_scale") and sampling.guidance_scale != 0:
-        allowed = "only 0, the model's one-pass setting, is served"
-        checks.bad(f"{field}.guidance_scale", sampling.guidance_scale, allowed)
     if not timesteps and steps == len(info.timesteps):
         timesteps = info.timesteps
-    return Sampled(steps, height, width, timesteps)
+    return Sampled(steps, height, width, timesteps, _guidance(checks, field, sampling))
+
+
+def _guidance(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Guidance | None:
+    """Guidance, where a run asks for it."""
+    scale, rescale, most = sampling.guidance_scale, sampling.guidance_rescale, checks.limits.max_guidance_scale
+    negative = sampling.negative_prompt if sampling.HasField("negative_prompt") else None
+    wanted = scale not in (0, 1)
+    if wanted and not 1 < scale <= most:
+        checks.bad(f"{field}.guidance_scale", scale, f"must be 0 or 1 for none, or more than 1 and at most {most:g}")
+    elif wanted and not checks.info.takes_guidance:
+        own = f"this U-Net hears its guidance, set to {checks.info.embedded_guidance:g} when the server was started"
+        checks.bad(f"{field}.guidance_scale", scale, f"must be 0: {own}")
+    if not 0 <= rescale <= 1:
+        checks.bad(f"{field}.guidance_rescale", rescale, "must be 0 to 1")
+    if negative is not None:
+        check_prompt(checks, f"{field}.negative_prompt", negative)
+    for name, given in (("guidance_rescale", bool(rescale)), ("negative_prompt", negative is not None)):
+        if given and not wanted:
+            checks.wrong(f"{field}.{name}", "does nothing without guidance; give a guidance_scale of more than 1")
+    return Guidance(scale, rescale, negative) if wanted else None
+
+
+def check_lanes(checks: Checks, field: str, references: int, guidance: Guidance | None) -> None:
+    """Whether a picture, its references and what guidance doubles have room in one batch."""
+    lanes, most = (1 + references) * (1 if guidance is None else 2), checks.limits.max_lanes
+    if lanes > most:
+        beside = f" and its {references} references" if references else ""
+        told = f"with it, the picture{beside} takes {lanes} lanes, and a batch holds {most}"
+        checks.wrong(field, f"{told}: serve with --max-batch {lanes}, or ask for less")
 
 
 def _timesteps(checks: Checks, field: str, sampling: run_pb2.Sampling) -> tuple[int, ...]:
