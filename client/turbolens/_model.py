@@ -108,6 +108,7 @@ class Limits:
     max_selected: int
     max_saes: int
     max_guidance_scale: float
+    max_picture_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
 from turbolens._numbers import number, seconds, text, whole, whole_or_none
+from turbolens._start import ImageLike, Start, prompt_of, source_of, start_of
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -34,25 +35,44 @@ class Reference:
     prompt: str
     seed: int | None = None
     """None: the seed of the picture that reads it."""
+    start: Start | None = None
+    """None: noise."""
+
+    @classmethod
+    def from_proto(cls, message: run_pb2.Reference) -> Reference:
+        """From a message."""
+        seed = message.seed if message.HasField("seed") else None
+        return cls(prompt_of(message.source), seed, Start.from_proto(message.source))
 
     def to_proto(self) -> run_pb2.Reference:
         """The reference as a message."""
-        return run_pb2.Reference(source=_source(self.prompt), seed=self.seed)
+        return run_pb2.Reference(source=source_of(self.prompt, self.start), seed=self.seed)
 
 
-def reference(prompt: str, *, seed: int | None = None) -> Reference:
+def reference(
+    prompt: str,
+    *,
+    seed: int | None = None,
+    image: ImageLike | None = None,
+    start_latents: Any = None,
+    strength: float | None = None,
+) -> Reference:
     """Another run, made beside each picture and never steered, for :func:`patch` and :func:`transfer` to read.
 
     Args:
         prompt: what it draws.
         seed: None: the picture's own, so that the two differ by their prompt alone.
+        image, start_latents, strength: what it starts from, as of the picture that reads it: it walks as many steps.
     """
-    return Reference(text(prompt, "the prompt"), _seed(seed))
+    return Reference(text(prompt, "the prompt"), _seed(seed), start_of(image, start_latents, strength))
 
 
 class RunOptions(TypedDict, total=False):
     """What every call takes beside the prompt and seeds."""
 
+    image: ImageLike | None
+    start_latents: Any
+    strength: float | None
     steps: int | None
     width: int | None
     height: int | None
@@ -98,6 +118,8 @@ class Run:
     prompt: str
     seeds: tuple[int, ...] = ()
     """Empty: one, drawn by the server."""
+    start: Start | None = None
+    """None: noise."""
     steps: int | None = None
     """None, here and below: the server's default."""
     width: int | None = None
@@ -125,8 +147,9 @@ class Run:
         """
         sampling, selection = message.sampling, message.features
         return cls(
-            prompt=message.source.prompt.text,
+            prompt=prompt_of(message.source),
             seeds=tuple(message.seeds),
+            start=Start.from_proto(message.source),
             steps=sampling.steps if sampling.HasField("steps") else None,
             width=sampling.width if sampling.HasField("width") else None,
             height=sampling.height if sampling.HasField("height") else None,
@@ -135,10 +158,7 @@ class Run:
             guidance_rescale=sampling.guidance_rescale,
             negative_prompt=sampling.negative_prompt if sampling.HasField("negative_prompt") else None,
             steer=tuple(Edit.from_proto(edit) for edit in message.edits),
-            references={
-                name: Reference(r.source.prompt.text, r.seed if r.HasField("seed") else None)
-                for name, r in message.references.items()
-            },
+            references={name: Reference.from_proto(one) for name, one in message.references.items()},
             features=tuple(selection.saes) if message.HasField("features") else None,
             only=tuple(FeatureRef(ref.sae, ref.index) for ref in selection.only),
             float32=selection.value_type == run_pb2.VALUE_TYPE_FLOAT32,
@@ -149,7 +169,7 @@ class Run:
     def to_proto(self, *, labels: bool = False) -> run_pb2.Run:
         """The run as a message; `labels` asks for those of the features that come back."""
         return run_pb2.Run(
-            source=_source(self.prompt),
+            source=source_of(self.prompt, self.start),
             sampling=run_pb2.Sampling(
                 steps=self.steps,
                 width=self.width,
@@ -303,6 +323,7 @@ def _call(
     run = Run(
         prompt=text(prompt, "the prompt"),
         seeds=_seeds(seed, seeds),
+        start=start_of(given.pop("image", None), given.pop("start_latents", None), given.pop("strength", None)),
         steps=whole_or_none(given.pop("steps", None), "steps"),
         width=whole_or_none(given.pop("width", None), "width"),
         height=whole_or_none(given.pop("height", None), "height"),
@@ -319,10 +340,6 @@ def _call(
         prefix=_per_sae("prefix", given.pop("prefix", None)),
     )
     return Call(run=run, several=seeds is not None, **of_call)
-
-
-def _source(prompt: str) -> run_pb2.Source:
-    return run_pb2.Source(prompt=run_pb2.PromptSource(text=text(prompt, "the prompt")))
 
 
 def _text_or_none(value: str | None, what: str) -> str | None:

@@ -142,6 +142,12 @@ class Lens:
             seeds: of several pictures.
             options: any of these:
 
+                image: a picture to start from, in place of noise: a result, a PIL image, uint8 [height, width, 3], the
+                    bytes or the path of a PNG, JPEG or WebP; of a size that is served.
+                start_latents: [channels, height, width] to start from: such as `picture.latents`, with a strength, or
+                    without one the first noise itself.
+                strength: how much of the way from noise is walked: the last `int(steps * strength)` steps, which are
+                    the run's, counted from 0. 1 keeps little of the picture.
                 steps: denoising steps; None: the server's default.
                 width, height: pixels; None: the server's default.
                 timesteps: of the steps, falling, for models distilled for certain ones; empty: as the server chooses.

@@ -23,6 +23,8 @@ def kinds(lens):
     """Name, arguments and whether features are asked for instead of a picture."""
     up = [row.ref for row in lens.extract(PROMPT, seed=7)["up.0.1"].top(3)]
     left = tl.box(0, 0, 0.5, 1)
+    drawn = lens.generate("a blue ring", seed=1, latents=True)
+    noise = np.random.default_rng(0).normal(size=drawn.latents.shape)
     pictures = {
         "plain": {},
         "empty prompt": {"prompt": ""},
@@ -55,12 +57,20 @@ def kinds(lens):
             "guidance_scale": 3, "steer": [tl.add(up[0], 4, side="contrast"), tl.patch("up.0.0", "other", side="both")],
             "references": OTHER,
         },
+        "from a picture": {"image": drawn, "strength": 0.5, "steps": 4, "steer": [tl.add(up[0], 4, steps=(0, 1))]},
+        "from latents": {"start_latents": drawn.latents, "strength": 0.75, "steps": 4},
+        "from given noise": {"start_latents": noise, "prompt": "a star"},
+        "reference beside a picture": {
+            "image": drawn, "strength": 0.5, "steps": 2, "steer": [tl.patch("up.0.0", "other")],
+            "references": {"other": tl.reference("a blue ring", image=drawn, strength=0.5)},
+        },
         "features beside it": {"features": ["up.0.1"], "steer": [tl.add(up[0], 8)]},
     }  # fmt: skip
     features = {
         "features": {},
         "features of two steps": {"steps": 2, "saes": ["mid.0"], "float32": True},
         "features of a steered run": {"steer": [tl.add("mid.0/0", 5, unit="raw")], "only": up},
+        "features of a picture": {"image": drawn, "strength": 0.5, "steps": 2},
         "features of a guided run": {"guidance_scale": 4.5, "saes": ["up.0.1"]},
         "features of one of several": {"seeds": [1, 2]},
         "features of a transfer of what was chosen": {

@@ -29,6 +29,10 @@ class _OfARun(Calls):
     """Seed; left out: the server draws one and says which."""
     seeds: str | None = None
     """Several seeds, such as 7,8 or 10-19."""
+    image: Path | None = None
+    """PNG, JPEG or WebP to start from, in place of noise, of a size that is served."""
+    strength: float | None = None
+    """With --image: how much of the way from noise is walked, the last steps alone; 1 keeps little of the image."""
     steps: int | None = None
     """Denoising steps; left out: the server's default."""
     guidance_scale: float = 0.0
@@ -111,6 +115,8 @@ class _OfARun(Calls):
         return {
             "seed": self.seed,
             "seeds": None if self.seeds is None else _seeds(self.seeds),
+            "image": self.image,
+            "strength": self.strength,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,

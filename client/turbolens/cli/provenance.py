@@ -33,6 +33,7 @@ class Provenance:
             "seed": ", ".join(map(str, run.seeds)),
             "size": f"{run.width}x{run.height}",
             "steps": run.steps,
+            **({} if run.start is None else {"starts from": run.start}),
             **{f"edit {i}": edit for i, edit in enumerate(run.steer)},
             **{f"reference {name}": reference for name, reference in run.references.items()},
             "model": f"{told.model} ({told.model_hash[:12]})",

@@ -174,20 +174,32 @@ class Source(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt(self) -> Global___PromptSource:
         """A text prompt."""
+
+    @_builtins.property
+    def picture(self) -> Global___PictureSource:
+        """An existing picture."""
+
+    @_builtins.property
+    def latents(self) -> Global___LatentsSource:
+        """Raw latents."""
 
     def __init__(
         self,
         *,
         prompt: Global___PromptSource | None = ...,
+        picture: Global___PictureSource | None = ...,
+        latents: Global___LatentsSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "latents", b"latents", "picture", b"picture", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "latents", b"latents", "picture", b"picture", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prompt", "picture", "latents"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -205,7 +217,7 @@ class Reference(_message.Message):
     """0 <= seed < 2^63; unset: the picture's own, so that the two differ by their source alone."""
     @_builtins.property
     def source(self) -> Global___Source:
-        """Required."""
+        """Required. It must walk as many steps as the run does."""
 
     def __init__(
         self,
@@ -244,6 +256,78 @@ class PromptSource(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PromptSource: _TypeAlias = PromptSource  # noqa: Y015
+
+@_typing.final
+class PictureSource(_message.Message):
+    """A run from a picture, which is coded by the VAE, noised, and denoised from there: image-to-image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """What it is denoised towards; as PromptSource.text."""
+    strength: _builtins.float
+    """How much of the way from noise is walked: the last floor(strength * Sampling.steps) steps, at least one. They are the
+    run's steps, counted from 0. 0 < strength <= 1, where 1 keeps little of the picture.
+    """
+    @_builtins.property
+    def picture(self) -> Global___Image:
+        """PNG, JPEG, WebP or RAW, RGB or grey, of one of Limits.sizes and the run's; of RAW alone, `width` and `height` say it.
+        At most Limits.max_picture_bytes.
+        """
+
+    def __init__(
+        self,
+        *,
+        picture: Global___Image | None = ...,
+        prompt: _builtins.str = ...,
+        strength: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture", "prompt", b"prompt", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PictureSource: _TypeAlias = PictureSource  # noqa: Y015
+
+@_typing.final
+class LatentsSource(_message.Message):
+    """A run from latents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LATENTS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """As PromptSource.text."""
+    strength: _builtins.float
+    """Unset: the latents are the first noise, of unit variance, and all steps are walked. Set: they are those of a picture,
+    as Generation.latents has them, noised and walked from as a PictureSource is.
+    """
+    @_builtins.property
+    def latents(self) -> Global___Tensor:
+        """[channels, height / 8, width / 8] (by the VAE's factor), float32 or float16, finite."""
+
+    def __init__(
+        self,
+        *,
+        latents: Global___Tensor | None = ...,
+        prompt: _builtins.str = ...,
+        strength: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "latents", b"latents", "strength", b"strength"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "latents", b"latents", "prompt", b"prompt", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___LatentsSource: _TypeAlias = LatentsSource  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

@@ -45,11 +45,12 @@ class BatchKey(NamedTuple):
     width: int
     steps: int
     timesteps: tuple[int, ...]
+    skipped: int
 
 
 def batch_key(job: Job) -> BatchKey:
     """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
-    return BatchKey(job.height, job.width, job.steps, job.timesteps)
+    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

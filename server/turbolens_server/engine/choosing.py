@@ -46,8 +46,9 @@ def choose(job: Job, info: EngineInfo, read: Read) -> tuple[Job, tuple[Chosen, .
     steps = job.steps if any(choice.all_steps for choice in choices) else 1
     runs = [
         dataclasses.replace(
-            job, prompt=named[name].prompt, seed=named[name].seed, edits=(), references=(), saes=saes, picture=False,
-            previews=False, sae_options=tuple(options for options in job.sae_options if options.sae in saes),
+            job, prompt=named[name].prompt, seed=named[name].seed, start=named[name].start, edits=(), references=(),
+            saes=saes, picture=False, previews=False,
+            sae_options=tuple(options for options in job.sae_options if options.sae in saes),
         )
         for name in names
     ]  # fmt: skip

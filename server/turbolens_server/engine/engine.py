@@ -18,11 +18,12 @@ from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import batch_key
 from turbolens_server.engine.choosing import choose
 from turbolens_server.engine.decode import decode_rows
+from turbolens_server.engine.encode import PictureEncoder
 from turbolens_server.engine.guidance import Sides, embed_guidance
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
-from turbolens_server.engine.sampler import Sampler
+from turbolens_server.engine.sampler import NOISE, RowStart, Sampler
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import (
@@ -33,6 +34,7 @@ from turbolens_server.engine.types import (
     OnEvent,
     Result,
     SparseCodes,
+    Start,
     StepDone,
     StepTimes,
 )
@@ -128,6 +130,7 @@ class Engine:
         operands = components.unet.dtype
         self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
         self._sampler = Sampler(components.scheduler, device, info.timesteps)
+        self._encoder = PictureEncoder(components.vae)
         width = components.unet.config.time_cond_proj_dim
         self._guidance = None if width is None else embed_guidance(info.embedded_guidance, width).to(device)
         self._time_ids: dict[tuple[int, int], Tensor] = {}
@@ -217,7 +220,9 @@ class Engine:
         sides = (lanes.rows[: len(lanes.seeds)], lanes.rows[len(lanes.seeds) :])
         text = EncodedTexts.joined([parts.text.encode_all([lane.prompt for lane in rows]) for rows in sides if rows])
         size = (first.height, first.width)
-        walk = self.begin(text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance)
+        walk = self.begin(
+            text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance, first.skipped, lanes.starts
+        )
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         features: list[list[SparseCodes]] = [[] for _ in jobs]
         for step, t in enumerate(walk.timesteps):
@@ -328,6 +333,8 @@ class Engine:
         size: tuple[int, int] | None = None,
         timesteps: Sequence[int] = (),
         guidance: Sequence[Guidance | None] = (),
+        skipped: int = 0,
+        starts: Sequence[Start | None] = (),
     ) -> Walk:
         """A batch before its first step, a walk for each seed; in the thread of `denoise`.
 
@@ -336,8 +343,10 @@ class Engine:
             seeds: one for each walk.
             steps: of the walks.
             size: (height, width) of the pictures in pixels; None: the model's own.
-            timesteps: of the steps, falling; empty: as the sampler chooses them.
+            timesteps: of the skipped steps and of these, falling; empty: as the sampler chooses them.
             guidance: of each walk; empty: none.
+            skipped: steps before those of the walks, which then start from pictures or latents.
+            starts: of each walk; empty: noise.
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
@@ -345,9 +354,21 @@ class Engine:
         lanes = len(text.hidden)
         time_ids = self._time_ids_of((height, width), dtype).expand(lanes, -1)
         embedded = None if self._guidance is None else self._guidance.to(dtype).expand(lanes, -1)
-        state = self._sampler.start(steps, seeds, shape, dtype, timesteps)
+        coded = {start: self._row_start(start, dtype) for start in starts if start is not None}
+        rows = [NOISE if start is None else coded[start] for start in starts]
+        state = self._sampler.start(steps, seeds, shape, dtype, timesteps, skipped, rows)
         conditions = Conditions(text.hidden, text.pooled, time_ids, embedded)
         return Walk(self._unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
+
+    def _row_start(self, start: Start, dtype: torch.dtype) -> RowStart:
+        """What the sampler is told of a start: a picture is coded once, and drawn from for each seed."""
+        if start.kind == "picture":
+            coded = self._encoder.distribution(start.values, dtype)
+            if isinstance(coded, Tensor):
+                return RowStart(clean=lambda _: self._encoder.scaled(coded, dtype))
+            return RowStart(clean=lambda generator: self._encoder.scaled(coded.sample(generator), dtype))
+        latents = torch.from_numpy(start.values)[None].to(self._device, dtype)
+        return RowStart(noise=latents) if start.kind == "noise" else RowStart(clean=lambda _: latents)
 
     def _time_ids_of(self, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """SDXL's size conditioning, [1, 6]: the picture as large as it is and not cropped."""

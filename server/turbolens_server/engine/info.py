@@ -116,6 +116,11 @@ class EngineInfo:
     """Guidance scale of a U-Net that takes it as an embedding; 1 where it takes none."""
     takes_guidance: bool = True
     """Whether a request may ask for guidance; a U-Net that takes it as an embedding has its own."""
+    takes_pictures: bool = True
+    """Whether a run may start from a picture or from latents of one; some schedulers do not say how to noise it."""
+    latent_channels: int = 4
+    vae_downscale: int = 8
+    """Picture pixels for each cell of the latents, each way."""
     made_for_guidance: bool = False
     """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
     distilled model may have kept them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from turbolens_server.engine.types import Guidance, Job
+from turbolens_server.engine.types import Guidance, Job, Start
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Lanes:
     rows: tuple[Lane, ...]
     seeds: tuple[int, ...]
     """Of each walk."""
+    starts: tuple[Start | None, ...]
+    """Of each walk."""
     guidance: tuple[Guidance | None, ...]
     """Of each walk."""
     references: tuple[dict[str, int], ...]
@@ -39,17 +41,18 @@ class Lanes:
     def of(cls, jobs: Sequence[Job]) -> Lanes:
         """The lanes of the jobs of one batch."""
         rows = [Lane(at, job.prompt, at) for at, job in enumerate(jobs)]
-        seeds = [job.seed for job in jobs]
+        seeds, starts = [job.seed for job in jobs], [job.start for job in jobs]
         references: list[dict[str, int]] = []
         for at, job in enumerate(jobs):
             references.append({run.name: len(rows) + offset for offset, run in enumerate(job.references)})
             rows += [Lane(at, run.prompt, len(rows) + offset) for offset, run in enumerate(job.references)]
             seeds += [run.seed for run in job.references]
+            starts += [run.start for run in job.references]
         guidance = tuple(jobs[lane.job].guidance for lane in rows)
         guided = [(walk, one) for walk, one in enumerate(guidance) if one is not None]
         second = {walk: len(rows) + offset for offset, (walk, _) in enumerate(guided)}
         rows += [Lane(rows[walk].job, one.negative_prompt, walk) for walk, one in guided]
-        return cls(tuple(rows), tuple(seeds), guidance, tuple(references), second)
+        return cls(tuple(rows), tuple(seeds), tuple(starts), guidance, tuple(references), second)
 
     def __len__(self) -> int:
         return len(self.rows)

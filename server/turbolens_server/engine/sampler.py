@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -33,6 +33,19 @@ _FIRST: Final = 0.9
 """A run that starts below this share of the timesteps gives the model noise where it expects the outlines."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RowStart:
+    """What a row starts from."""
+
+    noise: Tensor | None = None
+    """Its first noise, [1, C, h, w]; None: drawn."""
+    clean: Callable[[torch.Generator], Tensor] | None = None
+    """Draws the latents [1, C, h, w] that are noised to where the run begins; None: there is nothing but noise."""
+
+
+NOISE: Final = RowStart()
+
+
 class UnsupportedScheduler(ValueError):
     """A sampler that cannot be served; the text names it and says why."""
 
@@ -46,11 +59,13 @@ class SamplerState:
     latents: Tensor  # [B, C, h, w]
     more: Mapping[str, Any]
     """Further arguments of a step, such as a generator for each row where the sampler adds noise on the way."""
+    skipped: int = 0
+    """Steps of the sampler that are not taken."""
 
     @property
     def timesteps(self) -> Tensor:
         """Timestep of each step, [steps]."""
-        timesteps: Tensor = self.scheduler.timesteps
+        timesteps: Tensor = self.scheduler.timesteps[self.skipped :]
         return timesteps
 
     def scaled(self, t: Tensor) -> Tensor:
@@ -96,6 +111,8 @@ class Sampler:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         timesteps: Sequence[int] = (),
+        skipped: int = 0,
+        starts: Sequence[RowStart] = (),
     ) -> SamplerState:
         """First noise and a sampler for a batch.
 
@@ -104,9 +121,12 @@ class Sampler:
             seeds: one for each row.
             shape: of one latent, (C, h, w).
             dtype: of the latents.
-            timesteps: of the steps, falling; empty: the sampler's own.
+            timesteps: of all steps, the skipped ones too, falling; empty: the sampler's own.
+            skipped: steps before those of the run; then every row needs a start to be noised.
+            starts: of each row; empty: noise.
         """
-        key: int | tuple[int, ...] = tuple(timesteps) or self._own.get(steps) or steps
+        total = steps + skipped
+        key: int | tuple[int, ...] = tuple(timesteps) or self._own.get(total) or total
         if key not in self._prepared:
             fresh = copy.deepcopy(self._scheduler)
             if isinstance(key, tuple):
@@ -117,9 +137,29 @@ class Sampler:
         scheduler = _fresh(self._prepared[key])
         # Drawn on the CPU, one generator per picture, as diffusers does: a seed means the same everywhere.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = randn_tensor((len(seeds), *shape), generator=generators, device=self._device, dtype=dtype)
         more = {**self._eta, **({"generator": generators} if self._adds_noise else {})}
-        return SamplerState(scheduler, noise, noise * scheduler.init_noise_sigma, more)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        noises: list[Tensor] = []
+        cleans: list[Tensor | None] = []
+        for start, generator in zip(starts or [NOISE] * len(seeds), generators, strict=True):
+            # Drawn before the noise, as diffusers does.
+            cleans.append(None if start.clean is None else start.clean(generator))
+            drawn = start.noise
+            if drawn is None:
+                drawn = randn_tensor((1, *shape), generator=generator, device=self._device, dtype=dtype)
+            noises.append(drawn)
+        noise, first = torch.cat(noises), scheduler.timesteps[skipped : skipped + 1]
+        known = [clean for clean in cleans if clean is not None]
+        if len(known) == len(cleans):
+            # In one go, which keeps the layout in memory that the VAE left: another rounds otherwise in the U-Net.
+            latents = scheduler.add_noise(torch.cat(known), noise, first.repeat(len(seeds)))
+        else:
+            latents = noise * scheduler.init_noise_sigma
+            for row, clean in enumerate(cleans):
+                if clean is not None:
+                    latents[row : row + 1] = scheduler.add_noise(clean, noise[row : row + 1], first)
+        return SamplerState(scheduler, noise, latents, more, skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +172,8 @@ class Abilities:
     """It takes timesteps other than those that it would choose."""
     late_starts: Mapping[int, int]
     """First timestep of runs of so many steps, of those that start where the model expects half a picture."""
+    pictures: bool
+    """It says how a picture is noised to where a run may start."""
 
 
 def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = ()) -> Abilities:
@@ -174,7 +216,7 @@ def check_scheduler(scheduler: Any, max_steps: int, timesteps: Sequence[int] = (
             raise UnsupportedScheduler(f"scheduler {name} gives values that are not finite in {taken}{way_out}")
         if visited[0] < _FIRST * scheduler.config.num_train_timesteps and steps != len(timesteps):
             late[steps] = int(visited[0])
-    return Abilities(previews, takes, late)
+    return Abilities(previews, takes, late, hasattr(scheduler, "add_noise"))
 
 
 def _takes_timesteps(scheduler: Any) -> bool:

@@ -24,6 +24,16 @@ class SaeOptions:
     """Only so many first features exist; None: all."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """What a walk starts from in place of noise of its seed's."""
+
+    kind: Literal["picture", "latents", "noise"]
+    """Pixels or latents of a picture, to be noised; or the first noise itself."""
+    values: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    """[height, width, 3] of a picture; else [channels, height / 8, width / 8] (by the VAE's factor)."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reference:
     """A run beside a job's own, step by step, that its edits may read."""
@@ -31,6 +41,7 @@ class Reference:
     name: str
     prompt: str
     seed: int
+    start: Start | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,9 +80,13 @@ class Job:
     previews: bool = False
     """Decode the estimate of the clean latent at every step but the last."""
     timesteps: tuple[int, ...] = ()
-    """Those of its steps, falling; empty: as the sampler chooses them."""
+    """Those of its steps and of the skipped ones, falling; empty: as the sampler chooses them."""
     references: tuple[Reference, ...] = ()
     """Unsteered runs that its edits read, by distinct names."""
+    start: Start | None = None
+    """None: noise."""
+    skipped: int = 0
+    """Steps that come before its own, and are not taken: a walk from a picture starts where that is noised to."""
     guidance: Guidance | None = None
     """Of its picture and of its references; None: none."""
 

@@ -180,6 +180,9 @@ def load_engine(
             loras=parts.fused.loras,
             embedded_guidance=embedded_guidance if embeds_guidance else 1.0,
             takes_guidance=not embeds_guidance,
+            takes_pictures=able.pictures,
+            latent_channels=parts.unet.config.in_channels,
+            vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder

@@ -21,7 +21,7 @@ def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: Engine
         "PROMPT_CUT": _prompt_cut(results, info),
         "SEEDS_COLLIDE": _seeds_collide([job.seed for job in jobs]),
         "NO_EFFECT": _no_effect(jobs[0].edits),
-        "LATE_START": None if any(job.timesteps for job in jobs) else late_start(info, {job.steps for job in jobs}),
+        "LATE_START": late_start(info, {job.steps for job in jobs if not (job.timesteps or job.skipped)}),
         "NO_GUIDANCE": _no_guidance(jobs, info),
     }
     return [run_pb2.Warning(code=code, message=message) for code, message in found.items() if message is not None]

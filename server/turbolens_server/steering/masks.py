@@ -140,7 +140,7 @@ def png_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if (signature, kind) == (b"\x89PNG\r\n\x1a\n", b"IHDR") else None
 
 
-def _pixels_only(data: bytes) -> bytes:
+def pixels_only(data: bytes) -> bytes:
     """A PNG without what is not pixels: texts and colour profiles are packed too, and unpack to anything."""
     kept, at = [data[:8]], 8
     for _ in range(_PNG_CHUNKS):
@@ -165,7 +165,7 @@ def read_png(data: bytes) -> PictureMask:
     if max(size) > MAX_EDGE:
         raise ValueError(f"{size[0]} x {size[1]} pixels; at most {MAX_EDGE} x {MAX_EDGE} are allowed")
     try:
-        with Image.open(io.BytesIO(_pixels_only(data)), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(pixels_only(data)), formats=["PNG"]) as image:
             if image.size != size:
                 raise ValueError("not a readable PNG (it says two sizes)")
             sixteen = image.mode.startswith("I")

@@ -143,6 +143,7 @@ export interface LimitsJson {
   maxSelected?: number;
   maxSaes?: number;
   maxGuidanceScale?: number;
+  maxPictureBytes?: number;
 }
 
 export interface SamplingJson {

@@ -38,6 +38,8 @@ class RequestLimits:
     """Of one picture, its references' included: a batch holds no more."""
     max_guidance_scale: float = 100.0
     max_strength: float = 1000.0
+    max_picture_bytes: int = 8 * 2**20
+    """Of one that a run starts from."""
     max_mask_bytes: int = 4 * 2**20
     # What a small message could otherwise cost: boxes quadratically, a white PNG 64 MiB for each 20 kB.
     max_mask_shapes: int = 256

@@ -14,13 +14,14 @@ from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks,
 from turbolens_server.rpc.validation.choices import chooses
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
 from turbolens_server.rpc.validation.runs import (
+    Beside,
     check_lanes,
     check_references,
     check_sampling,
     check_seeds,
-    check_source,
 )
 from turbolens_server.rpc.validation.selection import Selection, check_sae_options, check_selection, check_steps_of
+from turbolens_server.rpc.validation.sources import check_source, check_taken
 
 GenerateLike = generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
 ExtractLike = feature_service_pb2.ExtractFeaturesRequest | feature_service_pb2.StreamFeaturesRequest
@@ -97,10 +98,13 @@ def _image(checks: Checks, image: run_pb2.ImageOptions) -> tuple[run_pb2.ImageFo
 
 
 def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> ValidRequest:
-    prompt = check_source(checks, "run.source", run.source)
-    steps, height, width, timesteps, guidance = check_sampling(checks, "run.sampling", run.sampling)
+    source = check_source(checks, "run.source", run.source)
+    sampled = check_sampling(checks, "run.sampling", run.sampling, run.source, source.size)
+    steps, skipped, height, width, timesteps, guidance = sampled
+    check_taken(checks, "run.source", run.source, steps + skipped)
     seeds = check_seeds(checks, "run.seeds", run.seeds)
-    references = check_references(checks, "run.references", run.references, {edit.reference for edit in run.edits})
+    read = {edit.reference for edit in run.edits}
+    references = check_references(checks, "run.references", run.references, read, sampled)
     reads, edited = not picture or run.HasField("features"), saes_edited(run.edits, checks.info)
     named = set(run.features.saes or checks.info.saes) if reads else set()
     sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
@@ -108,23 +112,25 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
         checks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
     ).edits("run.edits", run.edits)
     selection = check_selection(checks, "run.features", run.features, steps) if reads else None
-    own: dict[str, tuple[str, int | None]] = {OWN: (prompt, None)} if any(map(chooses, run.edits)) else {}
+    own = {OWN: Beside(source, None)} if any(map(chooses, run.edits)) else {}
     lanes_field = "run.sampling.guidance_scale" if guidance else "run.references"
     check_lanes(checks, lanes_field, len(references) + len(own), guidance)
     used = edited | set(selection.saes if selection else ())
     check_steps_of(checks, "run.sampling.steps", used, steps)
     jobs = tuple(
         Job(
-            prompt=prompt,
+            prompt=source.prompt,
+            start=source.start,
             seed=seed,
             steps=steps,
+            skipped=skipped,
             height=height,
             width=width,
             timesteps=timesteps,
             edits=edits,
             references=tuple(
-                Reference(name, text, seed if other is None else other)
-                for name, (text, other) in (references | own).items()
+                Reference(name, beside.prompt, seed if other is None else other, beside.start)
+                for name, (beside, other) in (references | own).items()
             ),
             saes=selection.saes if selection else (),
             sae_options=sae_options,
@@ -138,6 +144,6 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     filled.CopyFrom(run)
     filled.seeds[:] = seeds
     sampling = filled.sampling
-    sampling.steps, sampling.height, sampling.width, sampling.timesteps[:] = steps, height, width, timesteps
+    sampling.steps, sampling.height, sampling.width, sampling.timesteps[:] = steps + skipped, height, width, timesteps
     sampling.guidance_scale = guidance.scale if guidance else 0.0
     return ValidRequest(filled, jobs, selection, frozenset(used))

@@ -11,56 +11,58 @@ from typing import Final, NamedTuple
 from turbolens_proto.v1 import run_pb2
 from turbolens_server.engine.types import Guidance
 from turbolens_server.rpc.validation.checks import Checks
+from turbolens_server.rpc.validation.sources import Started, check_prompt, check_source, strength_of, taken_steps
 
 MAX_SEED: Final = 2**63 - 1
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-def check_source(checks: Checks, field: str, source: run_pb2.Source) -> str:
-    """The prompt that a run starts from."""
-    if source.WhichOneof("kind") != "prompt":
-        checks.wrong(field, "is missing; give a prompt (the empty prompt is one)")
-        return ""
-    return check_prompt(checks, f"{field}.prompt.text", source.prompt.text)
-
-
-def check_prompt(checks: Checks, field: str, text: str) -> str:
-    """A text that the model hears."""
-    if len(text) > checks.limits.max_prompt_chars:
-        allowed = f"has {len(text)} characters; at most {checks.limits.max_prompt_chars} are allowed"
-        checks.bad(field, text, allowed)
-    return text
 
 
 class Sampled(NamedTuple):
     """How a run is sampled."""
 
     steps: int
+    skipped: int
+    """Steps before these, which are not taken."""
     height: int
     width: int
     timesteps: tuple[int, ...]
-    """Empty: as the scheduler chooses them."""
+    """Of all, the skipped ones too; empty: as the scheduler chooses them."""
     guidance: Guidance | None
 
 
-def check_sampling(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Sampled:
-    """Steps, size, timesteps and guidance with every default filled in."""
+def check_sampling(
+    checks: Checks, field: str, sampling: run_pb2.Sampling, source: run_pb2.Source, size: tuple[int, int] | None
+) -> Sampled:
+    """Steps, size, timesteps and guidance with every default filled in.
+
+    Args:
+        checks: where what is wrong goes.
+        field: path of the sampling.
+        sampling: as it came.
+        source: of the run, which may walk the last steps alone.
+        size: (height, width) in pixels of what it starts from; None: of nothing.
+    """
     info = checks.info
     timesteps = _timesteps(checks, field, sampling)
     steps = sampling.steps if sampling.HasField("steps") else len(timesteps) or info.default_steps
     if not 1 <= steps <= info.max_steps:
         checks.bad(f"{field}.steps", steps, f"must be 1 to {info.max_steps}")
         steps = 1
-    height = sampling.height if sampling.HasField("height") else info.default_size[0]
-    width = sampling.width if sampling.HasField("width") else info.default_size[1]
+    own = size or info.default_size
+    height = sampling.height if sampling.HasField("height") else own[0]
+    width = sampling.width if sampling.HasField("width") else own[1]
     if (height, width) not in info.sizes:
         served = ", ".join(f"{w}x{h}" for h, w in info.sizes)
         named = "width" if sampling.HasField("width") else "height"
         checks.bad(f"{field}.{named}", f"{width}x{height}", f"sizes served (width x height): {served}")
         height, width = info.default_size
+    elif size not in (None, (height, width)):
+        named = "width" if width != own[1] else "height"
+        checks.bad(f"{field}.{named}", f"{width}x{height}", f"it starts from {own[1]}x{own[0]}; leave it out")
     if not timesteps and steps == len(info.timesteps):
         timesteps = info.timesteps
-    return Sampled(steps, height, width, timesteps, _guidance(checks, field, sampling))
+    taken = steps if (strength := strength_of(source)) is None else taken_steps(steps, strength)
+    return Sampled(taken, steps - taken, height, width, timesteps, _guidance(checks, field, sampling))
 
 
 def _guidance(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Guidance | None:
@@ -115,16 +117,25 @@ def check_seeds(checks: Checks, field: str, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or [secrets.randbelow(2**31)]
 
 
+class Beside(NamedTuple):
+    """A reference of a run."""
+
+    source: Started
+    seed: int | None
+    """None: that of each picture."""
+
+
 def check_references(
-    checks: Checks, field: str, references: Mapping[str, run_pb2.Reference], read: Collection[str]
-) -> dict[str, tuple[str, int | None]]:
-    """Prompt and seed of each reference, in order of their names, so that one request is always the same job.
+    checks: Checks, field: str, references: Mapping[str, run_pb2.Reference], read: Collection[str], sampled: Sampled
+) -> dict[str, Beside]:
+    """Each reference, in order of their names, so that one request is always the same job.
 
     Args:
         checks: where what is wrong goes.
         field: path of the map.
         references: by name; without a seed it has that of each picture.
         read: names that edits read.
+        sampled: how the run is sampled that they are beside.
     """
     most = checks.limits.max_references
     if len(references) > most:
@@ -137,12 +148,25 @@ def check_references(
             checks.bad(path, name, 'names are 1 to 64 letters, digits, "_", "-" and "."')
         elif name not in read:
             checks.wrong(path, "is read by no edit")
-        prompt = check_source(checks, f"{path}.source", reference.source)
+        source = check_source(checks, f"{path}.source", reference.source)
+        _check_beside(checks, f"{path}.source", reference.source, source, sampled)
         seed = reference.seed if reference.HasField("seed") else None
         if seed is not None:
             _seed(checks, f"{path}.seed", seed)
-        found[name] = prompt, seed
+        found[name] = Beside(source, seed)
     return found
+
+
+def _check_beside(checks: Checks, field: str, message: run_pb2.Source, source: Started, sampled: Sampled) -> None:
+    """Whether a reference can walk beside the run: as many steps, at the same size."""
+    steps, size, strength = sampled.steps + sampled.skipped, (sampled.height, sampled.width), strength_of(message)
+    taken = steps if strength is None else taken_steps(steps, strength)
+    if taken != sampled.steps:
+        text = f"walks {taken} of {steps} steps and the run {sampled.steps}; start it as the run is, at its strength"
+        checks.wrong(field, text)
+    if source.size not in (None, size):
+        shown = f"{source.size[1]}x{source.size[0]}" if source.size else ""
+        checks.bad(field, shown, f"the run is of {size[1]}x{size[0]}")
 
 
 def _seed(checks: Checks, field: str, seed: int) -> None:
