@@ -27,7 +27,7 @@ from benchmarks.rehearsal.manifests import Manifests, helm_template
 
 VALUES: Final[dict[str, Any]] = {
     "gpu": {"enabled": False},
-    "data": {"model": "mini", "model_variant": None, "prompts": "scenes", "hook_points": ["up.0.0", "up.0.1"]},
+    "data": {"model": "mini", "variant": None, "prompts": "scenes", "hook_points": ["up.0.0", "up.0.1"]},
     "train": {
         "nodes": 2,
         "settings": {

@@ -91,7 +91,7 @@ TRAINING_VARIANTS: dict[str, dict[str, Any]] = {
     "trainjob": {"train": {"kind": "trainjob", "cached": True}, "collect": {"enabled": True}},
     "mini": {
         "gpu": {"enabled": False},
-        "data": {"model": "mini", "model_variant": None, "prompts": "scenes", "hook_points": ["up.0.0", "up.0.1"]},
+        "data": {"model": "mini", "variant": None, "prompts": "scenes", "hook_points": ["up.0.0", "up.0.1"]},
         "train": {"nodes": 2, "settings": {"gates": {"dead": 0.5}, "allow_below_gates": True}},
         "collect": {"enabled": True, "workers": 2, "chunks": 8},
         "volume": {"claim": "ours"},

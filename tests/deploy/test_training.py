@@ -80,7 +80,7 @@ def test_what_is_collected_is_what_is_trained_on():
     """The key of a cache is made of these; and where it is, is the same place."""
     collected, trained = fill("trainjob"), sae("trainjob")
     assert collected.cache == trained.cache
-    for name in ("model", "model_variant", "prompts", "hook_points", "seed", "images", "one_step_share", "multi_steps"):
+    for name in ("model", "variant", "prompts", "hook_points", "seed", "images", "one_step_share", "multi_steps"):
         assert getattr(collected, name) == getattr(trained, name)
     assert collected.workers == 4
 

@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from diffusers import LCMScheduler
+from transformers import CLIPTokenizer
 
 from turbolens_server.catalog.labels import read_labels
 from turbolens_server.engine.types import Job
 from turbolens_server.engine.walk import Walk
 from turbolens_server.loading.errors import LoadError
-from turbolens_server.loading.hub import embedded_saes
+from turbolens_server.loading.hub import embedded_model, embedded_saes
 from turbolens_server.loading.load import load_engine
 from turbolens_training import cli
 from turbolens_training.activations import sources
@@ -37,15 +40,19 @@ def test_sae_labels_and_dose_from_the_command_line(
     cli.main([*train, "--allow-below-gates"])  # goes on from the checkpoint: trained already
     told = capsys.readouterr().out
     assert f"4 SAEs are in {saes}; held-out pictures of captioned scenes" in told
-    assert f"turbolens catalog build --model {tiny_folder} --saes {saes}" in told
+    assert f"turbolens catalog build --model {tiny_folder} --sae {saes}" in told
     assert f"turbolens serve --model {tiny_folder} --sae {saes}" in told
     catalog.main(
         ["build", *common, "--saes", str(saes), "--images", "32", "--least-active", "2", "--effect-scenes", "0"]
     )
-    dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose")]
+    assert f"{saes / 'mid.0'}: statistics and examples of 64 features" in capsys.readouterr().out
+    dose = ["--model", str(tiny_folder), "--device", "cpu", "--saes", str(saes), "--out", str(work / "dose"), "--json"]
     fast = ["--scenes", "2", "--choice-scenes", "2", "--singles", "1", "--strengths", "0", "8"]
     cli.main(["dose", *dose, *fast, "--concepts", "color=blue", "background=night"])
 
+    told = json.loads(capsys.readouterr().out)
+    assert told["table"] == str(work / "dose" / "dose.md")
+    assert {row["strength"] for row in told["curves"]} <= {0.0, 8.0}
     engine = load_engine(model=str(tiny_folder), saes=[str(saes)])
     assert list(engine.info.saes) == [point.name for point in engine.info.hook_points]
     for name, info in engine.info.saes.items():
@@ -71,12 +78,17 @@ def test_sae_labels_and_dose_from_the_command_line(
     assert {path.name for path in saes.iterdir()} == set(engine.info.saes)
 
 
-def test_bundles_of_an_earlier_run_are_replaced_only_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+def test_bundles_of_an_earlier_run_are_replaced_only_by_name(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saes, work = tmp_path / "saes", tmp_path / "work"
     small = "--d-sae 32 --k 4 --steps 3 --batch 32 --images 4 --reservoir 64 --held-out-chunks 1 --allow-below-gates"
     train = ["sae", "--model", str(tiny_folder), "--hook-points", "mid.0", "--device", "cpu", "--out", str(saes)]
     train += small.split()
-    cli.main([*train, "--work", str(work)])
+    cli.main([*train, "--work", str(work), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["saes"] == str(saes)
+    assert {row["block"] for row in told["quality"]} == {"mid.0"}
     weights = saes / "mid.0" / "sae_weights.safetensors"
     first = weights.read_bytes()
     other = [*train, "--work", str(tmp_path / "other"), "--seed", "1"]
@@ -98,10 +110,10 @@ def test_settings_come_from_a_file_and_flags_come_on_top(
     ran: list[object] = []
     monkeypatch.setattr(cli, "run", ran.append)
     file = tmp_path / "saes.yaml"
-    file.write_text("variant: matryoshka\nk: 6\nnested_k: [2, 8]\nprefixes: [32, 128]\nlearning-rate: 1.0e-3\n")
+    file.write_text("architecture: matryoshka\nk: 6\nnested_k: [2, 8]\nprefixes: [32, 128]\nlearning-rate: 1.0e-3\n")
     cli.main(["sae", "--config", str(file), "--k", "5", "--work", str(tmp_path)])
     expected = SaeConfig(
-        variant="matryoshka", k=5, nested_k=(2, 8), prefixes=(32, 128), learning_rate=1e-3, work=tmp_path
+        architecture="matryoshka", k=5, nested_k=(2, 8), prefixes=(32, 128), learning_rate=1e-3, work=tmp_path
     )
     assert ran == [expected]
     file.write_text(
@@ -134,9 +146,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "module", "expected"),
     [
-        ("sae --model-variant fp16", sources, {"variant": "fp16"}),
-        ("sweep --model-variant fp16", sources, {"variant": "fp16"}),
-        ("cache fill --model-variant fp16", sources, {"variant": "fp16"}),
+        ("sae --variant fp16", sources, {"variant": "fp16"}),
+        ("sweep --variant fp16", sources, {"variant": "fp16"}),
+        ("cache fill --variant fp16", sources, {"variant": "fp16"}),
         ("dose --variant fp16 --force-sae", dose, {"variant": "fp16", "force_sae": True}),
         ("eval --variant fp16 --force-sae", evaluate, {"variant": "fp16", "force_sae": True}),
         ("riebench --items items.json --variant fp16 --force-sae", riebench, {"variant": "fp16", "force_sae": True}),
@@ -152,6 +164,7 @@ def test_every_command_takes_the_weight_files_and_saes_that_are_served(
 
     monkeypatch.setattr(module, "load_engine", load)
     monkeypatch.chdir(tmp_path)
+    Path("runs/sae/bundles").mkdir(parents=True)
     item = {"id": "1", "editing_type_id": 6, "original_prompt": "a star", "editing_prompt": "a blue star"}
     Path("items.json").write_text(json.dumps([item]))
     with pytest.raises(SystemExit, match="asked for as expected"):
@@ -230,10 +243,44 @@ def test_what_the_settings_alone_say_is_told_before_the_model_is_loaded(
     for module in (sources, dose, evaluate, riebench):
         monkeypatch.setattr(module, "load_engine", None)
     monkeypatch.chdir(tmp_path)
+    Path("runs/sae/bundles").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         cli.main(command.split())
     told = f"{ended.value} {capsys.readouterr().err}".replace("│", "")
     assert refused in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("sae --k 0 --batch 0 --gates.dead 2", ["gates.dead=2.0"]),  # a group of settings comes first
+        ("sae --k 0 --steps 0 --architecture topk --run-steps 3", ["k=0", "steps=0", "run_steps is a setting of"]),
+        ("sweep --splice-scenes 0 --points topk:5", ["splice_scenes=0", "points: 'topk:5'"]),
+        ("dose --scenes 0 --strengths 4", ["scenes=0", "strengths=(4.0,)"]),
+        ("sae --model ./no --prompts ./nowhere.txt", ["--model ./no", "--prompts ./nowhere.txt"]),
+        (
+            "eval --model ./no --sae no --prompts ./nowhere.txt",
+            ["--model ./no", "--saes no", "--prompts ./nowhere.txt"],
+        ),
+        ("riebench --items i.json --sae ./a --masks m", ["--sae ./a", "--items i.json", "--masks m"]),
+        ("cache verify nowhere", ["--path nowhere"]),
+        ("build --model ./no --sae no --images 0", ["images=0"]),
+        ("build --model ./no --sae no --prompts ./no.txt", ["--model ./no", "--saes no", "--prompts ./no.txt"]),
+    ],
+)
+def test_all_that_is_wrong_is_told_at_once_and_without_torch(command: str, says: list[str], tmp_path: Path) -> None:
+    main = "catalog.cli" if command.startswith("build") else "cli"
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"from turbolens_training.{main} import main; main({command.split()!r})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    told = " ".join(ended.stderr.replace("│", "").split())
+    assert all(line in told for line in says), told
+    assert ended.stdout == "False\n"
+    assert ended.returncode in (1, 2)
+    assert "Traceback" not in told
 
 
 def test_a_rebuild_checks_all_of_its_steps_before_the_first(
@@ -250,3 +297,19 @@ def test_folders_of_other_seeds_are_looked_for_before_the_first_part(tmp_path: P
     folders = f"--saes {embedded_saes()} --seeds {tmp_path / 'nowhere'} --out {tmp_path / 'out'}"
     with pytest.raises(SystemExit, match=r"nowhere has no bundle of .*up\.0\.1"):
         cli.main(f"eval {folders} --parts quality stability".split())
+
+
+@pytest.mark.parametrize("command", ["eval --parts quality splice", "dose", "build --effect-scenes 0"])
+def test_what_is_measured_against_the_truth_refuses_models_that_have_none(command: str, tmp_path: Path) -> None:
+    """One of another vocabulary reads other captions; its pictures would be scored as if they were scenes."""
+    saes = shutil.copytree(embedded_saes(), tmp_path / "saes")
+    model = shutil.copytree(embedded_model(), tmp_path / "other")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(model / "tokenizer")
+    before = {path: path.read_bytes() for path in saes.rglob("*") if path.is_file()}
+    main = catalog.main if command.startswith("build") else cli.main
+    out = ["--work" if command.startswith("build") else "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="other: what is measured here needs a model that draws"):
+        main([*command.split(), "--model", str(model), "--sae", str(saes), *out])
+    assert {path: path.read_bytes() for path in saes.rglob("*") if path.is_file()} == before

@@ -7,21 +7,23 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import tyro
 import yaml
 
-from turbolens_training.activations.config import FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
+from turbolens_training.activations.config import DataConfig, FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
+from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.sweep.config import SweepConfig
+from turbolens_training.settings import Telling
 
 
 @dataclasses.dataclass(frozen=True)
-class RebuildConfig:
+class RebuildConfig(Telling):
     """Make everything that depends on the model anew, in order: SAEs, their catalog, the dose table, the reports.
 
     Tests take their expectations from the reports.
@@ -29,7 +31,7 @@ class RebuildConfig:
 
     model: str = "mini"
     """Model to start from: `mini`, or a `diffusers` folder."""
-    saes: Path = Path("server/turbolens_server/models/mini-saes")
+    saes: Annotated[Path, tyro.conf.arg(aliases=["--sae"])] = Path("server/turbolens_server/models/mini-saes")
     """Folder that the bundles are written to."""
     work: Path = Path("runs")
     """Folder of checkpoints and reports."""
@@ -86,14 +88,37 @@ def main(argv: list[str]) -> None:
     else:
         command = tyro.cli(Command, args=argv, prog="turbolens train", description=__doc__)
     # What runs is imported here: a command's help must not wait for torch.
-    from turbolens_server.files import WriteError, check_writable
+    from turbolens_server.files import WriteError
     from turbolens_server.loading.errors import LoadError
 
+    own = command.action if isinstance(command, CacheConfig) else command
+    if lines := [*_missing(own), *unwritable(own.writes)]:
+        sys.exit("\n".join(f"turbolens train: {line}" for line in lines))
     try:
-        check_writable(*(command.action if isinstance(command, CacheConfig) else command).writes)
         run(command)
     except (LoadError, ValueError, ArithmeticError, WriteError) as error:
         sys.exit(f"turbolens train: {error}")
+
+
+def _missing(command: object) -> list[str]:
+    """What a command is to read and cannot, a line each."""
+    match command:
+        case SaeConfig():
+            return missing(model=command.model, prompts=command.prompts, shards=command.shards)
+        case DataConfig():
+            return missing(model=command.model, prompts=command.prompts)
+        case DoseConfig():
+            return missing(model=command.model, saes=command.saes)
+        case EvalConfig():
+            return missing(model=command.model, saes=command.saes, prompts=command.prompts)
+        case RieBenchConfig():
+            return missing(model=command.model, saes=command.saes, items=command.items, masks=command.masks)
+        case RebuildConfig():
+            return missing(model=command.model)
+        case VerifyCacheConfig() | ImportTarsConfig():
+            return missing(path=command.path)
+        case _:
+            return []
 
 
 def _with_file(argv: list[str]) -> SaeConfig:
@@ -191,11 +216,12 @@ def rebuild(config: RebuildConfig) -> None:
     # All three are made, and so checked, before the first runs.
     training = SaeConfig(
         model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow,
-        resume=resume, overwrite=not resume,
+        resume=resume, overwrite=not resume, json=config.json,
     )  # fmt: skip
     images = config.images
-    catalog = BuildConfig(model=model, saes=saes, work=work, seed=seed, device=device, images=images, icons=True)
-    dose = DoseConfig(model=model, saes=saes, out=work / "dose", seed=seed, device=device, scenes=config.scenes)
+    told: dict[str, Any] = {"model": model, "saes": saes, "seed": seed, "device": device, "json": config.json}
+    catalog = BuildConfig(**told, work=work, images=images, icons=True)
+    dose = DoseConfig(**told, out=work / "dose", scenes=config.scenes)
     run(training)
     build(catalog)
     run(dose)
@@ -204,3 +230,5 @@ def rebuild(config: RebuildConfig) -> None:
 
     summarize(work, config.docs / "saes")
     write_report(load_engine(model=config.model, device=config.device, saes=[]), config.docs / "mini")
+    for report in (config.docs / "saes", config.docs / "mini"):
+        config.tell(report / "README.md", report=report / "README.md")

@@ -44,6 +44,8 @@ class ImportLabelsConfig:
     """Column of the block; rows of other blocks than the bundle's are left out."""
     unlabelled: tuple[str, ...] = ("unlabeled", "unlabelled")
     """Labels that stand for none."""
+    json: bool = False
+    """Print JSON."""
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.assumed_score <= 1:

@@ -74,6 +74,11 @@ class TextEncoder:
         """Tokens of a prompt that reach the model, its two end markers included."""
         return int(self._tokenizers[0].model_max_length)
 
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """All that the model's first tokenizer can make of a text."""
+        return frozenset(self._tokenizers[0].get_vocab())
+
     def encode(self, prompt: str) -> EncodedText:
         """Encode one prompt, of any length and script; tokens past the limit are cut."""
         return self._encode_missing([prompt])[0]

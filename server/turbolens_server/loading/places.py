@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -36,18 +37,29 @@ def local(name: str, flag: str) -> Path | None:
 
 def problems(config: ServerConfig) -> list[str]:
     """All that is wrong with where a server is to look and listen, a line each."""
-    named = [] if config.model == EMBEDDED or config.model.startswith(RANDOM) else [("--model", config.model)]
-    named += [("--vae", config.vae)] if config.vae is not None else []
-    named += [("--sae", _path_of(source)) for source in config.sae]
-    named += [("--lora", source.rpartition("=")[0] or source) for source in config.lora]
+    more = [("--vae", config.vae)] if config.vae is not None else []
+    more += [("--lora", source.rpartition("=")[0] or source) for source in config.lora]
+    found = nowhere(config.model, config.sae, more)
+    if taken := _refuses(config.host, config.port):
+        found.append(f"cannot listen on {config.host}:{config.port}: {taken}")
+    return found
+
+
+def nowhere(model: str, saes: Iterable[str] = (), more: Iterable[tuple[str, str]] = ()) -> list[str]:
+    """What is neither here nor a hub id, a line each.
+
+    Args:
+        model: as `--model` says it.
+        saes: as `--sae` says them.
+        more: flags and what each names.
+    """
+    named = [] if model == EMBEDDED or model.startswith(RANDOM) else [("--model", model)]
     found = []
-    for flag, name in named:
+    for flag, name in (*named, *(("--sae", _path_of(source)) for source in saes), *more):
         try:
             local(name, flag)
         except LoadError as error:
             found.append(str(error))
-    if taken := _refuses(config.host, config.port):
-        found.append(f"cannot listen on {config.host}:{config.port}: {taken}")
     return found
 
 

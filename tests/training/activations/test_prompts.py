@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolens_server.engine.engine import Engine
-from turbolens_training.activations.prompt_files import Column, PromptError
+from turbolens_training.activations.places import PromptError
+from turbolens_training.activations.prompt_files import Column
 from turbolens_training.activations.prompt_specs import list_prompts, open_prompts
 from turbolens_training.activations.prompts import PromptList, PromptSource
 from turbolens_training.activations.stream import HELD_OUT, TRAINING, PromptStream

@@ -33,9 +33,9 @@ SMALL = SaeConfig(
 )
 VARIANTS = {
     "topk": SMALL,
-    "batch-topk": dataclasses.replace(SMALL, variant="batch-topk"),
-    "jumprelu": dataclasses.replace(SMALL, variant="jumprelu"),
-    "matryoshka": dataclasses.replace(SMALL, variant="matryoshka", nested_k=(2, 6), prefixes=(16, 32)),
+    "batch-topk": dataclasses.replace(SMALL, architecture="batch-topk"),
+    "jumprelu": dataclasses.replace(SMALL, architecture="jumprelu"),
+    "matryoshka": dataclasses.replace(SMALL, architecture="matryoshka", nested_k=(2, 6), prefixes=(16, 32)),
 }
 
 
@@ -293,11 +293,11 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
     [
         ({"k": 0}, "k=0, expected at least 1"),
         ({"k": 2000}, f"k=2000, expected 1 to d_sae={SaeConfig.d_sae}"),
-        ({"bandwidth": 0.1}, "bandwidth is a setting of variant jumprelu"),
-        ({"variant": "matryoshka", "prefixes": (256, 64)}, "prefixes"),
-        ({"variant": "matryoshka", "prefixes": (8, 64)}, "prefixes"),
-        ({"variant": "matryoshka", "nested_k": (0, 4)}, "nested_k"),
-        ({"variant": "matryoshka", "nested_k": (), "prefixes": (8, 64)}, "prefixes"),
+        ({"bandwidth": 0.1}, "bandwidth is a setting of architecture jumprelu"),
+        ({"architecture": "matryoshka", "prefixes": (256, 64)}, "prefixes"),
+        ({"architecture": "matryoshka", "prefixes": (8, 64)}, "prefixes"),
+        ({"architecture": "matryoshka", "nested_k": (0, 4)}, "nested_k"),
+        ({"architecture": "matryoshka", "nested_k": (), "prefixes": (8, 64)}, "prefixes"),
         ({"held_out_chunks": 0}, "held_out_chunks=0, expected at least 1"),
         ({"checkpoint_steps": 0}, "checkpoint_steps=0, expected at least 1"),
         ({"multi_steps": ()}, "multi_steps: none, expected one or more where one_step_share=0.7"),
@@ -305,10 +305,10 @@ def test_a_malformed_nesting_is_refused(tmp_path: Path, change: dict, message: s
         ({"one_step_share": 1.5}, "one_step_share=1.5, expected 0 to 1"),
         ({"images": 0}, "images=0, expected at least 1"),
         ({"reservoir": 100}, "reservoir=100, expected at least batch"),
-        ({"run_steps": 3}, "run_steps is a setting of variant temporal"),
-        ({"variant": "temporal", "run_steps": 1}, "run_steps=1, expected at least 2"),
-        ({"variant": "temporal", "one_step_share": 0.5}, "one_step_share does nothing for a temporal"),
-        ({"variant": "temporal", "multi_steps": (4,)}, "multi_steps does nothing for a temporal"),
+        ({"run_steps": 3}, "run_steps is a setting of architecture temporal"),
+        ({"architecture": "temporal", "run_steps": 1}, "run_steps=1, expected at least 2"),
+        ({"architecture": "temporal", "one_step_share": 0.5}, "one_step_share does nothing for a temporal"),
+        ({"architecture": "temporal", "multi_steps": (4,)}, "multi_steps does nothing for a temporal"),
     ],
 )
 def test_a_setting_that_cannot_be_or_does_nothing_is_refused(change: dict, message: str) -> None:

@@ -55,9 +55,9 @@ D_MODEL, D_SAE, K = 8, 24, 4
 CONFIG = SaeConfig(d_sae=D_SAE, k=K, steps=100, batch=32, warm_up=1, dead_tokens=64, reservoir=64)
 VARIANTS = [
     CONFIG,
-    dataclasses.replace(CONFIG, variant="batch-topk"),
-    dataclasses.replace(CONFIG, variant="jumprelu"),
-    dataclasses.replace(CONFIG, variant="matryoshka", nested_k=(2, 6), prefixes=(8, 16)),
+    dataclasses.replace(CONFIG, architecture="batch-topk"),
+    dataclasses.replace(CONFIG, architecture="jumprelu"),
+    dataclasses.replace(CONFIG, architecture="matryoshka", nested_k=(2, 6), prefixes=(8, 16)),
 ]
 
 
@@ -214,8 +214,8 @@ class Source:
 
 @pytest.mark.parametrize(
     "config",
-    [*VARIANTS, dataclasses.replace(CONFIG, variant="temporal", run_steps=4)],
-    ids=lambda config: config.variant,
+    [*VARIANTS, dataclasses.replace(CONFIG, architecture="temporal", run_steps=4)],
+    ids=lambda config: config.architecture,
 )
 def test_every_architectures_state_is_whole(config: SaeConfig, tmp_path: Path) -> None:
     """Bit-equal after a stop, thresholds included."""

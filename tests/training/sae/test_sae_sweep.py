@@ -34,7 +34,7 @@ def test_a_sweep_trains_serves_and_tables_every_point_once(
         assert result["served"]["positions"] > 0
         assert result["served"]["same_count"] == result["served"]["positions"]
         assert result["served"]["largest_difference"] < 1e-3
-        folder = tmp_path / "work" / Point(result["variant"], 4, 64).name / "bundles"
+        folder = tmp_path / "work" / Point(result["architecture"], 4, 64).name / "bundles"
         below = {block: load_bundle(folder / block).provenance["gates"]["below"] for block in BLOCKS}
         assert result["below_gates"] == below
         assert any(below.values()), "12 steps are not enough, and the table says so"
@@ -63,8 +63,8 @@ def test_a_sweep_trains_serves_and_tables_every_point_once(
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ("relu:4:64", "expected VARIANT:K:D_SAE"),
-        ("topk:4", "expected VARIANT:K:D_SAE"),
+        ("relu:4:64", "expected ARCHITECTURE:K:D_SAE"),
+        ("topk:4", "expected ARCHITECTURE:K:D_SAE"),
         ("topk:65:64", "k=65, expected 1 to d_sae=64"),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_point_that_cannot_be_trained_is_refused_before_anything_is(points: st
 
 def test_the_middle_point_of_each_variant_is_evaluated() -> None:
     elected = elect(SweepConfig().grid())
-    assert {(point.variant, point.k, point.d_sae) for point in elected} == {
+    assert {(point.architecture, point.k, point.d_sae) for point in elected} == {
         ("topk", 10, 256), ("batch-topk", 10, 256), ("jumprelu", 10, 256), ("matryoshka", 10, 256),
         ("temporal", 40, 512),
     }  # fmt: skip

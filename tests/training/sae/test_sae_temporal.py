@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 STEPS, D_MODEL, D_SAE, K = 3, 6, 24, 4
 SEEDS = st.integers(0, 2**31)
 CONFIG = SaeConfig(
-    variant="temporal", run_steps=STEPS, d_sae=64, k=4, steps=400, batch=64, warm_up=5, dead_tokens=2000,
+    architecture="temporal", run_steps=STEPS, d_sae=64, k=4, steps=400, batch=64, warm_up=5, dead_tokens=2000,
     reservoir=512, tokens_per_image=8, images=4, steps_per_chunk=3,
 )  # fmt: skip
 
@@ -226,8 +226,8 @@ def trained(small_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     """A folder of temporal SAEs of a small random model, for runs of four steps."""
     folder = tmp_path_factory.mktemp("temporal")
     small = (
-        "--variant temporal --run-steps 4 --d-sae 64 --k 6 --steps 60 --batch 64 --images 4 --reservoir 256 --warm-up 2"
-        " --held-out-chunks 3 --device cpu --allow-below-gates"
+        "--architecture temporal --run-steps 4 --d-sae 64 --k 6 --steps 60 --batch 64 --images 4 --reservoir 256"
+        " --warm-up 2 --held-out-chunks 3 --device cpu --allow-below-gates"
     )
     cli.main(
         ["sae", "--model", str(small_model[0]), "--hook-points", *BLOCKS, "--work", str(folder / "work"),

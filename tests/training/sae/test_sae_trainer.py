@@ -5,12 +5,16 @@ import json
 import os
 import random
 import signal
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from turbolens_training.sae.boards import Kind, open_board
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
 from turbolens_training.sae.train import dead_share, terminated
@@ -99,6 +103,50 @@ def test_a_checkpoint_is_due_by_time_too(tmp_path: Path) -> None:
         run.save = lambda path, run=run, saved=saved: saved.append(run.step)  # type: ignore[method-assign]
         run.train(60, checkpoint=tmp_path / name / "state.pt")
         assert saved == ([25, 50, 60] if name == "often" else [60])
+
+
+def test_the_log_is_shown_on_a_board_too(tmp_path: Path) -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.numbers: dict[int, dict[str, float]] = {}
+
+        def add(self, step: int, numbers: Mapping[str, float]) -> None:
+            self.numbers[step] = dict(numbers)
+
+        def close(self) -> None: ...
+
+    run = SaeTraining(CONFIG, Sparse(), CPU)
+    run.board = board = Kept()
+    run.train(60, checkpoint=tmp_path / "state.pt")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert list(board.numbers) == [25, 50]
+    for line in lines:
+        shown = {what: board.numbers[line["step"]][f"{line['block']}/{what}"] for what in ("explained", "l0", "dead")}
+        assert shown == {what: line[what] for what in shown}
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_board_whose_library_is_not_there_is_named(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=f"--board {kind}: is not installed.*pip install {kind}"):
+        open_board(kind, tmp_path, {})
+
+
+def test_each_board_is_written_by_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    run = SimpleNamespace(log=lambda numbers, step: told.append((step, numbers)), finish=lambda: told.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda dir, config: told.append(config) or run))
+    writer = SimpleNamespace(add_scalar=lambda *given: told.append(given), close=lambda: told.append("end"))
+    tensorboard = SimpleNamespace(SummaryWriter=lambda folder: told.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    for kind in ("wandb", "tensorboard"):
+        board = open_board(kind, tmp_path, {"k": 4})
+        board.add(25, {"a/l0": 3.0})
+        board.close()
+    assert told == [{"k": 4}, (25, {"a/l0": 3.0}), "end", str(tmp_path), ("a/l0", 3.0, 25), "end"]
 
 
 class Signalling(Sparse):

@@ -19,7 +19,8 @@ def fill(config: FillCacheConfig) -> None:
     if config.workers:
         from turbolens_training.activations.ray_collect import fill_with_ray
 
-        print(*fill_with_ray(config), sep="\n")
+        for folder in fill_with_ray(config):
+            config.tell(folder, cache=folder)
         return
     prompts = open_prompts(config.prompts, seed=config.seed)
     streams = open_streams(open_model(config), config, prompts)
@@ -27,7 +28,7 @@ def fill(config: FillCacheConfig) -> None:
         cached = CachedStream(stream, config.cache)
         for index in tqdm(range(chunks), desc=stream.split, unit="chunk"):
             cached.fill(index)
-        print(cached.cache.folder)
+        config.tell(cached.cache.folder, cache=cached.cache.folder)
 
 
 def verify(config: VerifyCacheConfig) -> None:
@@ -36,8 +37,9 @@ def verify(config: VerifyCacheConfig) -> None:
     for cache in find_caches(config.path):
         for problem in cache.problems():
             count += 1
-            print(problem)
-        print(f"{cache.folder}: {len(cache.shards())} shards read")
+            config.tell(problem, cache=cache.folder, problem=str(problem))
+        shards = len(cache.shards())
+        config.tell(f"{cache.folder}: {shards} shards read", cache=cache.folder, shards=shards)
     if count:
         sys.exit(f"turbolens train cache verify: {count} problem{'s'[: count > 1]}")
 
@@ -45,4 +47,6 @@ def verify(config: VerifyCacheConfig) -> None:
 def import_reference(config: ImportTarsConfig) -> None:
     """Make a cache of the reference's tars."""
     cache = import_tars(config.path, config.cache)
-    print(f"{cache.folder}: {len(cache.shards())} shards; train on them with `turbolens train sae --shards`")
+    shards = len(cache.shards())
+    line = f"{cache.folder}: {shards} shards; train on them with `turbolens train sae --shards`"
+    config.tell(line, cache=cache.folder, shards=shards)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import tyro
 
-from turbolens_training.settings import check_counts
+from turbolens_training.settings import Telling, counts_below_one, refuse
 
 SCENES: Final = "scenes"
 """Instead of a file of prompts: captions of random scenes, by the grammar of the embedded model."""
@@ -20,12 +21,12 @@ def prompt_set(prompts: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Telling):
     """What pictures to make and where to read their updates."""
 
     model: str = "mini"
     """Model to train on: `mini`, or a `diffusers` folder."""
-    model_variant: str | None = None
+    variant: str | None = None
     """Variant of the model's weight files, such as `fp16`: that which is served."""
     hook_points: tuple[str, ...] = ()
     """Where to read: blocks like `up.0.1`, or attention layers within one like `up.0.1.attn2.0`; the published four
@@ -50,11 +51,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no picture can be made by."""
-        check_counts(self, "images", "multi_steps")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from counts_below_one(self, "images", "multi_steps")
         if not 0 <= self.one_step_share <= 1:
-            raise ValueError(f"one_step_share={self.one_step_share}, expected 0 to 1")
+            yield f"one_step_share={self.one_step_share}, expected 0 to 1"
         if self.one_step_share < 1 and not self.multi_steps:
-            raise ValueError(f"multi_steps: none, expected one or more where one_step_share={self.one_step_share} < 1")
+            yield f"multi_steps: none, expected one or more where one_step_share={self.one_step_share} < 1"
 
     @property
     def step_mix(self) -> tuple[float, tuple[int, ...]]:
@@ -80,8 +85,12 @@ class FillCacheConfig(DataConfig):
     """Ray workers that share the work, each with a model of its own; 0: this process does it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "chunks", "held_out_chunks")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from super().problems()
+        yield from counts_below_one(self, "chunks", "held_out_chunks")
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -90,7 +99,7 @@ class FillCacheConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyCacheConfig:
+class VerifyCacheConfig(Telling):
     """Read every byte of a cache and compare it with its checksums."""
 
     path: tyro.conf.Positional[Path]
@@ -103,7 +112,7 @@ class VerifyCacheConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImportTarsConfig:
+class ImportTarsConfig(Telling):
     """Turn the tars that the authors of arXiv 2410.22366 collect, one for each block, into a cache to train on."""
 
     path: tyro.conf.Positional[Path]

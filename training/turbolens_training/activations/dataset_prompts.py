@@ -11,7 +11,8 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from turbolens_server.files import first_line
-from turbolens_training.activations.prompt_files import TEXT, Column, PromptError, check_text, choose_column, kinds_of
+from turbolens_training.activations.places import PromptError
+from turbolens_training.activations.prompt_files import TEXT, Column, check_text, choose_column, kinds_of
 from turbolens_training.activations.prompts import Distinct, is_held_out, summarize
 
 _SHUFFLED: Final = 10_000

@@ -17,14 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from turbolens_server.files import first_line
+from turbolens_training.activations.places import PromptError
 
 TEXT: Final = "text"
 """The kind of a column that holds text; of any other, its type in words."""
 _SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
-class PromptError(ValueError):
-    """Prompts cannot be read; the text is one line that names the file and, where there is one, the line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 from turbolens_training.activations.config import SCENES
 from turbolens_training.activations.dataset_prompts import dataset_column, open_dataset
-from turbolens_training.activations.prompt_files import PromptError, read_file
+from turbolens_training.activations.places import PromptError, place
+from turbolens_training.activations.prompt_files import read_file
 from turbolens_training.activations.prompts import Distinct, PromptList, PromptSource, ScenePrompts
 
 
@@ -24,7 +24,7 @@ def open_prompts(spec: str, *, seed: int) -> PromptSource:
     """
     if spec == SCENES:
         return ScenePrompts()
-    name, column, path = _place(spec)
+    name, column, path = place(spec)
     if path is not None:
         return PromptList(read_file(path, column), seed=seed)
     return open_dataset(name, column, seed=seed)
@@ -40,32 +40,10 @@ def list_prompts(spec: str, most: int) -> tuple[list[str], str]:
     Raises:
         PromptError: there is no such thing, it cannot be read, or holds no prompt.
     """
-    name, column, path = _place(spec)
+    name, column, path = place(spec)
     read = read_file(path, column) if path is not None else dataset_column(name, column)
     distinct = Distinct(read.rows)
     found = list(itertools.islice(distinct, most))
     if not found:
         raise PromptError(f"{read.name}: holds no prompt; left out: {distinct.left_out}")
     return found, f"{read.name}: {len(found):,} prompts taken; left out: {distinct.left_out}"
-
-
-def _place(spec: str) -> tuple[str, str | None, Path | None]:
-    """Name, column, and the file where it is one; None: a dataset."""
-    name, column = _split_column(spec)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return name, column, path
-    is_id = name.count("/") == 1 and not path.is_absolute() and not name.startswith((".", "~"))
-    if not path.is_dir() and not is_id:
-        raise PromptError(
-            f"--prompts {spec}: no such file or folder, not {SCENES!r}, and not a dataset's id like owner/name"
-        )
-    return name, column, None
-
-
-def _split_column(spec: str) -> tuple[str, str | None]:
-    """ "captions.csv:text" -> ("captions.csv", "text"); a name that exists as it stands has no column."""
-    name, colon, column = spec.rpartition(":")
-    if not colon or Path(spec).expanduser().exists():
-        return spec, None
-    return name, column

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from turbolens_training.activations.prompt_files import Column, PromptError
+from turbolens_training.activations.places import PromptError
+from turbolens_training.activations.prompt_files import Column
 from turbolens_training.mini.captions import describe
 from turbolens_training.mini.scenes import decode_scenes, sample_codes
 

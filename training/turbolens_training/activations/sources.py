@@ -53,7 +53,7 @@ def open_model(config: DataConfig, device: str | None = None) -> Engine:
     return load_engine(
         model=config.model,
         device=config.device if device is None else device,
-        variant=config.model_variant,
+        variant=config.variant,
         saes=[],
         hook_points=config.hook_points,
         max_steps=config.most_steps,

@@ -30,7 +30,7 @@ from turbolens_training.catalog.effects import STRENGTH, contrasts, measure_effe
 from turbolens_training.catalog.examples import TopExamples
 from turbolens_training.catalog.labels import Observations, label_features, summary
 from turbolens_training.catalog.zero_shot import Namer, load_namer, without_zero_shot
-from turbolens_training.measures.concepts import Concept
+from turbolens_training.measures.concepts import Concept, check_truth
 from turbolens_training.measures.quality import SaeMeasurement
 from turbolens_training.measures.report import write_table
 
@@ -58,6 +58,8 @@ def build(config: BuildConfig) -> None:
         model=config.model, device=config.device, variant=config.variant, saes=[str(config.saes)],
         force_sae=config.force_sae, max_steps=max(4, *config.steps),
     )  # fmt: skip
+    if prompts is None:
+        check_truth(engine, "give prompts by --prompts, and an image-text encoder by --encoder for labels")
     device = next(engine.components.unet.parameters()).device
     saes: dict[str, Sae] = {}
     for info in engine.info.saes.values():
@@ -77,6 +79,11 @@ def build(config: BuildConfig) -> None:
         write_table(config.work / "labels", table)
     if contrast or config.icons:
         _write_effects(config, contrast)
+    for info in engine.info.saes.values():
+        known = read_labels(_folder(info.bundle), info.bundle.d_sae)
+        named = sum(bool(feature.label) for feature in known.values())
+        line = f"{_folder(info.bundle)}: statistics and examples of {info.bundle.d_sae} features, {named} of them named"
+        config.tell(line, bundle=_folder(info.bundle), features=info.bundle.d_sae, labelled=named)
 
 
 class Seen:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
 import tyro
 
-from turbolens_training.settings import check_counts
+from turbolens_training.settings import Telling, counts_below_one, refuse
 
 LEAST_CROPS: Final = 3
 """Crops of a feature, at least, for a word to be read off them: the mean of fewer is ruled by one odd picture."""
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Telling):
     """Measure and name the features of bundles: statistics and top examples, of the same pictures, and labels.
 
     Means that were published with an SAE stay, as strengths are told in them; others are measured anew.
@@ -76,21 +77,25 @@ class BuildConfig:
     """Units of the candidate's split at which a feature must be active; fewer prove nothing."""
 
     def __post_init__(self) -> None:
-        check_counts(self, "images", "batch", "least_active")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from counts_below_one(self, "images", "batch", "least_active")
         if self.effect_scenes < 0:
-            raise ValueError(f"effect_scenes={self.effect_scenes}, expected at least 0")
+            yield f"effect_scenes={self.effect_scenes}, expected at least 0"
         if self.examples < 0:
-            raise ValueError(f"examples={self.examples}, expected at least 0")
+            yield f"examples={self.examples}, expected at least 0"
         if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps={self.steps}, expected whole numbers from 1")
+            yield f"steps={self.steps}, expected whole numbers from 1"
         if self.encoder is not None and self.prompts is None:
-            raise ValueError("encoder: needs prompts; scenes name features by their ground truth")
+            yield "encoder: needs prompts; scenes name features by their ground truth"
         if self.encoder is not None and self.examples < LEAST_CROPS:
-            raise ValueError(f"examples={self.examples}, expected at least {LEAST_CROPS} for an encoder to label by")
+            yield f"examples={self.examples}, expected at least {LEAST_CROPS} for an encoder to label by"
         if self.words is not None and self.encoder is None:
-            raise ValueError("words: needs an encoder")
+            yield "words: needs an encoder"
         if not 0 < self.chance < 1:
-            raise ValueError(f"chance={self.chance}, expected above 0 and below 1")
+            yield f"chance={self.chance}, expected above 0 and below 1"
 
     @property
     def writes(self) -> tuple[Path, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from turbolens_training.activations.prompt_files import PromptError, read_lines
+from turbolens_training.activations.places import PromptError
+from turbolens_training.activations.prompt_files import read_lines
 
 MOST: Final = 1000
 """Words and phrases taken of prompts. The server embeds up to 2,000 distinct labels for search by meaning."""

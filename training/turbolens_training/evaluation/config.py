@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from turbolens_training.activations.config import SCENES
-from turbolens_training.settings import check_counts
+from turbolens_training.settings import Telling, counts_below_one, refuse
 
 
 @dataclasses.dataclass(frozen=True)
-class DoseConfig:
+class DoseConfig(Telling):
     """Steer held-out scenes by every concept at several strengths, and measure what moves and what stays."""
 
     model: str = "mini"
@@ -45,9 +46,13 @@ class DoseConfig:
 
     def __post_init__(self) -> None:
         """Refuse what nothing can be measured with."""
-        check_counts(self, "scenes", "choice_scenes", "batch")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from counts_below_one(self, "scenes", "choice_scenes", "batch")
         if 0 not in self.strengths or max(self.strengths) <= 0:
-            raise ValueError(f"strengths={self.strengths}, expected 0, to compare with, and at least one above it")
+            yield f"strengths={self.strengths}, expected 0, to compare with, and at least one above it"
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -56,7 +61,7 @@ class DoseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Telling):
     """Measure the SAEs of a model that draws captioned scenes against the truth, and write one folder of results.
 
     The folder holds every table as JSON and Markdown, every figure as PNG, and report.html with all of it in one file.
@@ -118,12 +123,16 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what nothing can be measured with."""
-        check_counts(
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from counts_below_one(
             self, "steps", "batch", "quality_pictures", "splice_scenes", "probe_pictures", "pairs", "choice_pairs",
             "features", "known_features", "locality_features", "locality_scenes",
         )  # fmt: skip
         if not self.parts:
-            raise ValueError("parts: none")
+            yield "parts: none"
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -132,7 +141,7 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RieBenchConfig:
+class RieBenchConfig(Telling):
     """Edit pictures by transferring features between the runs of two prompts, by the protocol of RIEBench.
 
     The items are read from a file that you give; nothing is shipped or downloaded.
@@ -176,7 +185,11 @@ class RieBenchConfig:
 
     def __post_init__(self) -> None:
         """Refuse what nothing can be edited with."""
-        check_counts(self, "steps", "batch", "features", "limit", "examples")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from counts_below_one(self, "steps", "batch", "features", "limit", "examples")
 
     @property
     def writes(self) -> tuple[Path, ...]:

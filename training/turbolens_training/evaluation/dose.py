@@ -24,7 +24,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.steering.edits import Edit, WeightedFeature
 from turbolens_training.evaluation.config import DoseConfig
 from turbolens_training.evaluation.plots import contact_strip, plot_curves
-from turbolens_training.measures.concepts import Concept, draw_scenes, generate, pick_concepts
+from turbolens_training.measures.concepts import Concept, check_truth, draw_scenes, generate, pick_concepts
 from turbolens_training.measures.counterfactual import Effect, Sheet, interval
 from turbolens_training.measures.report import write_table
 
@@ -223,6 +223,7 @@ def measure_dose(config: DoseConfig) -> None:
     engine = load_engine(
         model=config.model, device=config.device, variant=config.variant, saes=sources, force_sae=config.force_sae
     )
+    check_truth(engine, "turbolens train riebench measures edits of any model")
     labels = {name: read_labelled(info, config.saes / info.hook_point) for name, info in engine.info.saes.items()}
     recipe = Recipe(engine) if any(measured_attributes(info) for info in engine.info.saes.values()) else None
     trials, curves, chosen, recipes = [], [], [], []
@@ -250,6 +251,7 @@ def measure_dose(config: DoseConfig) -> None:
     plot_curves(config.out / "dose.png", curves)
     if chosen:
         draw_strips(engine, config, chosen)
+    config.tell(config.out / "dose.md", table=config.out / "dose.md", curves=curves)
 
 
 def draw_strips(engine: Engine, config: DoseConfig, chosen: list[tuple[float, Concept, Steering]]) -> None:

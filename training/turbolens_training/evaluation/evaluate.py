@@ -28,7 +28,7 @@ from turbolens_training.evaluation.sampling import saes_by_block
 from turbolens_training.evaluation.scene_edit import example_pictures, measure_scene_edit, with_series
 from turbolens_training.evaluation.splice import measure_splice
 from turbolens_training.evaluation.stability import measure_stability
-from turbolens_training.measures.concepts import pick_concepts
+from turbolens_training.measures.concepts import check_truth, pick_concepts
 from turbolens_training.measures.quality import SaeMeasurement, measure
 
 DENSE: Final = 0.1
@@ -270,6 +270,8 @@ def evaluate(config: EvalConfig) -> None:
         force_sae=config.force_sae,
         max_steps=max(4, config.steps),
     )
+    if any(part not in WITHOUT_TRUTH for part in config.parts):
+        check_truth(engine, f"--parts {' '.join(WITHOUT_TRUTH)}, with prompts of your own by --prompts")
     temporal = [name for name, sae in engine.saes.items() if sae.bundle.steps is not None]
     if temporal and (others := [part for part in config.parts if part not in OF_RUNS]):
         raise ValueError(
@@ -281,7 +283,7 @@ def evaluate(config: EvalConfig) -> None:
             raise ValueError(f"seeds: {folder} has no bundle of {', '.join(lacking)}")
     config.out.mkdir(parents=True, exist_ok=True)
     facts = describe_run(engine.info) | {"seed": str(config.seed)}
-    settings = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    settings = {name: _plain(value) for name, value in dataclasses.asdict(config).items() if name != "json"}
     sections: list[Section] = []
     seconds: dict[str, float] = {}
     for part in config.parts:
@@ -292,7 +294,7 @@ def evaluate(config: EvalConfig) -> None:
         write_report(config.out, "SAEs and steering against the truth", facts, sections)
         run = {**facts, "settings": settings, "seconds": seconds}
         write_file(config.out / "run.json", json.dumps(run, indent=1) + "\n")
-    print(config.out / "report.html")
+    config.tell(config.out / "report.html", report=config.out / "report.html", seconds=seconds)
 
 
 def _plain(value: Any) -> Any:

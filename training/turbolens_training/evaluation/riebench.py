@@ -229,7 +229,7 @@ def run_riebench(config: RieBenchConfig) -> None:
         "masks": "whole picture" if masks is None else "given",
     }
     write_report(config.out, "Edits by feature transfer", facts, [section])
-    print(config.out / "report.html")
+    config.tell(config.out / "report.html", report=config.out / "report.html", rows=overall)
 
 
 def _spread(items: Sequence[Item], n: int) -> list[int]:

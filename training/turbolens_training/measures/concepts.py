@@ -28,6 +28,7 @@ from turbolens_training.mini.scenes import (
     sample_codes,
     thing_column,
 )
+from turbolens_training.mini.tokenizer import build_tokenizer
 
 _POOL: Final = 4096
 """Random scenes among which those fit for a concept are found."""
@@ -56,6 +57,20 @@ class Concept:
 
     def __str__(self) -> str:
         return f"{self.attribute}={self.value}"
+
+
+def reads_scenes(engine: Engine) -> bool:
+    """Whether a model is of the embedded one's kind: only those draw captioned scenes whose truth is known."""
+    return engine.components.text.vocabulary == frozenset(build_tokenizer().get_vocab())
+
+
+def check_truth(engine: Engine, way_out: str) -> None:
+    """Raise ValueError for a model whose pictures of captioned scenes have no truth."""
+    if not reads_scenes(engine):
+        raise ValueError(
+            f"{engine.info.model}: what is measured here needs a model that draws the embedded one's captioned scenes, "
+            f"whose truth is known, and its vocabulary is another; {way_out}"
+        )
 
 
 def pick_concepts(names: Sequence[str]) -> list[Concept]:

@@ -20,11 +20,12 @@ def run(config: MiniConfig) -> None:
     """Train, or measure what ships."""
     if config.report:
         report = write_report(load_engine(saes=[]), REPORT)
-        print(to_markdown(report))
+        config.tell(to_markdown(report), report=report)
         return
     folder = train_mini(config)
-    print(f"The model is in {folder}")
+    config.tell(f"The model is in {folder}", model=folder)
     if config.ship:
         with whole_folder(embedded_model(), replace=True) as whole:
             shutil.copytree(folder, whole, dirs_exist_ok=True)
-        print(f"and in {embedded_model()}; run `turbolens train rebuild` for what depends on it")
+        line = f"and in {embedded_model()}; run `turbolens train rebuild` for what depends on it"
+        config.tell(line, shipped=embedded_model())

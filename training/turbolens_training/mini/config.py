@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Final
 
-OF_THE_MACHINE: Final = ("out", "device", "precision", "compile", "checkpoint_minutes", "ship", "report")
+from turbolens_training.settings import Telling
+
+OF_THE_MACHINE: Final = ("out", "device", "precision", "compile", "checkpoint_minutes", "ship", "report", "json")
 """Settings that say where and how fast a run goes, not what comes out but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
-class MiniConfig:
+class MiniConfig(Telling):
     """Train the embedded model from nothing: text encoders, VAE, U-Net, decoder polish; then write its folder."""
 
     out: Path = Path("runs/mini")

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from turbolens_training.activations.config import SCENES, DataConfig
-from turbolens_training.settings import check_counts
+from turbolens_training.settings import counts_below_one, refuse
 
-Variant = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
-VARIANTS: Final[tuple[Variant, ...]] = get_args(Variant)
+ArchitectureName = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
+ARCHITECTURES: Final[tuple[ArchitectureName, ...]] = get_args(ArchitectureName)
 OF_EXPORT: Final = ("gates", "allow_below_gates", "overwrite", "resume")
 """Settings that decide whether a result is exported, not what it is."""
 OF_THE_MACHINE: Final = (
-    "model", "model_variant", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps",
-    "checkpoint_minutes",
+    "model", "variant", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps",
+    "checkpoint_minutes", "board", "json",
 )  # fmt: skip
 """Settings that say where things are, and change nothing of what comes out."""
-OF_VARIANT: Final = {
+OF_ARCHITECTURE: Final = {
     "bandwidth": "jumprelu",
     "l0_coefficient": "jumprelu",
     "nested_k": "matryoshka",
     "prefixes": "matryoshka",
     "run_steps": "temporal",
 }
-"""Settings that only one variant has."""
+"""Settings that only one architecture has."""
 
 _FROM_ONE: Final = (
     "d_sae", "k", "steps", "batch", "steps_per_chunk", "tokens_per_image", "dead_tokens", "held_out_chunks",
@@ -49,9 +50,13 @@ class Gates:
     """Largest distance of a decoder row's norm from 1."""
 
     def __post_init__(self) -> None:
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
         for name, most in (("explained_variance", 1.0), ("dead", 1.0), ("l0", math.inf), ("norm_tolerance", math.inf)):
             if not 0 <= getattr(self, name) <= most:  # not-a-number too
-                raise ValueError(f"gates.{name}={getattr(self, name)}, expected 0 to {most:g}")
+                yield f"gates.{name}={getattr(self, name)}, expected 0 to {most:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class SaeConfig(DataConfig):
     again and again."""
     work: Path = Path("runs/sae")
     """Folder of the checkpoint, from which a run goes on, and of the table of quality."""
-    variant: Variant = "topk"
+    architecture: ArchitectureName = "topk"
     """How features are selected. `topk`: k at each position; `batch-topk`: k on average over a batch, served as a
     JumpReLU; `jumprelu`: a learnt threshold for each feature; `matryoshka`: a TopK whose k and width can be chosen
     when it is served; `temporal`: k for all steps of a run together, of what changed since the step before."""
@@ -124,6 +129,9 @@ class SaeConfig(DataConfig):
     """Most steps between checkpoints; a run goes on from its last one."""
     checkpoint_minutes: float = 5.0
     """Most minutes between them."""
+    board: Literal["tensorboard", "wandb"] | None = None
+    """Show the run's log on TensorBoard (event files in --work/board) or Weights & Biases too, by their own libraries,
+    which `pip install tensorboard` or `pip install wandb` brings."""
     gates: Gates = dataclasses.field(default_factory=Gates)
     """What an SAE must reach to be exported."""
     allow_below_gates: bool = False
@@ -131,37 +139,41 @@ class SaeConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, and settings that would do nothing."""
-        super().__post_init__()
-        check_counts(self, *_FROM_ONE)
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        yield from super().problems()
+        yield from counts_below_one(self, *_FROM_ONE)
         if self.shards is not None and (self.cache is not None or self.prompts != SCENES):
-            raise ValueError("shards is all the data of a run; leave out cache and prompts")
+            yield "shards is all the data of a run; leave out cache and prompts"
         if not self.checkpoint_minutes > 0:
-            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes}, expected above 0")
+            yield f"checkpoint_minutes={self.checkpoint_minutes}, expected above 0"
         if self.overwrite and self.resume:
-            raise ValueError("overwrite starts anew and resume goes on; choose one")
+            yield "overwrite starts anew and resume goes on; choose one"
         if self.k > self.d_sae:
-            raise ValueError(f"k={self.k}, expected 1 to d_sae={self.d_sae}")
+            yield f"k={self.k}, expected 1 to d_sae={self.d_sae}"
         if not 0 <= self.auxk_share <= 1:
-            raise ValueError(f"auxk_share={self.auxk_share}, expected 0 to 1")
+            yield f"auxk_share={self.auxk_share}, expected 0 to 1"
         if self.reservoir < self.batch:
-            raise ValueError(f"reservoir={self.reservoir}, expected at least batch={self.batch}")
+            yield f"reservoir={self.reservoir}, expected at least batch={self.batch}"
         for field in dataclasses.fields(self):
-            variant = OF_VARIANT.get(field.name, self.variant)
-            if variant != self.variant and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} is a setting of variant {variant}, and this is {self.variant}")
-        if self.variant == "temporal":
+            architecture = OF_ARCHITECTURE.get(field.name, self.architecture)
+            if architecture != self.architecture and getattr(self, field.name) != field.default:
+                yield f"{field.name} is a setting of architecture {architecture}, and this is {self.architecture}"
+        if self.architecture == "temporal":
             if self.run_steps < 2:
-                raise ValueError(f"run_steps={self.run_steps}, expected at least 2; at one step nothing changes")
+                yield f"run_steps={self.run_steps}, expected at least 2; at one step nothing changes"
             for name in ("one_step_share", "multi_steps"):
                 if getattr(self, name) != getattr(DataConfig, name):
-                    raise ValueError(f"{name} does nothing for a temporal, whose pictures all take run_steps")
-        if self.variant == "matryoshka":
+                    yield f"{name} does nothing for a temporal, whose pictures all take run_steps"
+        if self.architecture == "matryoshka":
             k_max = self.k_max
             if not all(1 <= k <= self.d_sae for k in self.nested_k):
-                raise ValueError(f"nested_k={self.nested_k}, expected each 1 to d_sae={self.d_sae}")
+                yield f"nested_k={self.nested_k}, expected each 1 to d_sae={self.d_sae}"
             sizes = [*self.matryoshka_prefixes, self.d_sae]
             if sizes != sorted({*sizes}) or sizes[0] < k_max:
-                raise ValueError(
+                yield (
                     f"prefixes={self.prefixes}, expected rising sizes from the largest k, {k_max}, to below "
                     f"d_sae={self.d_sae}"
                 )
@@ -185,7 +197,7 @@ class SaeConfig(DataConfig):
 
     @property
     def step_mix(self) -> tuple[float, tuple[int, ...]]:
-        return (0.0, (self.run_steps,)) if self.variant == "temporal" else super().step_mix
+        return (0.0, (self.run_steps,)) if self.architecture == "temporal" else super().step_mix
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from turbolens_training.activations.temporal import TemporalSource
 from turbolens_training.checkpoints import previous
 from turbolens_training.measures.quality import measure
 from turbolens_training.measures.report import write_table
+from turbolens_training.sae.boards import check_board, open_board
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
 from turbolens_training.sae.export.bundles import read_saes, write_bundles
@@ -70,12 +72,13 @@ def train_saes(config: SaeConfig) -> Path:
         SystemExit: SIGTERM came. The checkpoint is written, and the same command goes on from there.
     """
     _keep_earlier(config)
+    check_board(config.board)
     with join_ranks(config.device) as (ranks, device):
         shards = config.shards
         data = open_prompts(config.prompts, seed=config.seed) if shards is None else ShardCache(shards)
         engine = open_model(config, device)
         chunks, held_out = open_sources(engine, config, data)
-        training = TemporalSource(chunks, config.run_steps) if config.variant == "temporal" else chunks
+        training = TemporalSource(chunks, config.run_steps) if config.architecture == "temporal" else chunks
         _train(config, ranks, engine, SharedSource(training, ranks) if ranks.world > 1 else training, held_out)
     return config.out
 
@@ -102,7 +105,9 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
             left.unlink(missing_ok=True)
     if run.resume(checkpoint) and ranks.rank == 0:
         print(f"going on from step {run.step} of {config.steps}, the checkpoint in {config.work}", file=sys.stderr)
-    with terminated() as stop:
+    if config.board is not None:
+        run.board = open_board(config.board, folder / "board", dataclasses.asdict(config))
+    with terminated() as stop, contextlib.closing(run.board) if run.board else contextlib.nullcontext():
         run.train(config.steps, checkpoint=checkpoint, stop=lambda: ranks.any(stop()))
     if run.step < config.steps:
         print(f"stopped at step {run.step} of {config.steps}; run again to go on", file=sys.stderr)
@@ -150,7 +155,7 @@ def _train(config: SaeConfig, ranks: Ranks, engine: Engine, training: TokenSourc
     )
     ranks.barrier()
     if ranks.rank == 0:
-        print(report(config, table))
+        config.tell(report(config, table), saes=config.out, quality=table)
 
 
 def report(config: SaeConfig, table: list[dict[str, str | float]]) -> str:
@@ -161,7 +166,7 @@ def report(config: SaeConfig, table: list[dict[str, str | float]]) -> str:
         for row in table
         if row["timestep"] == "all"
     ]
-    variant = f" --variant {config.model_variant}" if config.model_variant else ""
+    variant = f" --variant {config.variant}" if config.variant else ""
     model, prompts = f"--model {config.model}{variant}", "" if config.prompts == SCENES else config.prompts
     named = f" --prompts {shlex.quote(prompts)}" if prompts and config.model != EMBEDDED else ""
     return "\n".join(
@@ -170,7 +175,7 @@ def report(config: SaeConfig, table: list[dict[str, str | float]]) -> str:
             *worth,
             f"by timestep: {config.work / 'quality.md'}",
             "next, statistics, examples and labels of their features:",
-            f"  turbolens catalog build {model} --saes {config.out} --work {config.work}{named}",
+            f"  turbolens catalog build {model} --sae {config.out} --work {config.work}{named}",
             "and then, serve them:",
             f"  turbolens serve {model} --sae {config.out}",
         ]

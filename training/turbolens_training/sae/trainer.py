@@ -21,6 +21,7 @@ from turbolens_training.activations.sources import TokenSource
 from turbolens_training.checkpoints import add_rows, cut_log, read_states, save_state
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
+from turbolens_training.sae.boards import Board
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.distributed import ALONE, Ranks
 from turbolens_training.sae.maths import (
@@ -168,6 +169,8 @@ class SaeTraining:
         self.source = source
         self._device = device
         self._cursor = 0  # the next chunk
+        self.board: Board | None = None
+        """Where the log is shown too."""
         self._saved = time.monotonic()  # when the last checkpoint was written, or the run began
         self._ranks = ranks
         self._seeds = {name: random.Random(f"{config.seed}/{name}").getrandbits(62) for name in source.widths}
@@ -221,6 +224,9 @@ class SaeTraining:
 
     def _log(self, path: Path, progress: Mapping[str, Progress]) -> None:
         """Add a line for each SAE."""
+        if self.board is not None:
+            numbers = {n: dataclasses.asdict(state) for n, state in progress.items()}
+            self.board.add(self.step, {f"{n}/{what}": v for n, own in numbers.items() for what, v in own.items()})
         at = {"step": self.step, "rate": self.config.rate(self.step - 1)}
         add_rows(path, [{**at, "block": name, **dataclasses.asdict(state)} for name, state in progress.items()])
 

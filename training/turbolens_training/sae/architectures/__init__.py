@@ -1,4 +1,4 @@
-"""The architectures by the name that `--variant` gives them."""
+"""The architectures by the name that `--architecture` gives them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turbolens_training.sae.config import SaeConfig
 
 def build_architecture(config: SaeConfig) -> SaeArchitecture:
     """The architecture that a configuration names."""
-    match config.variant:
+    match config.architecture:
         case "topk":
             return TopK(config.k)
         case "batch-topk":

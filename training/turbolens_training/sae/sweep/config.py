@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from turbolens_training.activations.config import DataConfig
-from turbolens_training.sae.config import VARIANTS, SaeConfig, Variant
-from turbolens_training.settings import check_counts
+from turbolens_training.sae.config import ARCHITECTURES, ArchitectureName, SaeConfig
+from turbolens_training.settings import counts_below_one, refuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One place in the grid: an SAE for every hook point."""
 
-    variant: Variant
+    architecture: ArchitectureName
     k: int
     d_sae: int
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """Read `VARIANT:K:D_SAE`.
+        """Read `ARCHITECTURE:K:D_SAE`.
 
         Raises:
             ValueError: it is none.
         """
-        variant, *numbers = text.split(":")
-        if variant not in VARIANTS or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"points: {text!r}, expected VARIANT:K:D_SAE, with a variant of {', '.join(VARIANTS)}")
-        return cls(variant, *map(int, numbers))
+        architecture, *numbers = text.split(":")
+        if architecture not in ARCHITECTURES or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(
+                f"points: {text!r}, expected ARCHITECTURE:K:D_SAE, with an architecture of {', '.join(ARCHITECTURES)}"
+            )
+        return cls(architecture, *map(int, numbers))
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-k{self.k}-d{self.d_sae}"
+        return f"{self.architecture}-k{self.k}-d{self.d_sae}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class SweepConfig(DataConfig):
     """Train a grid of SAEs on the same updates, and write one table of what each is worth as it is served.
 
     Pictures are made once, into the cache. Every point is trained, exported whatever its gates say (the table says it
-    too) and measured on held-out data; one point of each variant, the middle one, is also served over a socket and
+    too) and measured on held-out data; one point of each architecture, the middle one, is also served over a socket and
     evaluated against the truth. What is done already in `--work` is not done again.
     """
 
@@ -54,7 +57,7 @@ class SweepConfig(DataConfig):
         "matryoshka:10:256",
         "temporal:40:512",
     )
-    """The grid, each `VARIANT:K:D_SAE`. A `matryoshka` has prefixes of a quarter and a half of its features."""
+    """The grid, each `ARCHITECTURE:K:D_SAE`. A `matryoshka` has prefixes of a quarter and a half of its features."""
     work: Path = Path("runs/sweep")
     """Folder of checkpoints, bundles and results, by point."""
     out: Path = Path("runs/sweep/report")
@@ -75,12 +78,20 @@ class SweepConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Refuse what is no grid."""
-        super().__post_init__()
-        check_counts(self, "served_pictures", "splice_scenes", "probe_pictures")
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong, in words."""
+        of_data = list(super().problems())
+        yield from of_data
+        yield from counts_below_one(self, "served_pictures", "splice_scenes", "probe_pictures")
         if not self.points:
-            raise ValueError("points: none")
-        for point in map(Point.parse, self.points):
-            self.training(point)
+            yield "points: none"
+        for text in self.points if not of_data else ():
+            try:
+                self.training(Point.parse(text))
+            except ValueError as error:
+                yield str(error)
 
     def grid(self) -> list[Point]:
         """The points, each once."""
@@ -95,7 +106,7 @@ class SweepConfig(DataConfig):
         folder = self.work / point.name
         settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)}
         settings |= {"reservoir": self.reservoir, "steps_per_chunk": SaeConfig.steps_per_chunk}
-        if point.variant == "temporal":
+        if point.architecture == "temporal":
             for name in ("one_step_share", "multi_steps"):
                 del settings[name]
             for name in ("reservoir", "held_out_chunks"):
@@ -103,7 +114,7 @@ class SweepConfig(DataConfig):
             settings["steps_per_chunk"] *= SaeConfig.run_steps
         return SaeConfig(
             **settings,
-            variant=point.variant,
+            architecture=point.architecture,
             k=point.k,
             d_sae=point.d_sae,
             steps=self.steps,

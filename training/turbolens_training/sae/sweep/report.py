@@ -29,7 +29,7 @@ def write_sweep(folder: Path, results: Results) -> None:
         "On held-out data, as served: explained variance / mean number of active features / dead features.",
         markdown_table([sweep_row(result) for result in results]),
         "![Explained variance against the number of active features](sweep.png)",
-        markdown_table([variant_row(result) for result in results if "served" in result]),
+        markdown_table([architecture_row(result) for result in results if "served" in result]),
     ]
     files = {"sweep.md": "\n\n".join(parts), "sweep.json": json.dumps(list(results), indent=1) + "\n"}
     write_files({folder / name: content for name, content in files.items()})
@@ -42,17 +42,17 @@ def sweep_row(result: Mapping[str, Any]) -> dict[str, object]:
         row["block"]: f"{row['explained_variance']:.3f} / {row['l0_mean']:.1f} / {100 * row['dead']:.1f} %"
         for row in result["quality"]
     }
-    named = {name: result[name] for name in ("variant", "k", "d_sae")}
+    named = {name: result[name] for name in ("architecture", "k", "d_sae")}
     return {**named, **cells, "seconds per SAE": result["seconds_per_sae"]}
 
 
-def variant_row(result: Mapping[str, Any]) -> dict[str, object]:
-    """What became of one variant, from training to evaluation."""
+def architecture_row(result: Mapping[str, Any]) -> dict[str, object]:
+    """What became of one architecture, from training to evaluation."""
     served, recipe = result["served"], result["recipe"]
     apart = served["largest_difference"]
     below = "; ".join(f"{block}: {', '.join(why)}" for block, why in result["below_gates"].items() if why)
     row: dict[str, object] = {
-        "variant": f"{result['variant']}, k {result['k']}, d_sae {result['d_sae']}",
+        "architecture": f"{result['architecture']}, k {result['k']}, d_sae {result['d_sae']}",
         "trained": f"{recipe['steps']:,} steps of {recipe['batch']:,}",
         "exported": below or "passes every gate",
         "served as": served["architecture"],
@@ -85,12 +85,12 @@ def plot_sweep(path: Path, results: Results) -> None:
         lines: dict[int, list[tuple[float, float]]] = {}
         for result in results:
             (row,) = (row for row in result["quality"] if row["block"] == block)
-            at, variant = (row["l0_mean"], row["explained_variance"]), result["variant"]
-            if variant == "topk":
+            at, architecture = (row["l0_mean"], row["explained_variance"]), result["architecture"]
+            if architecture == "topk":
                 lines.setdefault(result["d_sae"], []).append(at)
                 continue
             color = f"C{sizes.index(result['d_sae'])}"
-            axis.plot(*at, _MARKS[variant], color=color, mec="k", ms=8, mew=0.7, label=variant)
+            axis.plot(*at, _MARKS[architecture], color=color, mec="k", ms=8, mew=0.7, label=architecture)
         for d_sae, points in sorted(lines.items()):
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{sizes.index(d_sae)}", label=f"topk, {d_sae}")
         axis.set(title=block, xlabel="active features at a position", xscale="log")

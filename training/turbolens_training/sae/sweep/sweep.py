@@ -25,6 +25,7 @@ from turbolens_training.activations.stream import PromptStream
 from turbolens_training.evaluation.config import EvalConfig
 from turbolens_training.evaluation.probes import measure_probes
 from turbolens_training.evaluation.splice import measure_splice
+from turbolens_training.measures.concepts import reads_scenes
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.sweep.config import Point, SweepConfig
 from turbolens_training.sae.sweep.report import write_sweep
@@ -34,7 +35,7 @@ from turbolens_training.sae.train import train_saes
 RESULT: Final = "result.json"
 """In a point's folder: its recipe, and its quality."""
 EVALUATED: Final = "evaluated.json"
-"""Beside it, of one point for each variant."""
+"""Beside it, of one point for each architecture."""
 
 
 def sweep(config: SweepConfig) -> None:
@@ -59,16 +60,16 @@ def sweep(config: SweepConfig) -> None:
             extent = {name: getattr(config, name) for name in ("served_pictures", "splice_scenes", "probe_pictures")}
             evaluated = functools.partial(evaluate_point, settings, prompts, **extent)
             result |= once(settings.work / EVALUATED, {**recipe, **extent}, evaluated)
-        results.append({"variant": point.variant, "k": point.k, "d_sae": point.d_sae, **result})
+        results.append({"architecture": point.architecture, "k": point.k, "d_sae": point.d_sae, **result})
         write_sweep(config.out, results)
-    print(config.out / "sweep.md")
+    config.tell(config.out / "sweep.md", table=config.out / "sweep.md", results=results)
 
 
 def elect(grid: Sequence[Point]) -> set[Point]:
-    """One point of each variant, the middle one by k and then size."""
+    """One point of each architecture, the middle one by k and then size."""
     points = sorted(grid, key=lambda point: (point.k, point.d_sae))
-    by_variant = {v: [point for point in points if point.variant == v] for v in {point.variant for point in grid}}
-    return {some[len(some) // 2] for some in by_variant.values()}
+    alike = [[point for point in points if point.architecture == name] for name in {p.architecture for p in grid}]
+    return {some[len(some) // 2] for some in alike}
 
 
 def recipe_of(engine: Engine, prompts: str, settings: SaeConfig) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def chunks_of_run(engine: Engine, stream: PromptStream, settings: SaeConfig) -> 
     positions = min(math.prod(point.grid(*engine.info.default_size)) for point in engine.info.hook_points)
     tokens, chunks = 0, 0
     while tokens < settings.reservoir:
-        steps = 1 if settings.variant == "temporal" else stream.steps_of(chunks)
+        steps = 1 if settings.architecture == "temporal" else stream.steps_of(chunks)
         tokens += settings.images * min(settings.tokens_per_image, positions) * steps
         chunks += 1
     return chunks + settings.steps // settings.steps_per_chunk
@@ -152,12 +153,12 @@ def evaluate_point(
 ) -> dict[str, Any]:
     """Serve one point's bundles over a socket, and evaluate those that read a step at a time."""
     engine = load_engine(
-        model=settings.model, device=settings.device, variant=settings.model_variant, saes=[str(settings.out)]
+        model=settings.model, device=settings.device, variant=settings.variant, saes=[str(settings.out)]
     )
     _, held_out = open_streams(engine, settings, prompts)
     (architecture,) = {sae.bundle.architecture for sae in engine.saes.values()}
     served = {"architecture": architecture, **compare_served(engine, settings, held_out, served_pictures)}
-    if settings.variant == "temporal":
+    if settings.architecture == "temporal" or not reads_scenes(engine):
         return {"served": served}
     extent = EvalConfig(
         model=settings.model,
