@@ -56,6 +56,7 @@ from turbolens._gallery import Gallery, gallery
 from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
 from turbolens._provenance import Chosen, Provenance
+from turbolens._regions import Located
 from turbolens._replay import Manifest, Replay, manifest
 from turbolens._results import Coded, Done, Extraction, Features, Picture, PictureReady, Pictures, Queued, Step, Warning
 from turbolens._run import Reference, Run, reference
@@ -91,6 +92,7 @@ __all__ = [
     "Label",
     "Lens",
     "Limits",
+    "Located",
     "Manifest",
     "ManyReport",
     "Mask",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from turbolens._edits import FeatureLike, FeatureRef, to_ref
+from turbolens._edits import FeatureLike, FeatureRef, Mask, to_ref
 from turbolens._heatmap import overlay
 from turbolens._numbers import whole
+from turbolens._regions import located
 from turbolens._table import Table, to_arrow, to_pandas
 from turbolens_proto.v1 import run_pb2
 
@@ -186,6 +187,25 @@ class RunFeatures(Mapping[str, BlockFeatures]):
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def inside(self, mask: Mask, *, limit: int = 10, sae: str | None = None) -> Table:
+        """The features that a region has more of than the rest of the picture, those that tell it best first.
+
+        Args:
+            mask: the region, such as `box(0, 0, 0.5, 0.5)`; a cell of the grid that it covers by half is in it.
+            limit: at most so many.
+            sae: only of this SAE; None: of all.
+
+        Returns:
+            A list of :class:`Located`; its rows go straight into an edit.
+
+        Raises:
+            ValueError: the region covers no cell of a grid, or all of them.
+        """
+        blocks = self.values() if sae is None else [self[sae]]
+        rows = [row for block in blocks for row in located(block.sae, block.to_dense(), block._labels, mask)]
+        rows.sort(key=lambda row: (-row.effect, row.outside - row.inside))
+        return Table(rows[:limit], ("ref", "label", "effect", "inside", "outside"))
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Every activation of every SAE, as :meth:`BlockFeatures.columns` has them, and the SAE."""

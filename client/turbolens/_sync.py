@@ -14,7 +14,7 @@ import grpc
 
 from turbolens._channel import TLS, Connection, Token, connection, sync_channel
 from turbolens._contrast import contrast
-from turbolens._edits import FeatureLike, Features, to_ref
+from turbolens._edits import FeatureLike, Features, replace, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
 from turbolens._features import Feature, Match, Near
@@ -478,6 +478,23 @@ class Lens:
             shown.append(block.overlay(known.ref, picture, scale=True))
             captions.append(f"{example.activation:.3g}: {example.prompt} (seed {example.seed})")
         return gallery(shown, captions)
+
+    def icon(self, feature: FeatureLike) -> Picture | None:
+        """What a feature draws by itself: it replaces its block on the empty prompt, at the strength where that shows.
+
+        Args:
+            feature: any form of a feature.
+
+        Returns:
+            None where it draws nothing that was seen, or nobody looked.
+
+        Raises:
+            NotFound: there is no such SAE or feature.
+        """
+        known = self.get_feature(feature)
+        if known.icon_strength is None:
+            return None
+        return self.generate("", seed=0, steer=[replace(known.ref, known.icon_strength)])
 
     def list_features(self, sae: str, *, filter: str = "", order_by: str = "") -> Iterator[Feature]:
         """Every feature of an SAE that matches, page by page.

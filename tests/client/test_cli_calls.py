@@ -336,7 +336,7 @@ COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _turbolens; print
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_shell_completes_commands_and_flags():
-    assert complete("gen") == ["generate"]
+    assert complete("gen") == ["generate", "generate-many"]
     assert complete("generate", "--re") == ["--reference", "--reference-seed", "--replace"]
     assert complete("features", "s") == ["search", "show"]
     assert complete("features", "list", "--or") == ["--order-by"]

@@ -18,6 +18,9 @@ COMMANDS: Final = "turbolens.commands"
 _OWN: Final = {
     "generate": "turbolens.cli.pictures:Generate",
     "extract": "turbolens.cli.pictures:Extract",
+    "extract-many": "turbolens.cli.many:ExtractMany",
+    "generate-many": "turbolens.cli.many:GenerateMany",
+    "sweep": "turbolens.cli.many:Sweep",
     "features": "turbolens.cli.features:FeatureCommands",
     "provenance": "turbolens.cli.provenance:Provenance",
     "replay": "turbolens.cli.replay:Replay",
@@ -43,7 +46,9 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens studio                      explore, paint and compare in a browser; with --embedded, on a model of its own
   turbolens generate "a blue ring ..."  make pictures, steered or not
   turbolens extract "a blue ring ..."   show the features behind pictures
-  turbolens features search blue        find features by words; also: list, show
+  turbolens extract-many FILE OUT       features of very many prompts, as a table; also: generate-many, as pictures
+  turbolens sweep PROMPT ...            one picture at many strengths of many features
+  turbolens features search blue        find features by words; also: list, show, contrast
   turbolens steer apply FILE PROMPT     make a picture with a steering file; also: validate, diff
   turbolens provenance picture.png      say how a picture was made
   turbolens engine build                build a TensorRT engine; also: list, verify, prune
