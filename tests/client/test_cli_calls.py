@@ -48,6 +48,16 @@ def test_every_edit_given_is_sent(turbolens, fake, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}  seed 7\n"
 
 
+def test_timesteps_are_sent(turbolens, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    turbolens("generate", "a star", "--timesteps", "999,399")
+    assert list(fake.last(gs.GenerateRequest).run.sampling.timesteps) == [999, 399]
+    with pytest.raises(SystemExit) as ended:
+        turbolens("generate", "a star", "--timesteps", "soon")
+    assert ended.value.code == 2
+    assert "--timesteps soon: write numbers" in capsys.readouterr().err
+
+
 def test_edits_take_a_unit_and_a_range_of_steps_where_they_have_one(turbolens, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turbolens(

@@ -41,6 +41,8 @@ class _OfARun(Calls):
     """How far guided predictions are brought back to the spread that they have without, 0 to 1."""
     negative_prompt: str | None = None
     """What guidance leads away from; left out: nothing."""
+    timesteps: str | None = None
+    """The steps' own timesteps, falling, such as 399 or 999,749,499,249, for models distilled for certain ones."""
     add: Repeated = ()
     """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit, or one for each step: 8,4,0; may be
     repeated."""
@@ -118,6 +120,7 @@ class _OfARun(Calls):
             "image": self.image,
             "strength": self.strength,
             "steps": self.steps,
+            "timesteps": () if self.timesteps is None else _timesteps(self.timesteps),
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
             "negative_prompt": self.negative_prompt,
@@ -143,6 +146,13 @@ def _seeds(text: str) -> list[int]:
             raise ValueError(f"--seeds {text}: write numbers and ranges, such as 7,8 or 10-19")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def _timesteps(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--timesteps {text}: write numbers, such as 399 or 999,749,499,249")
+    return [int(part) for part in parts]
 
 
 def _box(text: str) -> tl.Mask:

@@ -10,11 +10,12 @@ Surkov et al., arXiv 2410.22366; github.com/wendlerc/RIEBench.
 from __future__ import annotations
 
 import dataclasses
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from turbolens_server.steering.masks import Mask
+
+if TYPE_CHECKING:  # settings of commands are read beside this, and must not wait for torch
+    from torch import Tensor
 
 _LEAST = 1e-6
 """Of a sum that something is divided by."""
@@ -77,7 +78,7 @@ def mean_activations(values: Tensor, indices: Tensor, mask: Tensor, d_sae: int) 
         [N, d_sae] float32.
     """
     weighted = (values * mask[..., None]).flatten(1)
-    sums = torch.zeros(len(mask), d_sae, device=mask.device).scatter_add_(1, indices.flatten(1), weighted)
+    sums = mask.new_zeros(len(mask), d_sae).float().scatter_add_(1, indices.flatten(1), weighted)
     return sums / mask.sum(1, keepdim=True).clamp(min=_LEAST)
 
 
@@ -100,6 +101,6 @@ def choose_features(scores: Tensor, n: int) -> Sides:
     if n < 1:
         raise ValueError(f"features={n}: expected at least 1")
     order = scores.argsort(dim=1, descending=True, stable=True)
-    nothing, most = torch.zeros_like(scores, dtype=torch.bool), min(n, scores.shape[1])
+    nothing, most = scores.new_zeros(scores.shape).bool(), min(n, scores.shape[1])
     given, taken = (nothing.scatter(1, some, True) for some in (order[:, :most], order[:, -most:]))
     return Sides(given & (scores > 0), taken & (scores < 0))
