@@ -87,6 +87,8 @@ class ServerConfig:
     needs the extra `traces`."""
     max_connection_age_s: float = 0
     """Seconds after which callers are asked to connect anew, so that they find servers that were added; 0: never."""
+    more_sizes: tuple[str, ...] = ()
+    """Sizes served beside the first, WIDTHxHEIGHT, such as 640x384: pictures of one size run together."""
     max_steps: int = 4
     """Most denoising steps of a request."""
     max_seeds: int = 16

@@ -71,6 +71,7 @@ def load_from(config: ServerConfig) -> Engine:
         max_steps=config.max_steps,
         max_batch=config.max_batch,
         size=config.size or None,
+        more_sizes=config.more_sizes,
         backend=config.backend,
         cache=Path(config.cache).expanduser() if config.cache else None,
         loras=config.lora,

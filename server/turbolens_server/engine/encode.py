@@ -26,7 +26,7 @@ class PictureEncoder:
         return bool(self._vae.dtype != self._given)
 
     def distribution(self, picture: npt.NDArray[Any], dtype: torch.dtype) -> Any:
-        """A picture, uint8 [height, width, 3], coded: a distribution over latents to draw from, or latents [1, C, h, w].
+        """A picture, uint8 [height, width, 3], coded: a distribution over latents to draw from, or [1, C, h, w].
 
         Args:
             picture: at a size that the VAE halves as often as it does.

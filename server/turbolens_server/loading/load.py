@@ -55,6 +55,7 @@ def load_engine(
     max_steps: int = 4,
     max_batch: int = MAX_BATCH,
     size: int | None = None,
+    more_sizes: Sequence[str] = (),
     backend: str = "auto",
     cache: Path | None = None,
     hook_points: Sequence[str] = (),
@@ -80,6 +81,7 @@ def load_engine(
         max_steps: most denoising steps a request may ask for.
         max_batch: pictures that run together at most, for which there must be memory.
         size: edge of the pictures in pixels, which are square; None: the model's own.
+        more_sizes: served beside it, each "WIDTHxHEIGHT".
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
         cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
         hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
@@ -121,20 +123,24 @@ def load_engine(
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
     tapped = _tapped_points(model, hook_points, served, points)
     edge = parts.edge(size)
+    sizes = tuple(dict.fromkeys([(edge, edge), *map(parts.size, more_sizes)]))
+    if backend == "tensorrt" and len(sizes) > 1:
+        raise LoadError("--more-sizes: a TensorRT engine is built for one size; use another --backend")
+    largest = max(sizes, key=math.prod)
     need = memory_need(
         unet=parts.unet,
         vae=parts.vae,
         texts=parts.encoders,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
-        dictionaries=[(math.prod(points[sae.hook_point].grid(edge, edge)), sae.bundle.d_sae) for sae in served],
-        runs=[math.prod(points[s.hook_point].grid(edge, edge)) * s.bundle.d_in for s in served if s.bundle.steps],
+        dictionaries=[(math.prod(points[sae.hook_point].grid(*largest)), sae.bundle.d_sae) for sae in served],
+        runs=[math.prod(points[s.hook_point].grid(*largest)) * s.bundle.d_in for s in served if s.bundle.steps],
         max_batch=max_batch,
-        latent_size=(edge // parts.downscale, edge // parts.downscale),
+        latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
         tokens=parts.pipeline.tokenizer.model_max_length,
         pipelined=pipelined_on(on),
         available=available,
     )
-    if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {edge}x{edge}"):
+    if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {largest[1]}x{largest[0]}"):
         raise LoadError(f"{model}: {refusal}")
     with on_device(on):
         text = TextEncoder(
@@ -161,7 +167,7 @@ def load_engine(
             default_steps=len(timesteps) or _TRAINED_STEPS,
             max_steps=max_steps,
             default_size=(edge, edge),
-            sizes=((edge, edge),),
+            sizes=sizes,
             max_prompt_tokens=text.max_tokens,
             backend=runner.name,
             backend_reason=reason,
@@ -216,10 +222,24 @@ class _Parts:
             if not isinstance(own, int):
                 raise LoadError(f"the U-Net says sample_size={own!r}, and pictures are square; give --size in pixels")
             return own * self.downscale
-        cell = self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size % cell or size < 2 * cell:
-            raise LoadError(f"--size {size}: must be a multiple of {cell}, from {2 * cell}")
+        if size % self._cell or size < 2 * self._cell:
+            raise LoadError(f"--size {size}: must be a multiple of {self._cell}, from {2 * self._cell}")
         return size
+
+    def size(self, text: str) -> tuple[int, int]:
+        """A further size, (height, width), of "WIDTHxHEIGHT"; raises as `edge`."""
+        width, _, height = text.partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise LoadError(f"--more-sizes {text}: write WIDTHxHEIGHT, such as 640x384")
+        found = int(height), int(width)
+        if any(edge % self._cell or edge < 2 * self._cell for edge in found):
+            raise LoadError(f"--more-sizes {text}: must be multiples of {self._cell}, from {2 * self._cell}")
+        return found
+
+    @property
+    def _cell(self) -> int:
+        """What the U-Net can halve as often as it does."""
+        return int(self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
 def _read_parts(
