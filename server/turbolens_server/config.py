@@ -26,7 +26,7 @@ class ServerConfig:
     """
 
     model: str = "mini"
-    """`mini` (ships with the package), a `diffusers` folder, a hub id of an SDXL-type model, or
+    """`mini` (ships with the package), a `diffusers` folder, a hub id of an SDXL-type model, a `.safetensors` file, or
     `random:sdxl-turbo`: that architecture with random weights, to try a machine at full size."""
     sae: tuple[str, ...] = ()
     """SAEs: a bundle, the folder of an SAE of another project, a folder of several, or a hub id each; `BLOCK=PATH` says
@@ -48,8 +48,11 @@ class ServerConfig:
     """Folder of exported graphs and TensorRT engines; empty: ~/.cache/turbolens."""
     variant: str | None = None
     """Variant of the weight files, such as `fp16`."""
+    model_config: str | None = None
+    """Where --model is one `.safetensors` file in SDXL's original layout: a `diffusers` folder or hub id of a model of
+    its kind, whose configurations, scheduler and vocabularies it gets; left out: SDXL base. No weights are read."""
     vae: str | None = None
-    """Another VAE, by folder or hub id, such as a fast or a half-precision one."""
+    """Another VAE, by folder, hub id or `.safetensors` file, such as a fast or a half-precision one."""
     size: int = 0
     """Edge of the pictures in pixels, which are square; 0: the model's own."""
     lora: tuple[str, ...] = ()

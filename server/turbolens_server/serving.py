@@ -65,6 +65,7 @@ def load_from(config: ServerConfig) -> Engine:
         device=config.device,
         dtype=config.dtype,
         variant=config.variant,
+        model_config=config.model_config,
         vae=config.vae,
         saes=config.sae or None,
         force_sae=config.force_sae,

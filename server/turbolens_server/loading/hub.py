@@ -14,6 +14,8 @@ from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.places import EMBEDDED, local
 
+_SDXL: Final = "stabilityai/stable-diffusion-xl-base-1.0"
+_SETTINGS: Final = ("*.json", "*.txt", "*.model")
 _FILE_PATTERNS: Final = ("*.json", "*.txt", "*.safetensors", "*.model")
 SAE_PATTERNS: Final = (
     "*.json",
@@ -52,7 +54,36 @@ def model_folder(model: str, variant: str | None = None) -> Path:
 
     folder = embedded_model() if model == EMBEDDED else resolve(model, "--model", fetch)
     if not (folder / "model_index.json").exists():
-        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing")
+        files = sorted(folder.glob("*.safetensors"))
+        hint = f"; a checkpoint in one file is given by its path: --model {files[0]}" if files else ""
+        raise LoadError(f"{folder} is no diffusers folder: model_index.json is missing{hint}")
+    return folder
+
+
+def file_of(name: str) -> Path | None:
+    """The file of a model or VAE that is one; None: it is something else."""
+    path = Path(name).expanduser()
+    return path if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def config_folder(name: str | None) -> Path:
+    """Where configurations, scheduler and vocabularies for a model in one file are; no weights are fetched.
+
+    Raises:
+        LoadError: it is no `diffusers` folder, or SDXL base was meant and cannot be had.
+    """
+    try:
+        folder = resolve(name or _SDXL, "--model-config", snapshot(_SETTINGS))
+    except LoadError as error:
+        if name is not None:
+            raise
+        raise LoadError(
+            "--model is one file, which holds neither configurations nor vocabularies; give a diffusers folder of a "
+            "model of its kind by --model-config, whose weights are not needed, or let it be fetched once where there "
+            f"is a network: hf download {_SDXL} --include '*.json' '*.txt'"
+        ) from error
+    if not (folder / "model_index.json").exists():
+        raise LoadError(f"--model-config {folder} is no diffusers folder: model_index.json is missing")
     return folder
 
 
@@ -75,7 +106,7 @@ def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> 
     path = local(name, flag)
     if path is not None:
         if not path.is_dir():
-            raise LoadError(f"{flag} {name}: is a file; give its folder")
+            raise LoadError(f"{flag} {name}: is a file, and neither .safetensors nor a folder")
         return path
     try:
         return Path((fetch or snapshot(_FILE_PATTERNS))(name))

@@ -18,10 +18,11 @@ from turbolens_server.engine.engine import Components, Engine, pipelined_on
 from turbolens_server.engine.info import EngineInfo, SaeInfo
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import TextEncoder
+from turbolens_server.files import hash_file
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_components
-from turbolens_server.loading.hub import embedded_saes, resolve
+from turbolens_server.loading.hub import config_folder, embedded_saes, file_of, resolve
 from turbolens_server.loading.lora import Fused, fuse_loras
 from turbolens_server.loading.memory import available_bytes, memory_need
 from turbolens_server.loading.model import folder_of, read_pipeline
@@ -29,6 +30,7 @@ from turbolens_server.loading.places import EMBEDDED
 from turbolens_server.loading.random_sdxl import is_random, random_bundles
 from turbolens_server.loading.saes import load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
+from turbolens_server.loading.single_file import read_single_file
 from turbolens_server.loading.vae import load_vae
 from turbolens_server.logs import get_logger
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
@@ -64,16 +66,17 @@ def load_engine(
     timesteps: Sequence[int] = (),
     embedded_guidance: float = 8.0,
     loras: Sequence[str] = (),
+    model_config: str | None = None,
 ) -> Engine:
     """Load a model with its SAEs.
 
     Args:
-        model: "mini", a `diffusers` folder, a hub id of an SDXL-type model, or "random:sdxl-turbo" (or "random:mini"),
-            which is the architecture with random weights.
+        model: "mini", a `diffusers` folder, a hub id of an SDXL-type model, a checkpoint in one `.safetensors` file, or
+            "random:sdxl-turbo" (or "random:mini"), which is the architecture with random weights.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" (float16 on a GPU, else float32), "float32", "float16" or "bfloat16".
         variant: file variant to load, such as "fp16".
-        vae: another VAE, by folder or hub id: an `AutoencoderKL` or an `AutoencoderTiny`.
+        vae: another VAE, by folder, hub id or `.safetensors` file: an `AutoencoderKL` or an `AutoencoderTiny`.
         saes: each a bundle, the folder of an SAE of another project, a folder of several, or a hub id; `BLOCK=` in
             front says where one sits whose folder does not, `NAME=` or `NAME@BLOCK=` what requests call it.
             None: the embedded model's own, a random model's, or none.
@@ -90,6 +93,8 @@ def load_engine(
         timesteps: those of runs of as many steps, falling; they are also the steps of a request that does not say.
         embedded_guidance: guidance scale of a U-Net that takes it as an embedding.
         loras: each `PATH` or `PATH=WEIGHT`, fused into the model; SAEs of the model without them need `force_sae`.
+        model_config: folder or hub id of a model of the same kind as one in a single file, whose configurations,
+            scheduler and vocabularies it gets; None: SDXL base.
 
     Raises:
         LoadError: with one clear line.
@@ -98,7 +103,7 @@ def load_engine(
     on = pick_device(device)
     precision = pick_dtype(dtype, on)
     available = available_bytes(on)
-    parts = _read_parts(model, on, precision, variant, vae, loras)
+    parts = _read_parts(model, on, precision, variant, vae, loras, model_config)
     try:
         check_supported(parts.unet)
         sampler = choose_scheduler(parts.pipeline.scheduler, scheduler, timestep_spacing)
@@ -249,12 +254,23 @@ def _read_parts(
     variant: str | None,
     vae: str | None,
     loras: Sequence[str],
+    model_config: str | None,
 ) -> _Parts:
-    folder = folder_of(model, variant)
-    vae_folder = None if vae is None else resolve(vae, "--vae")
-    pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
+    file = file_of(model)
+    vae_at = None if vae is None else file_of(vae) or resolve(vae, "--vae")
+    folder: Path | None
+    if file is None:
+        if model_config is not None:
+            raise LoadError(f"--model-config {model_config}: is for a --model that is one .safetensors file")
+        folder = folder_of(model, variant)
+        pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
+    else:
+        if variant is not None:
+            raise LoadError(f"--variant {variant}: {file} is one file, which has no variants")
+        folder = config_folder(model_config)
+        pipeline, unet_hash = read_single_file(file, folder, dtype), hash_file(file)
     fused = fuse_loras(pipeline, loras)
-    components = unet_hash if folder is None else hash_components(folder, variant, vae_folder)
+    components = unet_hash if folder is None else hash_components(folder, variant, vae_at, file)
     for tokenizer, encoder in (
         (pipeline.tokenizer, pipeline.text_encoder),
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
@@ -264,7 +280,7 @@ def _read_parts(
     return _Parts(
         pipeline=pipeline,
         unet=pipeline.unet.eval(),
-        vae=load_vae(vae_folder, pipeline.vae, dtype).eval(),
+        vae=load_vae(vae_at, pipeline.vae, dtype).eval(),
         encoders=(pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()),
         downscale=pipeline.vae_scale_factor,
         hash=fused.rehash(unet_hash) if "unet" in fused.parts else unet_hash,

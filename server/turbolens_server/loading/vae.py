@@ -13,12 +13,19 @@ from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.half_vae import UnknownDecoder, scale_stream
 from turbolens_server.loading.parts import STEMS, find_weights, read_part
+from turbolens_server.loading.single_file import read_single_vae
 
 
-def load_vae(folder: Path | None, own: Any, dtype: torch.dtype) -> Any:
+def load_vae(at: Path | None, own: Any, dtype: torch.dtype) -> Any:
     """The VAE, made to stay finite: models say by `force_upcast` that half precision is not enough for it as it is."""
-    if folder is None:
+    if at is None:
         return _fit(own, dtype)
+    if at.is_file():
+        try:
+            return _fit(read_single_vae(at, own, dtype), dtype)
+        except LoadError as error:
+            raise LoadError(f"--vae {error}") from error
+    folder = at
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         loader = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind]

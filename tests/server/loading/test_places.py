@@ -18,11 +18,12 @@ def test_everything_that_is_not_there_is_told_together(tmp_path):
         found = problems(
             ServerConfig(
                 model="/no/model", vae="./no-vae", sae=("up.0.1=/no/sae", "a@mid.0=~/no", str(tmp_path), "owner/sae"),
-                lora=("/no/lora=0.5", "owner/lora"), port=port,
+                lora=("/no/lora=0.5", "owner/lora"), port=port, model_config="./no-config",
             )
         )  # fmt: skip
     assert [line.split(":")[0] for line in found] == [
-        "--model /no/model", "--vae ./no-vae", "--sae /no/sae", "--sae ~/no", "--lora /no/lora",
+        "--model /no/model", "--sae /no/sae", "--sae ~/no", "--vae ./no-vae", "--model-config ./no-config",
+        "--lora /no/lora",
         "cannot listen on 127.0.0.1",
     ]  # fmt: skip
     assert f"{port}: Address already in use" in found[-1]
