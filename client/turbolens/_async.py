@@ -159,6 +159,7 @@ class AsyncLens:
                 negative_prompt: what guidance leads away from; None: nothing, as the model hears it.
                 steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
                 references: other runs that edits read, by names of your own: `{"other": reference("a blue ring")}`.
+                regions: phrases heard under masks, beside the prompt: `[(box(0, 0, .5, 1), "a red ring")]`.
                 features: features to return: True for all, or SAEs by name.
                 only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong
                     to.

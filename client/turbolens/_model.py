@@ -109,6 +109,7 @@ class Limits:
     max_saes: int
     max_guidance_scale: float
     max_picture_bytes: int
+    max_regions: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

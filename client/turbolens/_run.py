@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
-from turbolens._edits import Edit, FeatureLike, FeatureRef, to_refs
+from turbolens._edits import Edit, FeatureLike, FeatureRef, Mask, to_refs
 from turbolens._numbers import number, seconds, text, whole, whole_or_none
 from turbolens._start import ImageLike, Start, prompt_of, source_of, start_of
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
@@ -26,6 +26,10 @@ Only = FeatureLike | Sequence[FeatureLike] | None
 """Of these, only the ones named; None for all."""
 PerSae = Mapping[str, int] | None
 """A number for each SAE that is named; None for none."""
+
+
+Regions = Sequence[tuple[Mask, str]]
+"""Phrases that a picture hears under masks, beside its prompt."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class RunOptions(TypedDict, total=False):
     negative_prompt: str | None
     steer: Sequence[Edit]
     references: Mapping[str, Reference]
+    regions: Regions
     only: Only
     float32: bool
     k: PerSae
@@ -131,6 +136,7 @@ class Run:
     negative_prompt: str | None = None
     steer: tuple[Edit, ...] = ()
     references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
+    regions: tuple[tuple[Mask, str], ...] = ()
     features: tuple[str, ...] | None = None
     """SAEs whose features come back, empty for all of them; None: no features."""
     only: tuple[FeatureRef, ...] = ()
@@ -159,6 +165,7 @@ class Run:
             negative_prompt=sampling.negative_prompt if sampling.HasField("negative_prompt") else None,
             steer=tuple(Edit.from_proto(edit) for edit in message.edits),
             references={name: Reference.from_proto(one) for name, one in message.references.items()},
+            regions=tuple((Mask(region.mask), region.prompt) for region in message.regions),
             features=tuple(selection.saes) if message.HasField("features") else None,
             only=tuple(FeatureRef(ref.sae, ref.index) for ref in selection.only),
             float32=selection.value_type == run_pb2.VALUE_TYPE_FLOAT32,
@@ -187,6 +194,7 @@ class Run:
                 for sae in dict.fromkeys((*self.k, *self.prefix))
             ],
             references={name: one.to_proto() for name, one in self.references.items()},
+            regions=[run_pb2.Region(mask=mask.message, prompt=phrase) for mask, phrase in self.regions],
         )
 
     def _selection(self, saes: Sequence[str], labels: bool) -> run_pb2.FeatureSelection:
@@ -274,7 +282,8 @@ def extract_call(prompt: str, seed: int | None, seeds: Sequence[int] | None, opt
 
 
 _DEFAULTS: Final[Mapping[str, Any]] = {
-    "timesteps": (), "guidance_scale": 0.0, "guidance_rescale": 0.0, "steer": (), "references": {}, "float32": False,
+    "timesteps": (), "guidance_scale": 0.0, "guidance_rescale": 0.0, "steer": (), "references": {}, "regions": (),
+    "float32": False,
     "format": "png", "latents": False, "previews": False, "request_id": "",
 }  # fmt: skip
 """Of options that are not None where they are left out."""
@@ -333,6 +342,7 @@ def _call(
         negative_prompt=_text_or_none(given.pop("negative_prompt", None), "the negative prompt"),
         steer=tuple(given.pop("steer", ())),
         references=_references(given.pop("references", {})),
+        regions=_regions(given.pop("regions", ())),
         features=saes,
         only=refs,
         float32=float32,
@@ -374,6 +384,15 @@ def _references(references: Mapping[str, Reference]) -> Mapping[str, Reference]:
     if not isinstance(references, Mapping) or not all(isinstance(r, Reference) for r in references.values()):
         raise TypeError('references are named: references={"other": reference("a blue ring")}')
     return dict(references)
+
+
+def _regions(regions: Regions) -> tuple[tuple[Mask, str], ...]:
+    found = []
+    for region in regions:
+        if not (isinstance(region, tuple) and len(region) == 2 and isinstance(region[0], Mask)):
+            raise TypeError('regions are masks with phrases: regions=[(box(0, 0, 0.5, 1), "a red ring")]')
+        found.append((region[0], text(region[1], "a region's phrase")))
+    return tuple(found)
 
 
 def _wanted(

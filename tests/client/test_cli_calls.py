@@ -72,6 +72,13 @@ def test_edits_take_a_unit_and_a_range_of_steps_where_they_have_one(turbolens, f
     ]
 
 
+def test_regions(turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turbolens("generate", "two rings", "--region", "0,0,0.5,1=a red ring", "--region", "0.5,0,1,1=a = b")
+    left, right = fake.last(gs.GenerateRequest).run.regions
+    assert (left.prompt, left.mask.boxes.boxes[0].right, right.prompt) == ("a red ring", 0.5, "a = b")
+
+
 def test_guidance_and_the_side_of_edits(turbolens, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turbolens(
@@ -347,7 +354,7 @@ COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _turbolens; print
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_shell_completes_commands_and_flags():
     assert complete("gen") == ["generate", "generate-many"]
-    assert complete("generate", "--re") == ["--reference", "--reference-seed", "--replace"]
+    assert complete("generate", "--re") == ["--reference", "--reference-seed", "--region", "--replace"]
     assert complete("features", "s") == ["search", "show"]
     assert complete("features", "list", "--or") == ["--order-by"]
     assert complete("serve", "--max-b") == ["--max-batch"]

@@ -18,6 +18,11 @@ PROMPT = "a big red star on the left, night background"
 OTHER = {"other": tl.reference("a blue ring", seed=3)}
 OWN = {"own": tl.reference("a big yellow star on the left, night background")}
 
+RINGS = [
+    (tl.box(0, 0, 0.5, 1), "a red ring"),
+    (tl.mask(np.linspace(0, 1, 16)[None].repeat(16, 0)), "a blue ring"),
+]
+
 
 def kinds(lens):
     """Name, arguments and whether features are asked for instead of a picture."""
@@ -64,6 +69,11 @@ def kinds(lens):
             "image": drawn, "strength": 0.5, "steps": 2, "steer": [tl.patch("up.0.0", "other")],
             "references": {"other": tl.reference("a blue ring", image=drawn, strength=0.5)},
         },
+        "regions": {"regions": RINGS},
+        "regions and all else": {
+            "regions": RINGS, "guidance_scale": 3, "references": OTHER | OWN, "steps": 2,
+            "steer": [tl.add(up[0], 4, mask=left), tl.patch("up.0.0", "other"), tl.transfer(tl.choose(3), "own")],
+        },
         "features beside it": {"features": ["up.0.1"], "steer": [tl.add(up[0], 8)]},
     }  # fmt: skip
     features = {
@@ -72,6 +82,7 @@ def kinds(lens):
         "features of a steered run": {"steer": [tl.add("mid.0/0", 5, unit="raw")], "only": up},
         "features of a picture": {"image": drawn, "strength": 0.5, "steps": 2},
         "features of a guided run": {"guidance_scale": 4.5, "saes": ["up.0.1"]},
+        "features under regions": {"regions": RINGS, "saes": ["up.0.1"]},
         "features of one of several": {"seeds": [1, 2]},
         "features of a transfer of what was chosen": {
             "steer": [tl.transfer(tl.choose(4, all_steps=True), "own")],

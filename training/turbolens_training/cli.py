@@ -15,7 +15,7 @@ import yaml
 from turbolens_training.activations.config import DataConfig, FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
 from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
-from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RieBenchConfig
+from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.sweep.config import SweepConfig
@@ -76,6 +76,7 @@ Command = (
     | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[RegionsConfig, tyro.conf.subcommand("regions")]
     | Annotated[RieBenchConfig, tyro.conf.subcommand("riebench")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
 )
@@ -113,7 +114,7 @@ def _missing(command: object) -> list[str]:
             return missing(model=command.model, saes=command.saes, prompts=command.prompts)
         case RieBenchConfig():
             return missing(model=command.model, saes=command.saes, items=command.items, masks=command.masks)
-        case RebuildConfig():
+        case RebuildConfig() | RegionsConfig():
             return missing(model=command.model)
         case VerifyCacheConfig() | ImportTarsConfig():
             return missing(path=command.path)
@@ -195,6 +196,10 @@ def run(command: Command) -> None:
             from turbolens_training.evaluation.evaluate import evaluate
 
             evaluate(command)
+        case RegionsConfig():
+            from turbolens_training.evaluation.regions import measure_regions
+
+            measure_regions(command)
         case RieBenchConfig():
             from turbolens_training.evaluation.riebench import run_riebench
 

@@ -43,6 +43,9 @@ class _OfARun(Calls):
     """What guidance leads away from; left out: nothing."""
     timesteps: str | None = None
     """The steps' own timesteps, falling, such as 399 or 999,749,499,249, for models distilled for certain ones."""
+    region: Repeated = ()
+    """LEFT,TOP,RIGHT,BOTTOM=PHRASE: a box, in fractions of the picture, where a phrase is heard beside the prompt; may
+    be repeated."""
     add: Repeated = ()
     """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit, or one for each step: 8,4,0; may be
     repeated."""
@@ -126,6 +129,9 @@ class _OfARun(Calls):
             "negative_prompt": self.negative_prompt,
             "steer": self.edits(),
             "references": {name: tl.reference(text, seed=seeds.get(name)) for name, text in prompts.items()},
+            "regions": [
+                (_box(edges, "region"), phrase) for edges, phrase in pairs("region", self.region, "BOX=PHRASE")
+            ],
             "k": numbers("k", self.k, "SAE"),
             "prefix": numbers("prefix", self.prefix, "SAE"),
         }
@@ -155,10 +161,10 @@ def _timesteps(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _box(text: str) -> tl.Mask:
+def _box(text: str, flag: str = "mask") -> tl.Mask:
     corners = [float(part) for part in text.split(",")]
     if len(corners) != 4:
-        raise ValueError(f"--mask {text}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
+        raise ValueError(f"--{flag} {text}: write LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,1")
     return tl.box(*corners)
 
 

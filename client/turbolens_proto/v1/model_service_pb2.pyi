@@ -388,6 +388,7 @@ class Limits(_message.Message):
     MAX_SAES_FIELD_NUMBER: _builtins.int
     MAX_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     MAX_PICTURE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_REGIONS_FIELD_NUMBER: _builtins.int
     max_prompt_chars: _builtins.int
     """Characters of a prompt."""
     max_prompt_tokens: _builtins.int
@@ -444,6 +445,8 @@ class Limits(_message.Message):
     """Guidance scale; 0 where none is served: the U-Net hears it as an embedding, or batches hold one lane."""
     max_picture_bytes: _builtins.int
     """Bytes of one picture that a run starts from."""
+    max_regions: _builtins.int
+    """Regions of one request; 0 where the backend serves none."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes served."""
@@ -480,10 +483,11 @@ class Limits(_message.Message):
         max_saes: _builtins.int = ...,
         max_guidance_scale: _builtins.float = ...,
         max_picture_bytes: _builtins.int = ...,
+        max_regions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_guidance_scale", b"max_guidance_scale", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_picture_bytes", b"max_picture_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_request_bytes", b"max_request_bytes", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_saes", b"max_saes", "max_seeds", b"max_seeds", "max_selected", b"max_selected", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch", b"max_batch", "max_edits", b"max_edits", "max_features_per_edit", b"max_features_per_edit", "max_filter_chars", b"max_filter_chars", "max_found", b"max_found", "max_guidance_scale", b"max_guidance_scale", "max_listed", b"max_listed", "max_mask_bytes", b"max_mask_bytes", "max_mask_edge", b"max_mask_edge", "max_mask_pixels", b"max_mask_pixels", "max_mask_points", b"max_mask_points", "max_mask_shapes", b"max_mask_shapes", "max_message_bytes", b"max_message_bytes", "max_picture_bytes", b"max_picture_bytes", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_query_chars", b"max_query_chars", "max_queue", b"max_queue", "max_queue_pictures", b"max_queue_pictures", "max_references", b"max_references", "max_regions", b"max_regions", "max_request_bytes", b"max_request_bytes", "max_request_features", b"max_request_features", "max_request_id_chars", b"max_request_id_chars", "max_saes", b"max_saes", "max_seeds", b"max_seeds", "max_selected", b"max_selected", "max_steps", b"max_steps", "max_strength", b"max_strength", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,6 +114,7 @@ class Run(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def source(self) -> Global___Source:
         """Required."""
@@ -148,6 +149,12 @@ class Run(_message.Message):
         by an edit.
         """
 
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
+        """Phrases that each picture hears under masks, beside its prompt, which is heard everywhere; at most
+        Limits.max_regions. References and the prediction without the prompt hear none of them.
+        """
+
     def __init__(
         self,
         *,
@@ -158,14 +165,46 @@ class Run(_message.Message):
         features: Global___FeatureSelection | None = ...,
         sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
         references: _abc.Mapping[_builtins.str, Global___Reference] | None = ...,
+        regions: _abc.Iterable[Global___Region] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "references", b"references", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "references", b"references", "regions", b"regions", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class Region(_message.Message):
+    """A phrase that a picture hears under a mask: its tokens follow the prompt's, and a position hears them in every
+    cross-attention as often as the mask's weight there says: log(weight) is added to their logits, so 0 is not at all. Where
+    regions overlap, all of them are heard. The pooled text stays the prompt's.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASK_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """With the bounds of a prompt; not empty."""
+    @_builtins.property
+    def mask(self) -> _steering_pb2.Mask:
+        """Required, with the bounds of an edit's."""
+
+    def __init__(
+        self,
+        *,
+        mask: _steering_pb2.Mask | None = ...,
+        prompt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Region: _TypeAlias = Region  # noqa: Y015
 
 @_typing.final
 class Source(_message.Message):

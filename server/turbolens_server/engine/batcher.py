@@ -46,11 +46,13 @@ class BatchKey(NamedTuple):
     steps: int
     timesteps: tuple[int, ...]
     skipped: int
+    regions: int
+    """With them the text is longer and the attention another kernel, which mates without any must not notice."""
 
 
 def batch_key(job: Job) -> BatchKey:
     """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
-    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped)
+    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped, len(job.regions))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

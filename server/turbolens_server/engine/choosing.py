@@ -47,7 +47,7 @@ def choose(job: Job, info: EngineInfo, read: Read) -> tuple[Job, tuple[Chosen, .
     runs = [
         dataclasses.replace(
             job, prompt=named[name].prompt, seed=named[name].seed, start=named[name].start, edits=(), references=(),
-            saes=saes, picture=False, previews=False,
+            saes=saes, picture=False, previews=False, regions=job.regions if name == OWN else (),
             sae_options=tuple(options for options in job.sae_options if options.sae in saes),
         )
         for name in names

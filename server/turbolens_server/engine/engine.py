@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turbolens_server.cuda_graphs import on_device
-from turbolens_server.engine.batcher import batch_key
+from turbolens_server.engine.batcher import BatchKey, batch_key
 from turbolens_server.engine.choosing import choose
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.encode import PictureEncoder
@@ -23,6 +23,7 @@ from turbolens_server.engine.guidance import Sides, embed_guidance
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
+from turbolens_server.engine.regions import hear_regions
 from turbolens_server.engine.sampler import NOISE, RowStart, Sampler
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
@@ -202,7 +203,7 @@ class Engine:
     ) -> Denoised:
         """The first stage: encode the prompts and walk from noise to latents; arguments as for `run`."""
         if len({batch_key(job) for job in jobs}) != 1:
-            raise ValueError("jobs of one batch share steps, height and width")
+            raise ValueError("jobs of one batch share steps, height, width and the number of regions")
         emit, is_cancelled = on_event or _silent, cancelled or _never
         parts, first = self._parts, jobs[0]
         live = [not is_cancelled(row) for row in range(len(jobs))]
@@ -220,8 +221,9 @@ class Engine:
         sides = (lanes.rows[: len(lanes.seeds)], lanes.rows[len(lanes.seeds) :])
         text = EncodedTexts.joined([parts.text.encode_all([lane.prompt for lane in rows]) for rows in sides if rows])
         size = (first.height, first.width)
+        text, bias = hear_regions(text, jobs, lanes, parts.text, self.info.region_strides)
         walk = self.begin(
-            text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance, first.skipped, lanes.starts
+            text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance, first.skipped, lanes.starts, bias
         )
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         features: list[list[SparseCodes]] = [[] for _ in jobs]
@@ -260,7 +262,17 @@ class Engine:
             if isinstance(event, StepDone):
                 taken.append(event.step)
 
-        return self.denoise(jobs, on_event=count, cancelled=lambda _: max(taken, default=-1) + 1 >= steps).features
+        alike: dict[BatchKey, list[int]] = {}  # the picture's own run may have regions, which references have not
+        for at, job in enumerate(jobs):
+            alike.setdefault(batch_key(job), []).append(at)
+        features: list[list[SparseCodes]] = [[] for _ in jobs]
+        for rows in alike.values():
+            taken.clear()
+            some = [jobs[row] for row in rows]
+            read = self.denoise(some, on_event=count, cancelled=lambda _: max(taken, default=-1) + 1 >= steps)
+            for row, found in zip(rows, read.features, strict=True):
+                features[row] = found
+        return features
 
     @_on_own_device
     @torch.inference_mode()
@@ -335,6 +347,7 @@ class Engine:
         guidance: Sequence[Guidance | None] = (),
         skipped: int = 0,
         starts: Sequence[Start | None] = (),
+        bias: Mapping[tuple[int, int], Tensor] | None = None,
     ) -> Walk:
         """A batch before its first step, a walk for each seed; in the thread of `denoise`.
 
@@ -347,6 +360,7 @@ class Engine:
             guidance: of each walk; empty: none.
             skipped: steps before those of the walks, which then start from pictures or latents.
             starts: of each walk; empty: noise.
+            bias: of regions, see :class:`Conditions`; None: none.
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
@@ -357,7 +371,7 @@ class Engine:
         coded = {start: self._row_start(start, dtype) for start in starts if start is not None}
         rows = [NOISE if start is None else coded[start] for start in starts]
         state = self._sampler.start(steps, seeds, shape, dtype, timesteps, skipped, rows)
-        conditions = Conditions(text.hidden, text.pooled, time_ids, embedded)
+        conditions = Conditions(text.hidden, text.pooled, time_ids, embedded, bias=bias or {})
         return Walk(self._unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
 
     def _row_start(self, start: Start, dtype: torch.dtype) -> RowStart:

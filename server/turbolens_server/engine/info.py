@@ -121,6 +121,8 @@ class EngineInfo:
     latent_channels: int = 4
     vae_downscale: int = 8
     """Picture pixels for each cell of the latents, each way."""
+    region_strides: tuple[int, ...] = ()
+    """Pixels per cell, each way, of the grids on which the text is heard; empty where the backend takes no regions."""
     made_for_guidance: bool = False
     """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
     distilled model may have kept them."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from turbolens_server.steering.choice import Chosen
 from turbolens_server.steering.edits import Edit
+from turbolens_server.steering.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +58,14 @@ class Guidance:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """A phrase that a picture hears under a mask, beside its prompt."""
+
+    mask: Mask
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """One picture to make: a prompt, a seed, and what to do and return on the way.
 
@@ -89,6 +98,8 @@ class Job:
     """Steps that come before its own, and are not taken: a walk from a picture starts where that is noised to."""
     guidance: Guidance | None = None
     """Of its picture and of its references; None: none."""
+    regions: tuple[Region, ...] = ()
+    """Of its picture's lane with the prompt alone."""
 
     @property
     def lanes(self) -> int:

@@ -195,6 +195,7 @@ def load_engine(
             latent_channels=parts.unet.config.in_channels,
             vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
+            region_strides=tuple(sorted({point.downscale for point in points.values()})) if runner.takes_bias else (),
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
         return Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)

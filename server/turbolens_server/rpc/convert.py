@@ -248,6 +248,7 @@ def model(
             max_saes=limits.max_saes,
             max_picture_bytes=limits.max_picture_bytes,
             max_guidance_scale=limits.max_guidance_scale if info.takes_guidance and limits.max_lanes > 1 else 0,
+            max_regions=limits.max_regions if info.region_strides else 0,
         ),
         defaults=run_pb2.Sampling(steps=info.default_steps, width=width, height=height, guidance_scale=0.0),
         edit_kinds=list(KINDS),

@@ -40,6 +40,7 @@ def run_layer(
     layer: Any,
     tokens: Tensor,
     text: Tensor,
+    bias: Tensor | None,
     tap: Callable[[str, Tensor], Tensor],
     at: frozenset[str],
 ) -> Tensor:
@@ -51,6 +52,7 @@ def run_layer(
         layer: one of the block's `transformer_blocks`.
         tokens: [B, P, width].
         text: hidden states of the text encoders, [B, tokens, cross_attention_dim].
+        bias: added to the logits of the cross-attention, [B, P, tokens]; None: nothing.
         tap: (hook point, update [B, P, width]) -> the update to add instead.
         at: names of the hook points that are tapped.
 
@@ -58,11 +60,11 @@ def run_layer(
         [B, P, width].
     """
     if not is_tapped(name, number, at):
-        whole: Tensor = layer(tokens, encoder_hidden_states=text)
+        whole: Tensor = layer(tokens, encoder_hidden_states=text, encoder_attention_mask=bias)
         return whole
-    parts = ((layer.attn1, layer.norm1, None), (layer.attn2, layer.norm2, text))
-    for kind, (attention, norm, context) in zip(ATTENTIONS, parts, strict=True):
-        update = attention(norm(tokens), encoder_hidden_states=context)
+    parts = ((layer.attn1, layer.norm1, None, None), (layer.attn2, layer.norm2, text, bias))
+    for kind, (attention, norm, context, added) in zip(ATTENTIONS, parts, strict=True):
+        update = attention(norm(tokens), encoder_hidden_states=context, attention_mask=added)
         point = attention_name(name, kind, number)
         tokens = (tap(point, update) if point in at else update) + tokens
     fed: Tensor = layer.ff(layer.norm3(tokens)) + tokens

@@ -55,6 +55,11 @@ class UNetBackend(Protocol):
         """`torch`, `onnx` or `tensorrt`, with what it runs on."""
         ...
 
+    @property
+    def takes_bias(self) -> bool:
+        """Whether conditions may have a bias, and any number of tokens."""
+        ...
+
     def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """The prediction [B, C, h, w].
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -20,7 +21,11 @@ class Conditions:
     guidance: Tensor | None = None
     """Embedding of the guidance scale, [B, time_cond_proj_dim], of a U-Net that is distilled for guidance."""
 
+    bias: Mapping[tuple[int, int], Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
+    """Added to the logits of every cross-attention, before its softmax: [B, h * w, tokens] by grid (h, w); empty where
+    every position hears every token alike."""
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in order, for what compiles or records a pass of plain tensors."""
+        """The fields but the bias in order, for what compiles or records a pass of plain tensors."""
         always = (self.hidden, self.pooled, self.time_ids)
         return always if self.guidance is None else (*always, self.guidance)

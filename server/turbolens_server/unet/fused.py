@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from turbolens_server.unet.attention_taps import is_known, is_tapped, run_layer
 from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import OnUpdate, attention_blocks
 
 _COMPILATIONS: Final = 256
@@ -63,7 +64,9 @@ class ResnetWeights(NamedTuple):
     """A 1 x 1 convolution where the number of channels changes."""
 
 
-def transformer_layer(tokens: Tensor, text: Tensor, w: LayerWeights, heads: int, eps: float) -> Tensor:
+def transformer_layer(
+    tokens: Tensor, text: Tensor, w: LayerWeights, heads: int, eps: float, bias: Tensor | None = None
+) -> Tensor:
     """Self-attention, cross-attention, feed-forward.
 
     Args:
@@ -72,11 +75,13 @@ def transformer_layer(tokens: Tensor, text: Tensor, w: LayerWeights, heads: int,
         w: weights.
         heads: of both attentions.
         eps: of the norms.
+        bias: added to the logits of the cross-attention, [B, P, tokens].
     """
     q, k, v = F.linear(_layer_norm(tokens, w.norm1, eps), *w.qkv).chunk(3, -1)
     tokens = F.linear(_attention(q, k, v, heads), *w.out1) + tokens
     k, v = text.chunk(2, -1)
-    tokens = F.linear(_attention(F.linear(_layer_norm(tokens, w.norm2, eps), *w.query), k, v, heads), *w.out2) + tokens
+    q = F.linear(_layer_norm(tokens, w.norm2, eps), *w.query)
+    tokens = F.linear(_attention(q, k, v, heads, bias), *w.out2) + tokens
     values, gates = F.linear(_layer_norm(tokens, w.norm3, eps), *w.ff_in).chunk(2, -1)
     return F.linear(values * F.gelu(gates), *w.ff_out) + tokens
 
@@ -108,6 +113,8 @@ class Text:
     hidden: Tensor  # [B, tokens, cross_attention_dim]
     keys_values: Mapping[Any, Tensor]
     """By layer, [B, tokens, 2 d]."""
+    bias: Mapping[tuple[int, int], Tensor]
+    """See :class:`Conditions`."""
 
 
 class FusedBlocks:
@@ -140,10 +147,10 @@ class FusedBlocks:
         self._text_weight = _join([linear for linears in of_text.values() for linear in linears])
         self._text_widths = [sum(linear.out_features for linear in linears) for linears in of_text.values()]
 
-    def prepare(self, text: Tensor) -> Text:
-        """Keys and values of every layer from text [B, tokens, cross_attention_dim]."""
-        parts = F.linear(text, self._text_weight).split(self._text_widths, -1)
-        return Text(text, dict(zip(self._layers, parts, strict=True)))
+    def prepare(self, conditions: Conditions) -> Text:
+        """Keys and values of every layer from the text."""
+        parts = F.linear(conditions.hidden, self._text_weight).split(self._text_widths, -1)
+        return Text(conditions.hidden, dict(zip(self._layers, parts, strict=True)), conditions.bias)
 
     def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
         """A residual block of the U-Net."""
@@ -164,6 +171,7 @@ class FusedBlocks:
     ) -> Tensor:
         """A transformer block of the U-Net, with its update and those of its attention layers passed through `tap`."""
         grid = (hidden.shape[2], hidden.shape[3])
+        bias = text.bias.get(grid)
         norm = module.norm
 
         def steer(point: str, update: Tensor) -> Tensor:
@@ -174,11 +182,12 @@ class FusedBlocks:
             tokens = self._enter(hidden, _weight_bias(norm), _as_linear(module.proj_in), norm.num_groups, norm.eps)
             for number, layer in enumerate(module.transformer_blocks):
                 if is_tapped(name, number, at):
-                    tokens = run_layer(name, number, layer, tokens, text.hidden, steer, at)
+                    tokens = run_layer(name, number, layer, tokens, text.hidden, bias, steer, at)
                     continue
                 keys_values, weights = text.keys_values[layer], self._layers[layer]
-                _let_batch_vary(tokens, keys_values)
-                tokens = self._transformer_layer(tokens, keys_values, weights, layer.attn1.heads, layer.norm1.eps)
+                _let_batch_vary(tokens, keys_values, *(() if bias is None else (bias,)))
+                heads, eps = layer.attn1.heads, layer.norm1.eps
+                tokens = self._transformer_layer(tokens, keys_values, weights, heads, eps, bias)
             update = F.linear(tokens, *_as_linear(module.proj_out))
             if name in at:
                 update = tap(name, update, grid)
@@ -202,10 +211,11 @@ def _layer_norm(tokens: Tensor, norm: WeightBias, eps: float) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:], *norm, eps)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention over [B, N, d] each, d split among heads."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Attention over [B, N, d] each, d split among heads; a bias [B, N of q, N of k] is every head's."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    bias = None if bias is None else bias[:, None]
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 # Taking the weights

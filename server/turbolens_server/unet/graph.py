@@ -165,6 +165,8 @@ All tensors are contiguous and on the backend's device, with the shapes that a :
 class GraphUNet:
     """A U-Net that was compiled ahead of time from the graph, by whatever `execute` calls."""
 
+    takes_bias = False
+
     def __init__(self, name: str, spec: GraphSpec, execute: Execute) -> None:
         self.name = name
         self._spec = spec

@@ -32,8 +32,8 @@ class UnsupportedUNet(ValueError):
 class Blocks(Protocol):
     """How the walk runs the blocks that a U-Net consists of."""
 
-    def prepare(self, text: Tensor) -> Any:
-        """What `transformer` takes as text: from hidden states [B, tokens, cross_attention_dim], once a pass."""
+    def prepare(self, conditions: Conditions) -> Any:
+        """What `transformer` takes as text, once a pass."""
 
     def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
         """A residual block: [B, C, h, w] and the time's embedding [B, E] -> [B, C', h, w]."""
@@ -118,7 +118,7 @@ def tapped_forward(
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
 
     blocks = blocks or _OwnModules()
-    context = blocks.prepare(text)
+    context = blocks.prepare(conditions)
     on_update = tap or _add_as_it_is
     stop_after = block_of(stop_after) if stop_after else None
 
@@ -174,8 +174,8 @@ def _add_as_it_is(_: str, update: Tensor, __: tuple[int, int]) -> Tensor:
 class _OwnModules:
     """The U-Net's modules, called as `UNet2DConditionModel.forward` calls them."""
 
-    def prepare(self, text: Tensor) -> Tensor:
-        return text
+    def prepare(self, conditions: Conditions) -> Conditions:
+        return conditions
 
     def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
         out: Tensor = module(hidden, embedding)
@@ -185,20 +185,23 @@ class _OwnModules:
         self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
     ) -> Tensor:
         if name not in {block_of(point) for point in at}:
-            attended: Tensor = module(hidden, encoder_hidden_states=text, return_dict=False)[0]
+            bias = text.bias.get((hidden.shape[2], hidden.shape[3]))
+            heard = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": bias}
+            attended: Tensor = module(hidden, **heard, return_dict=False)[0]
             return attended
         return _tapped_attention(name, module, hidden, text, tap, at)
 
 
 def _tapped_attention(
-    name: str, attention: Transformer2DModel, hidden: Tensor, text: Tensor, tap: OnUpdate, at: frozenset[str]
+    name: str, attention: Transformer2DModel, hidden: Tensor, text: Conditions, tap: OnUpdate, at: frozenset[str]
 ) -> Tensor:
     """`Transformer2DModel.forward` with updates passed through `tap`; the block's own is `proj_out`'s output."""
     batch, _, height, width = hidden.shape
     grid = (height, width)
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
     for number, layer in enumerate(attention.transformer_blocks):
-        tokens = run_layer(name, number, layer, tokens, text, lambda point, x: tap(point, x, grid), at)
+        heard = (text.hidden, text.bias.get(grid))
+        tokens = run_layer(name, number, layer, tokens, *heard, lambda point, x: tap(point, x, grid), at)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)
     else:

@@ -19,6 +19,8 @@ from turbolens_server.unet.tapped import Blocks, attention_blocks, tapped_forwar
 class TorchUNet:
     """The tapped walk, eager: features are read and edits made in the middle of the one pass."""
 
+    takes_bias = True
+
     def __init__(self, unet: UNet2DConditionModel, blocks: Blocks | None = None, name: str = "torch") -> None:
         """`blocks` says how to run the U-Net's blocks; None: as its own modules do."""
         self.name = name
@@ -54,7 +56,10 @@ class GraphedUNet:
 
     Between two graphs the tap reads and steers the update where it lies, so every edit, closed ones included, takes
     one pass, and none makes anything be recorded or compiled anew. A point with nothing to do costs one more launch.
+    With a bias a pass is launched as it goes: a recording for each number of tokens would take its memory for good.
     """
+
+    takes_bias = True
 
     def __init__(
         self, unet: UNet2DConditionModel, points: Sequence[str], blocks: Blocks | None = None, name: str = "torch"
@@ -65,15 +70,21 @@ class GraphedUNet:
         self._points = frozenset(points)
         self._blocks = blocks
         self._pool = torch.cuda.graph_pool_handle()
+        self._eager = TorchUNet(unet, blocks, name)
         self._recorded: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Recording[_Pass]]] = {}
 
     def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`; the next call overwrites what this returns."""
+        if conditions.bias:
+            return self._eager.predict(sample, timestep, conditions, tap)
         return self._replay(sample, timestep, conditions, tap).prediction
 
     def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
-        self._replay(sample, timestep, conditions, tap)
+        if conditions.bias:
+            self._eager.read(sample, timestep, conditions, tap)
+        else:
+            self._replay(sample, timestep, conditions, tap)
 
     @torch.inference_mode()
     def _replay(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> _Pass:

@@ -72,6 +72,7 @@ def an_info(**changes) -> EngineInfo:
         versions={"turbolens": "0"},
         memory=MemoryNeed(weights=4, saes=3, activations=2, available=100),
         load_s=1.5,
+        region_strides=(16,),
     )
     return dataclasses.replace(info, **changes)
 

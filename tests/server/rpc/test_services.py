@@ -203,6 +203,12 @@ async def test_a_late_start_is_told_with_the_runs_that_have_it(loading):
     assert not (await loading.generation.Generate(a_request(sampling={"steps": 2}))).warnings
 
 
+@pytest.mark.parametrize(("strides", "most"), [((16,), 8), ((), 0)])
+async def test_a_model_tells_whether_it_serves_regions(loading, strides, most):
+    await loading.serving.make_ready(FakeEngine(an_info(region_strides=strides)))
+    assert (await loading.models.GetModel(ms.GetModelRequest())).model.limits.max_regions == most
+
+
 async def test_a_model_that_looks_made_for_guidance_warns_of_runs_without_it(loading):
     await loading.serving.make_ready(FakeEngine(an_info(made_for_guidance=True, scheduler="Euler")))
     plain = await loading.generation.Generate(a_request())

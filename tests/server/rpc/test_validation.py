@@ -55,6 +55,10 @@ def polygon(*points) -> dict:
     return {"polygons": {"polygons": [{"points": [{"x": x, "y": y} for x, y in points]}]}}
 
 
+def a_region(**fields) -> dict:
+    return {"mask": boxes((0, 0, 0.5, 1)), "prompt": "a red ring", **fields}
+
+
 def png(array) -> dict:
     file = io.BytesIO()
     Image.fromarray(np.asarray(array, np.uint8)).save(file, "PNG")
@@ -115,6 +119,22 @@ SQUARE = ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9))
             ),
             "run.sampling.guidance_scale",
             "and its 4 references takes 10 lanes, and a batch holds 8",
+        ),
+        (a_request(regions=[{"prompt": "x"}]), "run.regions[0].mask", "heard everywhere belongs in the prompt"),
+        (a_request(regions=[{"mask": boxes((0, 0, 1, 1))}]), "run.regions[0].prompt", "is empty"),
+        (a_request(regions=[a_region(prompt="x" * 4001)]), "run.regions[0].prompt", "4000"),
+        (a_request(regions=[a_region(), a_region(mask={})]), "run.regions[1].mask.shape", "boxes, polygons or a png"),
+        (
+            a_request(regions=[a_region(mask=boxes((0.5, 0, 0, 1)))]),
+            "run.regions[0].mask.boxes.boxes[0]",
+            "left < right",
+        ),
+        (a_request(regions=[a_region(mask=png(np.zeros((4, 4))))]), "run.regions[0].mask.png", "black everywhere"),
+        (a_request(regions=[a_region()] * 9), "run.regions", "got '9 regions'; at most 8"),
+        (
+            a_request(an_edit(mask=boxes(*[(0, 0, 1, 1)] * 200)), regions=[a_region(mask=boxes(*[(0, 0, 1, 1)] * 57))]),
+            "run.edits[0].mask.boxes.boxes",
+            "257 shapes",
         ),
         (a_request(an_edit(side=2)), "run.edits[0].side", "got 'contrast'; a run without guidance has no sides"),
         (a_request(an_edit(side=1)), "run.edits[0].side", "without guidance"),
@@ -588,6 +608,9 @@ shared = {
         st.fixed_dictionaries({}, optional={"source": st.sampled_from([{}, A_RUN["source"]]), "seed": any_int}),
         max_size=3,
     ),
+    "regions": st.lists(
+        st.fixed_dictionaries({}, optional={"mask": masks, "prompt": st.text(max_size=5)}), max_size=10
+    ),
     "features": st.fixed_dictionaries(
         {},
         optional={
@@ -678,3 +701,23 @@ def test_what_a_transfer_takes_away_does_not_shift_the_numbers_of_later_edits():
     moved = an_edit(transfer={"remove": [{"sae": "mid.0", "index": 2}]}, reference="r")
     found = violations(a_request(moved, an_edit(replace={}), an_edit(replace={}), references={"r": A_RUN}))
     assert "as run.edits[1]" in found["run.edits[2].mask"]
+
+
+def test_regions_come_with_their_masks_on_the_grids_of_the_run():
+    sized = {"sampling": {"height": 32, "width": 64}}
+    request = a_request(regions=[a_region(), a_region(mask=png([[0, 255], [255, 0]]), prompt="y")], **sized)
+    valid = validate_generate(request, INFO, LIMITS)
+    left, checked = valid.jobs[0].regions
+    assert [left.prompt, checked.prompt] == ["a red ring", "y"]
+    assert left.mask.on_grid(2, 4).tolist() == [[1, 1, 0, 0]] * 2
+    assert checked.mask.on_grid(2, 4).tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert valid.run.regions == request.run.regions
+
+
+def test_a_backend_that_serves_no_regions_refuses_them_by_name():
+    with pytest.raises(RpcError) as caught:
+        validate_generate(a_request(regions=[a_region()]), an_info(region_strides=(), backend="onnx"), LIMITS)
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.description) == (
+        "run.regions", "the backend onnx serves none; serve with --backend torch"
+    )  # fmt: skip

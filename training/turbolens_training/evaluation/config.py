@@ -1,4 +1,4 @@
-"""Settings of `turbolens train dose`, `eval` and `riebench`; the docstrings are the commands' help."""
+"""Settings of `turbolens train dose`, `eval`, `regions` and `riebench`; the docstrings are the commands' help."""
 
 from __future__ import annotations
 
@@ -141,6 +141,35 @@ class EvalConfig(Telling):
 
 
 @dataclasses.dataclass(frozen=True)
+class RegionsConfig(Telling):
+    """Draw scenes of two things with phrases under masks and without, and measure whether each came out as said."""
+
+    model: str = "mini"
+    """Model: `mini`, or a `diffusers` folder of its kind."""
+    out: Path = Path("runs/regions")
+    """Folder of the table and the picture."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    seed: int = 0
+    """Seed of the scenes."""
+    scenes: int = 400
+    """Scenes, each drawn in every way."""
+    batch: int = 8
+    """Pictures of a batch."""
+    examples: int = 6
+    """Scenes that are shown."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be measured with."""
+        refuse(counts_below_one(self, "scenes", "batch", "examples"))
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RieBenchConfig(Telling):
     """Edit pictures by transferring features between the runs of two prompts, by the protocol of RIEBench.
 

@@ -42,18 +42,18 @@ def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def contact_strip(
-    path: Path, strips: Sequence[tuple[str, str, Sequence[npt.NDArray[np.uint8]]]], strengths: Sequence[float]
+    path: Path, strips: Sequence[tuple[str, str, Sequence[npt.NDArray[np.uint8]]]], columns: Sequence[float | str]
 ) -> None:
-    """Rows of pictures, each (name, prompt, a picture [height, width, 3] for every strength)."""
+    """Rows of pictures, each (name, prompt, a picture [height, width, 3] for every strength, or other column)."""
     figure, axes = plt.subplots(
-        len(strips), len(strengths), figsize=(1.5 * len(strengths), 1.75 * len(strips)), squeeze=False
+        len(strips), len(columns), figsize=(1.5 * len(columns), 1.75 * len(strips)), squeeze=False
     )
     for row, (name, prompt, pictures) in zip(axes, strips, strict=True):
-        for axis, picture, strength in zip(row, pictures, strengths, strict=True):
+        for axis, picture, column in zip(row, pictures, columns, strict=True):
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(f"{strength:+g}", fontsize=7)
+            axis.set_title(column if isinstance(column, str) else f"{column:+g}", fontsize=7)
         row[0].set_ylabel(name, fontsize=6)
         row[0].text(0, 1.25, prompt, transform=row[0].transAxes, fontsize=6)
     figure.tight_layout()

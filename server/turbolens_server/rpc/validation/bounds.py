@@ -21,6 +21,7 @@ def check_bounds(checks: Checks, field: str, run: run_pb2.Run) -> None:
     lists: tuple[tuple[str, Sequence[Any], int], ...] = (
         ("seeds", run.seeds, limits.max_seeds),
         ("edits", run.edits, limits.max_edits),
+        ("regions", run.regions, limits.max_regions),
         ("sampling.timesteps", run.sampling.timesteps, checks.info.max_steps),
         ("sae_options", run.sae_options, limits.max_saes),
         ("features.saes", run.features.saes, limits.max_saes),
@@ -33,6 +34,7 @@ def check_bounds(checks: Checks, field: str, run: run_pb2.Run) -> None:
     pixels = 0
     masks = {f"edits[{i}].mask": edit.mask for i, edit in enumerate(run.edits)}
     masks |= {f"edits[{i}].transfer.choice.own_mask": e.transfer.choice.own_mask for i, e in enumerate(run.edits)}
+    masks |= {f"regions[{i}].mask": region.mask for i, region in enumerate(run.regions)}
     for name, mask in masks.items():
         pixels += math.prod(png_size(mask.png) or (0, 0))
         if pixels > limits.max_mask_pixels:

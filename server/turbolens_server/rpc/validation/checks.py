@@ -37,6 +37,8 @@ class RequestLimits:
     max_lanes: int = MAX_BATCH
     """Of one picture, its references' included: a batch holds no more."""
     max_guidance_scale: float = 100.0
+    max_regions: int = 8
+    """Each lengthens the text by as much as a prompt."""
     max_strength: float = 1000.0
     max_picture_bytes: int = 8 * 2**20
     """Of one that a run starts from."""

@@ -36,10 +36,17 @@ class EditChecks:
     """Checks the edits of one request, which share the bounds on masks and features."""
 
     def __init__(
-        self, checks: Checks, *, steps: int, size: tuple[int, int], references: Collection[str], guided: bool = False
+        self,
+        checks: Checks,
+        masks: MaskChecks,
+        *,
+        steps: int,
+        size: tuple[int, int],
+        references: Collection[str],
+        guided: bool = False,
     ) -> None:
         self._checks = checks
-        self._masks = MaskChecks(checks)
+        self._masks = masks
         self._steps = steps
         self._size = size
         self._references = references

@@ -39,7 +39,7 @@ class MaskChecks:
             self._checks.wrong(field, str(error))
             return None
         if not picture.weights.any():
-            self._checks.wrong(field, "is black everywhere: the edit would act nowhere")
+            self._checks.wrong(field, "is black everywhere: it would act nowhere")
         return picture
 
     def _fits(self, field: str, *, shapes: int, corners: int = 0) -> bool:

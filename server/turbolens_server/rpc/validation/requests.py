@@ -13,6 +13,8 @@ from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
 from turbolens_server.rpc.validation.choices import chooses
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
+from turbolens_server.rpc.validation.masks import MaskChecks
+from turbolens_server.rpc.validation.regions import check_regions
 from turbolens_server.rpc.validation.runs import (
     Beside,
     check_lanes,
@@ -108,8 +110,10 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     reads, edited = not picture or run.HasField("features"), saes_edited(run.edits, checks.info)
     named = set(run.features.saes or checks.info.saes) if reads else set()
     sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
+    masks = MaskChecks(checks)
+    regions = check_regions(checks, masks, "run.regions", run.regions, (height, width))
     edits = EditChecks(
-        checks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
+        checks, masks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
     ).edits("run.edits", run.edits)
     selection = check_selection(checks, "run.features", run.features, steps) if reads else None
     own = {OWN: Beside(source, None)} if any(map(chooses, run.edits)) else {}
@@ -137,6 +141,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             picture=picture,
             previews=previews,
             guidance=guidance,
+            regions=regions,
         )
         for seed in seeds
     )

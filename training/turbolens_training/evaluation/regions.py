@@ -1,0 +1,208 @@
+"""Regions on ground truth: do two things come out as they were said, with phrases under masks and without?"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.types import Job, Region
+from turbolens_server.loading.load import load_engine
+from turbolens_server.steering.masks import Box, BoxMask
+from turbolens_training.evaluation.config import RegionsConfig
+from turbolens_training.evaluation.plots import contact_strip
+from turbolens_training.evaluation.sampling import decode, thumbnails
+from turbolens_training.measures.counterfactual import interval
+from turbolens_training.measures.report import markdown_table, write_table
+from turbolens_training.mini.captions import describe, plain_caption
+from turbolens_training.mini.render import render
+from turbolens_training.mini.scenes import (
+    COUNT,
+    LAYOUT,
+    LAYOUTS,
+    PLACES,
+    THING_FIELDS,
+    Scene,
+    decode_scenes,
+    jitter_from_noise,
+    sample_codes,
+    thing_column,
+)
+
+_HALVES: Final = {
+    "left of": (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)),
+    "above": (Box(0, 0, 1, 0.5), Box(0, 0.5, 1, 1)),
+}
+_SIDES: Final = {"left of": ("left", "right"), "above": ("top", "bottom")}
+_BOUND: Final = ("color", "shape", "texture")
+_FIELDS: Final = tuple((name, values) for name, values in THING_FIELDS if name in _BOUND)
+Said = tuple[str, tuple[str, ...]]
+"""A prompt, and the phrases under the two halves; none: no regions."""
+
+
+def exchanged(scene: Scene) -> Scene:
+    """The scene with its two things in each other's places."""
+    return dataclasses.replace(scene, things=scene.things[::-1])
+
+
+def phrases(scene: Scene) -> tuple[str, ...]:
+    """What each thing is, and nothing of the scene."""
+    alone = (plain_caption(Scene((thing,), "left", scene.background)) for thing in scene.things)
+    return tuple(caption.partition(" on the left")[0] for caption in alone)
+
+
+def full_phrases(scene: Scene) -> tuple[str, ...]:
+    """What each thing is, with its place, the background and the style: a whole prompt of one thing."""
+    pairs = zip(scene.things, _SIDES[scene.layout], strict=True)
+    return tuple(plain_caption(dataclasses.replace(scene, things=(thing,), layout=side)) for thing, side in pairs)
+
+
+def _ground(scene: Scene) -> str:
+    return plain_caption(dataclasses.replace(scene, things=(), layout="center"))
+
+
+HEARD: Final[Mapping[str, Callable[[Scene], tuple[str, ...]]]] = {
+    "": lambda _: (),
+    ", regions": phrases,
+    ", regions in full": full_phrases,
+}
+"""What each half hears beside the prompt: nothing, its thing's phrase, or a whole prompt of its thing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoThings:
+    """Scenes of two things that differ in color, shape and texture or some of them."""
+
+    codes: Tensor  # [N, CODE_DIM]
+    scenes: list[Scene]
+    captions: list[str]
+    wrong: list[str]
+    """Captions of the scenes exchanged."""
+    seeds: list[int]
+    noise: Tensor  # [N, 4, h, w]
+
+    @classmethod
+    def draw(cls, engine: Engine, n: int, seed: int) -> TwoThings:
+        """Scenes by a seed, none of which training draws from."""
+        rng = random.Random(f"{seed}/regions")
+        pool = sample_codes(4 * n, torch.Generator().manual_seed(rng.getrandbits(62)))
+        bound = [[thing_column(slot, name) for name in _BOUND] for slot in range(2)]
+        codes = pool[(pool[:, COUNT] == 2) & (pool[:, bound[0]] != pool[:, bound[1]]).any(1)][:n]
+        scenes = decode_scenes(codes)
+        captions = [describe(scene, rng, complete=True) for scene in scenes]
+        wrong = [describe(exchanged(scene), rng, complete=True) for scene in scenes]
+        seeds = [rng.getrandbits(31) for _ in scenes]
+        height, width = (edge // engine.components.vae_downscale for edge in engine.info.default_size)
+        channels = engine.components.unet.config.in_channels
+        noise = [torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return cls(codes, scenes, captions, wrong, seeds, torch.cat(noise))
+
+    def methods(self) -> dict[str, list[Said]]:
+        """What is said of each scene, by the name of how."""
+        prompts = {
+            "prompt": self.captions,
+            "background alone": [_ground(scene) for scene in self.scenes],
+            "exchanged prompt": self.wrong,
+        }
+        return {
+            prompt + heard: [(text, of(scene)) for text, scene in zip(texts, self.scenes, strict=True)]
+            for prompt, texts in prompts.items()
+            for heard, of in HEARD.items()
+        }
+
+
+def draw_all(engine: Engine, said: Sequence[Said], scenes: TwoThings, batch: int) -> Tensor:
+    """Latents of one step, [N, C, h, w]."""
+    jobs = [
+        Job(
+            prompt, seed, 1, *engine.info.default_size, picture=False,
+            regions=tuple(
+                Region(BoxMask((half,)), phrase) for half, phrase in zip(_HALVES[scene.layout], heard, strict=False)
+            ),
+        )
+        for (prompt, heard), seed, scene in zip(said, scenes.seeds, scenes.scenes, strict=True)
+    ]  # fmt: skip
+    found = [r for i in range(0, len(jobs), batch) for r in engine.run(jobs[i : i + batch]) if r is not None]
+    return torch.stack([torch.from_numpy(result.latents) for result in found])
+
+
+def nearest(codes: Tensor, noise: Tensor, pictures: Tensor, column: int, values: int) -> Tensor:
+    """The value of a column of the scenes' codes whose rendering each picture [N, 3, h, w] is nearest to, [N]."""
+    jitter, errors = jitter_from_noise(noise), []
+    for value in range(values):
+        other = codes.clone()
+        other[:, column] = value
+        errors.append((render(other, jitter, pictures.shape[-1])[0] - pictures).square().mean((1, 2, 3)))
+    return torch.stack(errors, 1).argmin(1)
+
+
+def arrangement_right(codes: Tensor, noise: Tensor, pictures: Tensor) -> Tensor:
+    """Whether each picture is nearest to its own arrangement of the four: either relation, either way round, [N]."""
+    jitter, errors = jitter_from_noise(noise), []
+    for things in (codes, torch.cat([codes[:, :4], codes[:, 8:12], codes[:, 4:8]], 1)):
+        for layout in range(len(PLACES), len(LAYOUTS)):
+            other = things.clone()
+            other[:, LAYOUT] = layout
+            errors.append((render(other, jitter, pictures.shape[-1])[0] - pictures).square().mean((1, 2, 3)))
+    own = codes[:, LAYOUT] - len(PLACES)  # of the first half of the errors
+    return torch.stack(errors, 1).argmin(1) == own
+
+
+def score(scenes: TwoThings, pictures: Tensor) -> dict[str, object]:
+    """A row of the table: shares with Wilson's intervals at 95 %, over things or pictures.
+
+    An attribute of a thing is right where the picture is nearest to its own value's rendering, of all values. It leaked
+    where it is nearest to the *other* thing's, of those that differ.
+    """
+    right: dict[str, list[Tensor]] = {}
+    leaked: list[Tensor] = []
+    for name, values in _FIELDS:
+        for slot in range(2):
+            column, others = thing_column(slot, name), scenes.codes[:, thing_column(1 - slot, name)]
+            own = scenes.codes[:, column]
+            shown = nearest(scenes.codes, scenes.noise, pictures, column, len(values))
+            right.setdefault(name, []).append(shown == own)
+            leaked.append((shown == others)[own != others])
+    both = torch.stack([hits for each in right.values() for hits in each]).all(0)
+    rows = {name: torch.cat(each) for name, each in right.items()}
+    rows |= {
+        "all of both": both,
+        "arrangement": arrangement_right(scenes.codes, scenes.noise, pictures),
+        "leaked": torch.cat(leaked),
+    }
+    return {name: _share(hits) for name, hits in rows.items()}
+
+
+def _share(hits: Tensor) -> str:
+    share = hits.float().mean().item()
+    low, high = interval(share, len(hits))
+    return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def measure_regions(config: RegionsConfig) -> None:
+    """Write the table and the picture."""
+    engine = load_engine(model=config.model, device=config.device, saes=[])
+    scenes = TwoThings.draw(engine, config.scenes, config.seed)
+    methods = scenes.methods()
+    rows: list[dict[str, object]] = []
+    shown: list[Tensor] = []
+    for name, said in tqdm(methods.items(), desc="regions", unit="method"):
+        latents = draw_all(engine, said, scenes, config.batch)
+        rows.append({"heard": name, "n": len(said), **score(scenes, thumbnails(latents))})
+        shown.append(latents[: config.examples])
+    write_table(config.out / "regions", rows)
+    exact, _ = render(scenes.codes[: config.examples], jitter_from_noise(scenes.noise[: config.examples]), 128)
+    columns = [*(decode(engine, latents.to(engine.device)) for latents in shown), exact]
+    pictures = ((torch.stack(columns, 1).permute(0, 1, 3, 4, 2) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    contact_strip(
+        config.out / "regions.png",
+        [(scene.layout, plain_caption(scene), list(row)) for scene, row in zip(scenes.scenes, pictures, strict=False)],
+        [*methods, "exact"],
+    )
+    config.tell(markdown_table(rows), out=config.out, rows=rows)
