@@ -25,6 +25,11 @@ class Conditions:
     """Added to the logits of every cross-attention, before its softmax: [B, h * w, tokens] by grid (h, w); empty where
     every position hears every token alike."""
 
+    def bias_on(self, grid: tuple[int, int]) -> Tensor | None:
+        """The bias on one grid; None where there is none."""
+        # To look up a size fixes it, and an exported graph is for all of them.
+        return self.bias.get(grid) if self.bias else None
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields but the bias in order, for what compiles or records a pass of plain tensors."""
         always = (self.hidden, self.pooled, self.time_ids)

@@ -185,7 +185,7 @@ class _OwnModules:
         self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
     ) -> Tensor:
         if name not in {block_of(point) for point in at}:
-            bias = text.bias.get((hidden.shape[2], hidden.shape[3]))
+            bias = text.bias_on((hidden.shape[2], hidden.shape[3]))
             heard = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": bias}
             attended: Tensor = module(hidden, **heard, return_dict=False)[0]
             return attended
@@ -200,7 +200,7 @@ def _tapped_attention(
     grid = (height, width)
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
     for number, layer in enumerate(attention.transformer_blocks):
-        heard = (text.hidden, text.bias.get(grid))
+        heard = (text.hidden, text.bias_on(grid))
         tokens = run_layer(name, number, layer, tokens, *heard, lambda point, x: tap(point, x, grid), at)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)
