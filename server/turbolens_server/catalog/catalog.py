@@ -64,8 +64,22 @@ class Catalog:
             | {effect.value for known in by_feature.values() for effect in known.effects}
             for name, by_feature in labels.items()
         }
+        self._words = {
+            name: {
+                word
+                for value in values
+                for one in (value, *self._synonyms[name].get(value, ()))
+                for word in words_of(one)
+            }
+            for name, values in self._values.items()
+        }
+        """The words of an SAE's labels, synonyms included."""
         self._moved = {name: moved for name, sae in saes.items() if (moved := measured_attributes(sae))}
         """By SAE whose features' effects were measured: the attributes."""
+        self._grouped = {
+            (e.attribute, e.value) for by_feature in labels.values() for one in by_feature.values() for e in one.effects
+        }
+        """What some group of features moves pictures to."""
         self._decoders = {name: sae.bundle.weights.W_dec for name, sae in saes.items()}
         self._common = {name: _common(sae) for name, sae in saes.items()}
         """By SAE and feature: how far it can be relied on to be there, 1 where nobody measured."""
@@ -124,16 +138,19 @@ class Catalog:
         """
         query = words_of(words)
         meaning = cosines(embedded, self._vectors, self._center)
+        searched = tuple(dict.fromkeys(saes) or self._features)
+        known = frozenset().union(*(self._words[sae] for sae in searched))
         found: list[Match] = []
-        for sae in dict.fromkeys(saes) or self._features:
-            near = {v: nearness(query, v, self._synonyms[sae], meaning.get(v, 0.0)) for v in self._values[sae]}
+        for sae in searched:
+            synonyms = self._synonyms[sae]
+            near = {v: nearness(query, v, synonyms, meaning.get(v, 0.0), known) for v in self._values[sae]}
             answers = self._by_effects if sae in self._moved else self._by_labels
             found += answers(sae, near)
         found.sort(key=lambda match: -match.score)
         return found[:most]
 
     def _by_effects(self, sae: str, near: Mapping[str, Nearness]) -> Iterator[Match]:
-        """By what moves pictures to a value; labels tell where nobody measured what their attribute's features move."""
+        """By what moves pictures to a value; labels tell where no group was found that does."""
         if not any(feature.effects for feature in self._features[sae]):
             return  # nothing that this block writes reaches the picture
         every = sorted((e for feature in self._features[sae] for e in feature.effects), key=lambda e: e.rank)
@@ -146,7 +163,7 @@ class Catalog:
                 if (score := near[one.value].score * group.score * _LATER ** (one.rank - 1)) > 0:
                     ways.append((score, how))
             for score, how, label in self._labelled(sae, feature, near):
-                if label.attribute not in self._moved[sae]:
+                if label.attribute not in self._moved[sae] or (label.attribute, label.value) not in self._grouped:
                     ways.append((score, how))
             if ways:
                 yield Match(feature, *max(ways))

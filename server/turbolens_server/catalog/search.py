@@ -18,7 +18,7 @@ _PREFIX: Final = 0.8
 _TYPO: Final = 0.7
 _TYPO_RATIO: Final = 0.75
 _MEANING: Final = 0.4  # what the text encoder alone can give: it knows words, not labels
-_LEAST_COSINE: Final = 0.6
+_LEAST_COSINE: Final = 0.75
 """Below it any word is as near to some label."""
 
 
@@ -36,7 +36,13 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[str]], cosine: float) -> Nearness:
+def nearness(
+    query: Sequence[str],
+    value: str,
+    synonyms: Mapping[str, Sequence[str]],
+    cosine: float,
+    known: frozenset[str] = frozenset(),
+) -> Nearness:
     """How near a label's value is to the words of a query.
 
     Args:
@@ -44,9 +50,11 @@ def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[s
         value: the label's value, of one word or several.
         synonyms: other words for a value.
         cosine: of the query's and the value's text embeddings.
+        known: words that some label has; of these nothing is guessed: "night" is not a misspelt "right".
     """
     names = {value.lower(): "word", **{word.lower(): "synonym" for word in synonyms.get(value, ())}}
-    best = Nearness(_MEANING * min(cosine, 1.0) if cosine >= _LEAST_COSINE else 0.0, "meaning")
+    guess = cosine >= _LEAST_COSINE and not known.issuperset(query)
+    best = Nearness(_MEANING * min(cosine, 1.0) if guess else 0.0, "meaning")
     for name, kind in names.items():
         parts = words_of(name)
         if parts == list(query):
@@ -58,7 +66,7 @@ def nearness(query: Sequence[str], value: str, synonyms: Mapping[str, Sequence[s
                     found = Nearness(whole, kind)
                 elif len(word) >= 3 and part.startswith(word):
                     found = Nearness(_PREFIX * whole, "prefix")
-                elif len(word) >= 4 and _alike(word, part):
+                elif len(word) >= 4 and word not in known and _alike(word, part):
                     found = Nearness(_TYPO * whole, "spelling")
                 else:
                     continue

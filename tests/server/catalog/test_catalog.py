@@ -111,7 +111,7 @@ def test_search_finds_words_synonyms_and_typos(lens):
     assert [m.score for m in plain] == sorted((m.score for m in plain), reverse=True)
     for words in ("azure", "blu", "bleu"):
         assert lens.search_features(words)[0].reason.startswith("color=blue")
-    assert len(lens.search_features("night", limit=3)) == 3
+    assert len(lens.search_features("night", limit=1)) == 1
 
 
 def a_catalog(engine, tmp_path, rows, **entries) -> Catalog:

@@ -296,3 +296,10 @@ def test_labels_of_several_words_are_found_by_any_of_them():
     assert 1 > near("cat", "orange cat face") > near("ora", "orange cat face") > near("orenge", "orange cat face") > 0
     assert near("dog", "orange cat face") == 0
     assert np.isclose(nearness(["azure"], "sky blue", {"sky blue": ["azure"]}, 0.0).score, 1)
+
+
+def test_nothing_is_guessed_of_words_that_labels_have():
+    assert nearness(["night"], "right", {}, 0.9).how == "spelling"
+    assert nearness(["night"], "right", {}, 0.9, frozenset({"night", "right"})).score == 0
+    half = nearness(["red", "sqare"], "square", {}, 0.0, frozenset({"red", "square"}))
+    assert (half.how, half.score > 0) == ("spelling", True)

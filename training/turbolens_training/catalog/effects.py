@@ -1,8 +1,9 @@
 """What adding features does to pictures, by the ground truth of captioned scenes; a label says only what lifts them.
 
 For each value of each attribute, and in each block, the features that are most more active where the value is are
-candidates. In the block where the best few of them move pictures best, a group is grown: the candidate that moves most
-beside those that are in it already, until none helps. All by pictures of scenes of which no table is made.
+candidates. In the block where the best of them, alone or a few together, move pictures best, a group is grown: the
+candidate that moves most beside those that are in it already, until none helps. All by pictures of scenes of which no
+table is made.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ STRENGTH: Final = 4.0
 """At which each is added, in its mean activation."""
 LEAST_MOVED: Final = 0.25
 """Share of pictures that a group must move to be told of."""
+LEAST_OTHERS: Final = 0.75
+"""Share of the other attributes that it must leave right: what breaks pictures moves them to nothing."""
 _CANDIDATES: Final = 10
 _ICON_STRENGTHS: Final = (4.0, 8.0, 16.0, 32.0)
 _ICON_PIXELS: Final = 0.02
@@ -86,7 +89,11 @@ def measure_effects(
             return sheet.judge(concept, generate(engine, sheet.scenes, edit, batch))
 
         candidates = {name: _candidates(engine, name, by_concept[concept]) for name, by_concept in contrast.items()}
-        tried = {name: judge(name, some[:GROUP]) for name, some in candidates.items() if some}
+        tried = {
+            name: max((judge(name, some[:few]) for few in (1, GROUP)), key=merit)
+            for name, some in candidates.items()
+            if some
+        }
         if not tried:
             continue
         best = max(tried, key=lambda name: merit(tried[name]))
@@ -99,7 +106,7 @@ def measure_effects(
                 break
             group.append(index)
             steps.append(effects[index])
-        if steps[-1].nearest < LEAST_MOVED:
+        if steps[-1].nearest < LEAST_MOVED or steps[-1].others < LEAST_OTHERS:
             continue
         for rank, (index, step) in enumerate(zip(group, steps, strict=True), 1):
             effect = Effect(
@@ -113,8 +120,8 @@ def measure_effects(
 
 
 def merit(effect: Found) -> float:
-    """What a group is grown by: pictures moved, with the way that the others went, and nothing else broken."""
-    return (effect.nearest + (effect.margin + 1) / 4) * effect.others
+    """What a group is grown by: pictures moved, and how far the others went; what breaks much else counts little."""
+    return (effect.nearest + (effect.margin + 1) / 4) * effect.others**2
 
 
 def _candidates(engine: Engine, sae: str, contrast: Tensor) -> list[int]:
