@@ -31,6 +31,8 @@ class Defaults:
     height: int
     guidance_scale: float
     timesteps: tuple[int, ...]
+    guidance_rescale: float
+    negative_prompt: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,6 +164,8 @@ class Model:
     components_hash: str
     scheduler: Scheduler
     loras: tuple[Lora, ...]
+    other_hook_points: tuple[HookPoint, ...]
+    """Where else in the U-Net an SAE could sit; this server neither reads nor steers there."""
     message: model_service_pb2.Model = dataclasses.field(compare=False)
     """The server's own words."""
 

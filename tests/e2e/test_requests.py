@@ -535,3 +535,14 @@ def test_provenance_of_the_saes_is_json(lens):
     for sae in lens.model().saes:
         assert json.loads(sae.provenance_json)
         assert len(bytes.fromhex(sae.hash)) == 32
+
+
+def test_every_place_where_an_sae_could_sit_is_told(lens, engine):
+    model, modules = lens.model(), dict(engine.components.unet.named_modules())
+    read = {point.name: point for point in model.hook_points}
+    other = {point.name: point for point in model.other_hook_points}
+    assert not read.keys() & other.keys()
+    assert all(point.module in modules and point.d_model > 0 for point in (read | other).values())
+    transformers = {name for name, module in modules.items() if type(module).__name__ == "Transformer2DModel"}
+    assert {point.module for point in (read | other).values() if ".attn" not in point.name} == transformers
+    assert other["up.0.1.attn2.0"].module.startswith(read["up.0.1"].module)

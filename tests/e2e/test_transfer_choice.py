@@ -174,3 +174,20 @@ def test_what_the_sdk_can_see_is_told_before_anything_is_sent():
         tl.choose(3, own_mask=3)
     with pytest.raises((TypeError, ValueError)):
         tl.choose(2.5)
+
+
+def test_choices_read_runs_that_start_and_are_guided_as_the_picture_is(lens):
+    """From a picture and with guidance: what is chosen and done is that of edits that name the same runs."""
+    start = {"image": lens.generate(PROMPT, seed=7), "strength": 0.5}
+    common = {"seed": 7, "steps": 4, "guidance_scale": 2.0, **start}
+    runs = {"other": tl.reference(OTHER, **start)}
+    made = lens.generate(PROMPT, steer=[tl.transfer(tl.choose(4), "other")], references=runs, **common)
+    (chosen,) = made.chosen
+    edits = [
+        tl.add(list(chosen.given), 1, unit="reference", reference="other"),
+        tl.add(list(chosen.taken), -1, unit="reference", reference="own"),
+    ]
+    named = lens.generate(PROMPT, steer=edits, references=runs | {"own": tl.reference(PROMPT, **start)}, **common)
+    assert np.abs(made.array.astype(int) - named.array).max() <= 3
+    plain = lens.generate(PROMPT, **common)
+    assert np.abs(made.array.astype(int) - plain.array).mean() > 5

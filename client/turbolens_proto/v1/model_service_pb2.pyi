@@ -64,6 +64,7 @@ class Model(_message.Message):
     COMPONENTS_HASH_FIELD_NUMBER: _builtins.int
     SCHEDULER_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
+    OTHER_HOOK_POINTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or hub id."""
     hash: _builtins.str
@@ -122,6 +123,12 @@ class Model(_message.Message):
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Lora]:
         """What is fused into its weights, in order."""
 
+    @_builtins.property
+    def other_hook_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___HookPoint]:
+        """Where else in the U-Net an SAE could sit: blocks and attention layers that this server neither reads nor steers, in
+        order of execution. It would with an SAE there.
+        """
+
     def __init__(
         self,
         *,
@@ -143,10 +150,11 @@ class Model(_message.Message):
         components_hash: _builtins.str = ...,
         scheduler: Global___Scheduler | None = ...,
         loras: _abc.Iterable[_run_pb2.Lora] | None = ...,
+        other_hook_points: _abc.Iterable[Global___HookPoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory", "scheduler", b"scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "loras", b"loras", "memory", b"memory", "name", b"name", "saes", b"saes", "scheduler", b"scheduler", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "loras", b"loras", "memory", b"memory", "name", b"name", "other_hook_points", b"other_hook_points", "saes", b"saes", "scheduler", b"scheduler", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -238,7 +246,7 @@ Global___Memory: _TypeAlias = Memory  # noqa: Y015
 
 @_typing.final
 class HookPoint(_message.Message):
-    """A block of the U-Net whose update is read and steered."""
+    """A block of the U-Net, or an attention layer in one, whose update can be read and steered."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,7 +256,7 @@ class HookPoint(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"down.2.1"."""
+    """"down.2.1"; of a layer "up.0.1.attn2.3"."""
     module: _builtins.str
     """Path of the module in the diffusers U-Net."""
     d_model: _builtins.int

@@ -77,7 +77,7 @@ def _chosen(
 
     def listed(some: Tensor, best: float) -> tuple[ScoredFeature, ...]:
         at = sorted(some[0].nonzero()[:, 0].tolist(), key=lambda j: -best * float(scores[0, j]))
-        return tuple(ScoredFeature(*features[j], float(scores[0, j])) for j in at)
+        return tuple(ScoredFeature(features[j][0], features[j][1], float(scores[0, j])) for j in at)
 
     return Chosen(choice.edit, listed(sides.given, 1), listed(sides.taken, -1))
 

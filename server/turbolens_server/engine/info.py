@@ -126,3 +126,5 @@ class EngineInfo:
     made_for_guidance: bool = False
     """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
     distilled model may have kept them."""
+    other_points: tuple[HookPoint, ...] = ()
+    """Where else in the U-Net an SAE could sit, in order of execution."""

@@ -196,6 +196,7 @@ def load_engine(
             vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
             region_strides=tuple(sorted({point.downscale for point in points.values()})) if runner.takes_bias else (),
+            other_points=tuple(point for point in points.values() if point not in tapped),
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
         return Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)

@@ -29,6 +29,7 @@ from turbolens_server.rpc.validation import (
 from turbolens_server.steering.choice import Chosen, ScoredFeature
 from turbolens_server.steering.kinds import KINDS
 from turbolens_server.steering.masks import MAX_EDGE
+from turbolens_server.unet.points import HookPoint
 
 LabelsOf = Callable[[str], Mapping[int, str]]
 """The labels of an SAE, by feature."""
@@ -204,19 +205,20 @@ def model(
             )
         )
     height, width = info.default_size
-    points = []
-    for point in info.hook_points:
-        rows, columns = point.grid(height, width)
-        points.append(
-            model_service_pb2.HookPoint(
-                name=point.name, module=point.module, d_model=point.d_model, height=rows, width=columns
-            )
-        )
+
+    def told(points: Sequence[HookPoint]) -> list[model_service_pb2.HookPoint]:
+        grids = [point.grid(height, width) for point in points]
+        return [
+            model_service_pb2.HookPoint(name=p.name, module=p.module, d_model=p.d_model, height=rows, width=columns)
+            for p, (rows, columns) in zip(points, grids, strict=True)
+        ]
+
     return model_service_pb2.Model(
         name=_name_of(info.model),
         hash=info.model_hash,
         components_hash=info.components_hash,
-        hook_points=points,
+        hook_points=told(info.hook_points),
+        other_hook_points=told(info.other_points),
         saes=saes,
         limits=model_service_pb2.Limits(
             max_prompt_chars=limits.max_prompt_chars,
