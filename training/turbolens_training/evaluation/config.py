@@ -152,11 +152,11 @@ class RegionsConfig(Telling):
     """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
     seed: int = 0
     """Seed of the scenes."""
-    scenes: int = 400
+    scenes: int = 240
     """Scenes, each drawn in every way."""
     batch: int = 8
     """Pictures of a batch."""
-    examples: int = 6
+    examples: int = 4
     """Scenes that are shown."""
 
     def __post_init__(self) -> None:

@@ -41,19 +41,38 @@ def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     save_figure(figure, path)
 
 
-def contact_strip(
-    path: Path, strips: Sequence[tuple[str, str, Sequence[npt.NDArray[np.uint8]]]], columns: Sequence[float | str]
+def labelled_grid(
+    path: Path, names: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[npt.NDArray[np.uint8]]]
 ) -> None:
-    """Rows of pictures, each (name, prompt, a picture [height, width, 3] for every strength, or other column)."""
+    """Rows of pictures [height, width, 3], each row with its name above it, each column with its own below all."""
     figure, axes = plt.subplots(
-        len(strips), len(columns), figsize=(1.5 * len(columns), 1.75 * len(strips)), squeeze=False
+        len(rows), len(columns), figsize=(1.5 * len(columns), 1.7 * len(rows)), squeeze=False, layout="constrained"
     )
-    for row, (name, prompt, pictures) in zip(axes, strips, strict=True):
-        for axis, picture, column in zip(row, pictures, columns, strict=True):
+    for row, name, pictures in zip(axes, names, rows, strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(column if isinstance(column, str) else f"{column:+g}", fontsize=7)
+        row[-1].set_title(" ", fontsize=7)  # the room that the name, which is wider than a picture, is written in
+        row[0].text(0, 1.05, name, transform=row[0].transAxes, fontsize=7, in_layout=False)
+    for axis, column in zip(axes[-1], columns, strict=True):
+        axis.set_xlabel(column, fontsize=7)
+    save_figure(figure, path)
+
+
+def contact_strip(
+    path: Path, strips: Sequence[tuple[str, str, Sequence[npt.NDArray[np.uint8]]]], strengths: Sequence[float]
+) -> None:
+    """Rows of pictures, each (name, prompt, a picture [height, width, 3] for every strength)."""
+    figure, axes = plt.subplots(
+        len(strips), len(strengths), figsize=(1.5 * len(strengths), 1.75 * len(strips)), squeeze=False
+    )
+    for row, (name, prompt, pictures) in zip(axes, strips, strict=True):
+        for axis, picture, strength in zip(row, pictures, strengths, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"{strength:+g}", fontsize=7)
         row[0].set_ylabel(name, fontsize=6)
         row[0].text(0, 1.25, prompt, transform=row[0].transAxes, fontsize=6)
     figure.tight_layout()

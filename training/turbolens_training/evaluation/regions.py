@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -16,8 +17,9 @@ from turbolens_server.engine.types import Job, Region
 from turbolens_server.loading.load import load_engine
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_training.evaluation.config import RegionsConfig
-from turbolens_training.evaluation.plots import contact_strip
+from turbolens_training.evaluation.plots import labelled_grid
 from turbolens_training.evaluation.sampling import decode, thumbnails
+from turbolens_training.measures.concepts import check_truth
 from turbolens_training.measures.counterfactual import interval
 from turbolens_training.measures.report import markdown_table, write_table
 from turbolens_training.mini.captions import describe, plain_caption
@@ -188,6 +190,7 @@ def _share(hits: Tensor) -> str:
 def measure_regions(config: RegionsConfig) -> None:
     """Write the table and the picture."""
     engine = load_engine(model=config.model, device=config.device, saes=[])
+    check_truth(engine, "regions themselves work with any model on PyTorch")
     scenes = TwoThings.draw(engine, config.scenes, config.seed)
     methods = scenes.methods()
     rows: list[dict[str, object]] = []
@@ -197,12 +200,19 @@ def measure_regions(config: RegionsConfig) -> None:
         rows.append({"heard": name, "n": len(said), **score(scenes, thumbnails(latents))})
         shown.append(latents[: config.examples])
     write_table(config.out / "regions", rows)
-    exact, _ = render(scenes.codes[: config.examples], jitter_from_noise(scenes.noise[: config.examples]), 128)
-    columns = [*(decode(engine, latents.to(engine.device)) for latents in shown), exact]
-    pictures = ((torch.stack(columns, 1).permute(0, 1, 3, 4, 2) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    contact_strip(
-        config.out / "regions.png",
-        [(scene.layout, plain_caption(scene), list(row)) for scene, row in zip(scenes.scenes, pictures, strict=False)],
-        [*methods, "exact"],
-    )
+    show(config.out / "regions.png", engine, scenes, dict(zip(methods, shown, strict=True)))
     config.tell(markdown_table(rows), out=config.out, rows=rows)
+
+
+def show(path: Path, engine: Engine, scenes: TwoThings, drawn: Mapping[str, Tensor]) -> None:
+    """The first scenes in every way, latents [n, C, h, w] by the name of how, beside the exact pictures."""
+    n = len(next(iter(drawn.values())))
+    exact, _ = render(scenes.codes[:n], jitter_from_noise(scenes.noise[:n]), engine.info.default_size[0])
+    columns = [*(decode(engine, latents.to(engine.device)) for latents in drawn.values()), exact]
+    pictures = ((torch.stack(columns, 1).permute(0, 1, 3, 4, 2) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    labelled_grid(
+        path,
+        [plain_caption(scene) for scene in scenes.scenes[:n]],
+        [*(name.replace(", ", ",\n") for name in drawn), "exact"],
+        [list(row) for row in pictures],
+    )
