@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-
 PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml studio/pyproject.toml constraints.txt
 NPM := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm --prefix studio/web --silent
 
-.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench bench-full \
+.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench from-pictures bench-full \
 	bench-train reliability fuzz soak kernels bench-kernels chromium clean
 
 help:            ## Say what there is
@@ -144,6 +144,9 @@ bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/
 	@$(PY) -m benchmarks.served
 	@$(PY) -m benchmarks.references
 	@$(PY) -m benchmarks.report
+
+from-pictures: $(STAMP)dev  ## Features of finished pictures beside those of the runs that drew them
+	@$(PY) -m benchmarks.from_pictures
 
 # With a GPU in half precision, each way in batches; without one in bfloat16, so that two copies fit in 24 GiB.
 bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with random weights

@@ -9,6 +9,7 @@ with tl.connect("localhost:50051") as lens:
 """
 
 from turbolens import aio, steering
+from turbolens._average import Average, AverageFeature, average
 from turbolens._blocks import BlockFeatures, RunFeatures, TopFeature
 from turbolens._channel import TLS
 from turbolens._compare import Comparison, compare
@@ -66,6 +67,8 @@ from turbolens._table import Table
 
 __all__ = [
     "TLS",
+    "Average",
+    "AverageFeature",
     "BlockFeatures",
     "Cancelled",
     "Choice",
@@ -126,6 +129,7 @@ __all__ = [
     "ablate",
     "add",
     "aio",
+    "average",
     "box",
     "boxes",
     "choose",

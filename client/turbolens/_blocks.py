@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from turbolens._edits import FeatureLike, FeatureRef, Mask, to_ref
 from turbolens._heatmap import overlay
 from turbolens._numbers import whole
 from turbolens._regions import located
+from turbolens._start import HasImage
 from turbolens._table import Table, to_arrow, to_pandas
 from turbolens_proto.v1 import run_pb2
 
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
 
 LabelsOf = Callable[[str], Mapping[int, str]]
 """The labels of an SAE, by feature."""
-
-
-@runtime_checkable
-class HasImage(Protocol):
-    """A picture of ours."""
-
-    @property
-    def image(self) -> Image.Image:
-        """The picture as a PIL image."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from turbolens._blocks import HasImage
 from turbolens._gallery import gallery
 from turbolens._heatmap import colorize
+from turbolens._start import HasImage
 
 if TYPE_CHECKING:
     from PIL import Image

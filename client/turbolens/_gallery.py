@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbolens._blocks import HasImage
+from turbolens._start import HasImage
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,12 +6,15 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from turbolens._numbers import number
 from turbolens_proto.v1 import run_pb2
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CODED = (b"\x89PNG", b"\xff\xd8", b"RIFF")
 _GREY_OR_RGB = ("RGB", "L")
@@ -22,7 +25,7 @@ class HasImage(Protocol):
     """Anything that stands for a picture, such as one of a result."""
 
     @property
-    def image(self) -> Any:
+    def image(self) -> Image.Image:
         """A PIL image."""
         ...
 

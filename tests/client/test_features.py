@@ -196,3 +196,30 @@ def test_a_feature_and_a_match_are_small_to_look_at(client):
     assert repr(feature) == "Feature(up.0.1/5, 'night' 0.90, active 25.00%, mean 1.5, max 4)"
     assert repr(match) == "Match(down.2.1/1, 'blue', score 0.800, color=blue: word)"
     assert "a blue star" in feature._repr_html_()
+
+
+@given(st.lists(runs(), min_size=1, max_size=4))
+def test_an_average_is_that_of_each_runs_means(several):
+    shape = several[0].shape
+    same = [dense for dense in several if dense.shape == shape]
+    found = tl.average([{BLOCK: block_of(*dense, labels={0: "star"})} for dense in same])[BLOCK]
+    each = np.stack([dense.mean((0, 1, 2), dtype=np.float64) for dense in same])
+    assert len(found) == len(same)
+    assert found.mean == pytest.approx(each.mean(0))
+    assert found.spread == pytest.approx(each.std(0, ddof=1) if len(same) > 1 else np.zeros(shape[-1]))
+    assert found.share == pytest.approx((each > 0).mean(0))
+    for index in range(shape[-1]):
+        assert np.allclose(found.heatmap(index), np.mean([dense[..., index].mean(0) for dense in same], 0), atol=1e-4)
+    top = found.top(shape[-1])
+    assert [row.mean for row in top] == pytest.approx(sorted(found.mean[found.mean > 0], reverse=True))
+    assert all(row.label == ("star" if row.ref.index == 0 else "") for row in top)
+    assert "spread" in str(top)
+
+
+def test_runs_that_differ_have_no_average():
+    one = {BLOCK: block_of(np.ones((2, 2, 3), np.float32))}
+    for other in ({BLOCK: block_of(np.ones((2, 1, 3), np.float32))}, {}):
+        with pytest.raises(ValueError, match="differ in their SAEs, steps or size"):
+            tl.average([one, other])
+    with pytest.raises(ValueError, match="no runs"):
+        tl.average([])
