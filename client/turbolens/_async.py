@@ -26,7 +26,7 @@ from turbolens._many.progress import ManyReport
 from turbolens._many.prompts import Prompts
 from turbolens._many.run import extract_many, generate_many, run_async
 from turbolens._many.tables import Form
-from turbolens._model import Model
+from turbolens._model import Model, Sae
 from turbolens._numbers import seconds, text, whole
 from turbolens._provenance import Provenance
 from turbolens._replay import TOLERANCE, Replay, compare, otherwise, read_manifest
@@ -45,7 +45,8 @@ from turbolens._run import (
 from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
 from turbolens._window import async_window
-from turbolens_proto.v1 import feature_service_pb2, model_service_pb2
+from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, model_service_pb2
+from turbolens_proto.v1.admin_service_pb2_grpc import AdminServiceStub
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
 from turbolens_proto.v1.generation_service_pb2_grpc import GenerationServiceStub
 from turbolens_proto.v1.model_service_pb2_grpc import ModelServiceStub
@@ -61,10 +62,12 @@ class Services(NamedTuple):
     models: Any
     features: Any
     generation: Any
+    admin: Any
 
 
 def _services(channel: Any) -> Services:
-    return Services(channel, ModelServiceStub(channel), FeatureServiceStub(channel), GenerationServiceStub(channel))
+    stubs = (ModelServiceStub, FeatureServiceStub, GenerationServiceStub, AdminServiceStub)
+    return Services(channel, *(stub(channel) for stub in stubs))
 
 
 class AsyncLens:
@@ -525,6 +528,45 @@ class AsyncLens:
             token = answer.next_page_token
             if not token:
                 return
+
+    async def load_saes(self, source: str, *, force: bool = False, timeout: float | None = None) -> tuple[Sae, ...]:
+        """Have a server serve more SAEs, at its `admin_port`; requests that it was sent before keep theirs.
+
+        Args:
+            source: as `--sae` of `turbolens serve` takes it; a folder is one of the server's machine.
+            force: serve them though they were trained on another model.
+            timeout: seconds; None: the connection's.
+
+        Returns:
+            All SAEs that are served now.
+
+        Raises:
+            InvalidRequest: they cannot be served; what was served goes on.
+        """
+        return await self._change("LoadSaes", admin_service_pb2.LoadSaesRequest(source=source, force=force), timeout)
+
+    async def unload_sae(self, name: str, *, timeout: float | None = None) -> tuple[Sae, ...]:
+        """Have a server serve an SAE no more, likewise.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        return await self._change("UnloadSae", admin_service_pb2.UnloadSaeRequest(name=name), timeout)
+
+    async def reload_sae(self, name: str, *, timeout: float | None = None) -> tuple[Sae, ...]:
+        """Have a server read an SAE, its statistics and its labels again from where they came from, likewise.
+
+        Raises:
+            NotFound: there is none of that name.
+            InvalidRequest: it cannot be served as it is now.
+        """
+        return await self._change("ReloadSae", admin_service_pb2.ReloadSaeRequest(name=name), timeout)
+
+    async def _change(self, method: str, request: Any, timeout: float | None) -> tuple[Sae, ...]:
+        services = await self._open()
+        answer = await self._call(getattr(services.admin, method), request, timeout)
+        self._model = None  # it has others now
+        return tuple(Sae.from_proto(sae) for sae in answer.saes)
 
     async def close(self) -> None:
         """Close the connection, and the server that was started for it."""

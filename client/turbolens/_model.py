@@ -132,6 +132,11 @@ class Sae:
     prefixes: tuple[int, ...]
     steps: int
 
+    @classmethod
+    def from_proto(cls, message: model_service_pb2.Sae) -> Sae:
+        """From the server's message."""
+        return _value(cls, message)
+
     @property
     def provenance(self) -> dict[str, Any]:
         """Where it comes from: recipe, data and measured quality."""

@@ -85,6 +85,9 @@ class ServerConfig:
     """Port that answers health alone, in the clear and without a token, for probes that can do neither; 0: none."""
     metrics_port: int = 0
     """Port of Prometheus metrics, over HTTP at /metrics; 0: none."""
+    admin_port: int = 0
+    """Port on which SAEs are loaded and unloaded while the server serves (see `turbolens admin`), by callers with the
+    scope `admin`; on another address than this machine's own it needs `tokens`. 0: none."""
     traces: bool = False
     """Send spans of calls, batches and steps by OpenTelemetry, to where OTEL_EXPORTER_OTLP_ENDPOINT and its like say;
     needs the extra `traces`."""
@@ -136,13 +139,19 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}{why}")
         if any(later >= earlier for earlier, later in itertools.pairwise(self.timesteps)):
             raise ConfigError(f"timesteps are {self.timesteps}; they must fall")
-        for name in ("port", "health_port", "metrics_port"):
+        for name in ("port", "health_port", "metrics_port", "admin_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 to 65535")
+        if self.admin_port and not self.tokens and not _is_own(self.host):
+            raise ConfigError(f"admin_port: whoever reaches {self.host} could change what is served; give tokens")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key: one is missing; TLS takes both")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_client_ca: callers show certificates over TLS only; give tls_cert and tls_key")
+
+
+def _is_own(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
 class ConfigError(ValueError):

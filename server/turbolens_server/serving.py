@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import torch
@@ -16,6 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from turbolens_proto.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
     generation_service_pb2,
@@ -30,6 +32,7 @@ from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.load import load_engine
 from turbolens_server.logs import get_logger
+from turbolens_server.rpc.admin import AdminServicer
 from turbolens_server.rpc.admission import Ledger
 from turbolens_server.rpc.calls import CallInterceptor, Writers
 from turbolens_server.rpc.errors import device_is_lost, says_out_of_memory
@@ -50,6 +53,7 @@ SERVICES: Final = (
     feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name,
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
 )
+ADMIN: Final = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 _OF_GRACE: Final = 0.8
 """Of the grace that may wait as work, so that all of it is finished within the grace of a stop."""
 _LAST_BYTES_S: Final = 0.5
@@ -118,9 +122,16 @@ class Serving:
             GenerationServicer(self._readiness), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._admin = grpc.aio.server(interceptors=[self._calls], options=options) if config.admin_port else None
+        if self._admin is not None:
+            admin = AdminServicer(self._readiness, config.max_batch)
+            admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin)
+            model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._readiness), self._admin)
         if config.reflection:
             names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             enable_reflection(names, self._server)
+            if self._admin is not None:
+                enable_reflection((ADMIN, SERVICES[0]), self._admin)
 
     async def start(self, address: str) -> int:
         """Listen on `host:port` or `unix:path`; returns the port. Health says alive, and no service serves yet.
@@ -130,16 +141,22 @@ class Serving:
             ConfigError: the certificate cannot be used.
         """
         config = self._config
-        if config.tls_cert:
-            ca = Path(config.tls_client_ca) if config.tls_client_ca else None
-            files = TlsFiles(Path(config.tls_cert), Path(config.tls_key), ca)
-            port = self._server.add_secure_port(address, server_credentials(files))
-        else:
-            port = self._server.add_insecure_port(address)
+        port = self._listen(self._server, address)
+        if self._admin is not None:
+            self._listen(self._admin, f"{config.host}:{config.admin_port}")
+            await self._admin.start()
         await self._side.open(config.health_port, config.metrics_port)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
-        return int(port)
+        return port
+
+    def _listen(self, server: Any, address: str) -> int:
+        config = self._config
+        if not config.tls_cert:
+            return int(server.add_insecure_port(address))
+        ca = Path(config.tls_client_ca) if config.tls_client_ca else None
+        files = TlsFiles(Path(config.tls_cert), Path(config.tls_key), ca)
+        return int(server.add_secure_port(address, server_credentials(files)))
 
     async def make_ready(self, engine: Engine) -> None:
         """Serve an engine.
@@ -179,7 +196,8 @@ class Serving:
         if self._readiness.ready is not None and (refused := self._readiness.ready.queue.stop_within(grace_s)):
             get_logger().warning("refused", requests=refused, why="they cannot be finished within the grace")
         ended = await self._calls.drain(grace_s)
-        await self._server.stop(_LAST_BYTES_S if ended else 0)
+        for server in filter(None, (self._server, self._admin)):
+            await server.stop(_LAST_BYTES_S if ended else 0)
         self._readiness.checks.close()
         if self._readiness.ready is not None:
             await self._readiness.ready.queue.close()

@@ -18,8 +18,8 @@ average box boxes choose compare connect edits_from_json edits_to_json feature g
 reference replace scale set_to steering transfer where
 """
 METHODS = """
-close contrast examples extract extract_many generate generate_many get_feature icon list_features model
-nearest_features replay search_features stream_features stream_generate sweep wait_ready
+close contrast examples extract extract_many generate generate_many get_feature icon list_features load_saes model
+nearest_features reload_sae replay search_features stream_features stream_generate sweep unload_sae wait_ready
 """
 
 

@@ -25,6 +25,7 @@ _OWN: Final = {
     "provenance": "turbolens.cli.provenance:Provenance",
     "replay": "turbolens.cli.replay:Replay",
     "steer": "turbolens.cli.steer:SteerCommands",
+    "admin": "turbolens.cli.admin:AdminCommands",
     "doctor": "turbolens.cli.doctor:Doctor",
     "completion": "turbolens.cli.completion:Completion",
 }
@@ -43,6 +44,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
 
   turbolens serve                       serve a model (see turbolens serve --help)
   turbolens token NAME                  make a token for a caller of a server that asks for one
+  turbolens admin load ./sae            have a server load SAEs while it serves; also: unload, reload, list
   turbolens studio                      explore, paint and compare in a browser; with --embedded, on a model of its own
   turbolens generate "a blue ring ..."  make pictures, steered or not
   turbolens extract "a blue ring ..."   show the features behind pictures

@@ -66,6 +66,13 @@ class Slot(Generic[R]):
     place: tuple[int, int]
     """Order among its caller's: the request's number plus `index`, then the request's number."""
     caller: str
+    group: Hashable
+    """What it runs on; batches are of one."""
+
+    @property
+    def key(self) -> tuple[BatchKey, Hashable]:
+        """What it shares with its batch."""
+        return batch_key(self.job), self.group
 
 
 class Batcher(Generic[R]):
@@ -102,14 +109,14 @@ class Batcher(Generic[R]):
         """Requests with a job that waits."""
         return frozenset(slot.request for slot in self._slots)
 
-    def add(self, request: R, jobs: Sequence[Job], caller: str = "") -> None:
-        """Queue the jobs of a request, in order."""
+    def add(self, request: R, jobs: Sequence[Job], caller: str = "", group: Hashable = None) -> None:
+        """Queue the jobs of a request, in order; they share batches with those of the same group."""
         number, self._requests = self._requests, self._requests + 1
         if not any(slot.caller == caller for slot in self._slots):
             self._had = {name: had for name, had in self._had.items() if had > self._reached}
             self._had[caller] = max(self._had.get(caller, 0.0), self._reached)
         for index, job in enumerate(jobs):
-            slot = Slot(request, index, job, (number + index, number), caller)
+            slot = Slot(request, index, job, (number + index, number), caller, group)
             bisect.insort(self._slots, slot, key=lambda slot: slot.place)
 
     def drop(self, request: R) -> int:
@@ -147,10 +154,9 @@ class Batcher(Generic[R]):
         first = next(self._in_order(self._slots), None)
         if first is None:
             return []
-        key = batch_key(first.job)
         batch, free, most = [], self._max_batch, self._most_of_one()
         had: collections.Counter[str] = collections.Counter()
-        for slot in self._in_order([slot for slot in self._slots if batch_key(slot.job) == key], first):
+        for slot in self._in_order([slot for slot in self._slots if slot.key == first.key], first):
             if slot.job.lanes > free:  # what fits would overtake it
                 break
             if had[slot.caller] and had[slot.caller] + slot.job.lanes > most.get(slot.caller, self._max_batch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from turbolens_server.engine.choosing import choose
 from turbolens_server.engine.decode import decode_rows
 from turbolens_server.engine.encode import PictureEncoder
 from turbolens_server.engine.guidance import Sides, embed_guidance
-from turbolens_server.engine.info import EngineInfo
+from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.regions import hear_regions
@@ -138,6 +139,19 @@ class Engine:
         self.pipelined = pipelined_on(device)
         """Whether each stage should have a thread of its own."""
         self._decode_stream = torch.cuda.Stream(device) if self.pipelined else None
+
+    def serving(self, saes: Sequence[SaeInfo], memory: MemoryNeed) -> Engine:
+        """The same model with other SAEs beside this engine, which stays as it is; they share all but those."""
+        other = copy.copy(self)
+        other.info = dataclasses.replace(self.info, saes={sae.name: sae for sae in saes}, memory=memory)
+        with on_device(self._device):
+            other._saes = {
+                sae.name: self._saes[sae.name]
+                if self.info.saes.get(sae.name) is sae
+                else Sae(sae.bundle, self._device, self._parts.unet.dtype)
+                for sae in saes
+            }
+        return other
 
     @property
     def components(self) -> Components:
@@ -327,13 +341,23 @@ class Engine:
             with torch.inference_mode():
                 self._parts.text.warm_up()
         for height, width in self.info.sizes:
-            by_steps: dict[int, list[str]] = {self.info.default_steps: []}
-            for name, sae in self._saes.items():
-                by_steps.setdefault(sae.bundle.steps or self.info.default_steps, []).append(name)
-            for steps, names in by_steps.items():
-                job = Job("", 0, steps, height, width, saes=tuple(names))
+            for steps, names in self._by_steps(self._saes).items():
+                job = Job("", 0, steps, height, width, saes=names)
                 for size in range(1, largest + 1):
                     self.run([job] * size)
+
+    def try_saes(self, names: Iterable[str]) -> None:
+        """Read each of these SAEs in a run, so that what is wrong with one shows; in the thread of `denoise`."""
+        for steps, some in self._by_steps(names).items():
+            self.denoise([Job("", 0, steps, *self.info.default_size, saes=some, picture=False)])
+
+    def _by_steps(self, names: Iterable[str]) -> dict[int, tuple[str, ...]]:
+        """SAEs by the steps of the runs that they are read in; those of most runs are always there."""
+        found: dict[int, tuple[str, ...]] = {self.info.default_steps: ()}
+        for name in names:
+            steps = self._saes[name].bundle.steps or self.info.default_steps
+            found[steps] = (*found.get(steps, ()), name)
+        return found
 
     @_on_own_device
     @torch.inference_mode()

@@ -67,6 +67,8 @@ class SaeInfo:
     bundle: Bundle
     forced: bool
     """Trained on another model than the one served, and the operator insisted."""
+    source: str = ""
+    """What `--sae` said; empty where it came otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

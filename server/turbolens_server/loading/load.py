@@ -28,7 +28,7 @@ from turbolens_server.loading.memory import available_bytes, memory_need
 from turbolens_server.loading.model import folder_of, read_pipeline
 from turbolens_server.loading.places import EMBEDDED
 from turbolens_server.loading.random_sdxl import is_random, random_bundles
-from turbolens_server.loading.saes import load_saes
+from turbolens_server.loading.saes import fitting, load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
 from turbolens_server.loading.single_file import read_single_file
 from turbolens_server.loading.vae import load_vae
@@ -311,20 +311,7 @@ def _open_saes(
     else:
         named = [str(embedded_saes())] if sources is None and model == EMBEDDED else sources or ()
         found = [sae for source in named for sae in load_saes(source, points.keys(), model_hash, force, fused)]
-    for sae in found:
-        d_model = points[sae.hook_point].d_model
-        if sae.bundle.d_model != d_model:
-            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_model} dimensions, {sae.hook_point} has {d_model}")
-        if (sae.bundle.steps or 1) > max_steps:
-            raise LoadError(
-                f"SAE {sae.name}: serves runs of {sae.bundle.steps} steps alone, and requests may have {max_steps}; "
-                "raise --max-steps"
-            )
-    names = [sae.name for sae in found]
-    if doubled := {name for name in names if names.count(name) > 1}:
-        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; name one by --sae NAME=PATH")
-    order = list(points)
-    return sorted(found, key=lambda sae: order.index(sae.hook_point))
+    return fitting(found, points, max_steps)
 
 
 def _tapped_points(

@@ -111,6 +111,20 @@ def text_bytes(unet: Any, dtype: torch.dtype, prompts: int, tokens: int) -> int:
     return int(prompts * (tokens * config.cross_attention_dim + pooled) * dtype.itemsize)
 
 
+def encoding_bytes(dictionaries: Iterable[tuple[int, int]], runs: Iterable[int], max_batch: int) -> int:
+    """What reading SAEs takes; arguments as for `memory_need`."""
+    # One SAE is encoded at a time: its pre-activations and what the selection makes of them, in float32.
+    encoding = max((2 * 4 * max_batch * positions * d_sae for positions, d_sae in dictionaries), default=0)
+    # All are kept at once; one at a time is laid side by side, and its changes are taken, in float32.
+    kept = [4 * max_batch * values for values in runs]
+    return encoding + sum(kept) + 2 * max(kept, default=0)
+
+
+def slack(counted: int) -> int:
+    """Bytes that counted activations really take."""
+    return int(counted * _SLACK)
+
+
 def memory_need(
     *,
     unet: Any,
@@ -141,23 +155,20 @@ def memory_need(
         available: bytes that were free before anything was loaded.
     """
     height, width = latent_size
-    # One SAE is encoded at a time: its pre-activations and what the selection makes of them, in float32.
-    encoding = max((2 * 4 * max_batch * positions * d_sae for positions, d_sae in dictionaries), default=0)
-    # All are kept at once; one at a time is laid side by side, and its changes are taken, in float32.
-    kept = [4 * max_batch * values for values in runs]
-    encoding += sum(kept) + 2 * max(kept, default=0)
+    encoding = encoding_bytes(dictionaries, runs, max_batch)
     denoising = unet_bytes(unet, max_batch, height, width, tokens) + encoding
     decoding = vae_bytes(vae, 1, height, width)  # pictures are decoded one by one
     activations = denoising + decoding if pipelined else max(denoising, decoding)
     return MemoryNeed(
-        weights=sum(_size(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
-        saes=sum(_size(tensor) for tensors in saes for tensor in tensors),
-        activations=int(activations * _SLACK) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
+        weights=sum(size_of(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
+        saes=sum(size_of(tensor) for tensors in saes for tensor in tensors),
+        activations=slack(activations) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
         available=available,
     )
 
 
-def _size(tensor: Tensor) -> int:
+def size_of(tensor: Tensor) -> int:
+    """Bytes of a tensor."""
     return tensor.numel() * tensor.element_size()
 
 

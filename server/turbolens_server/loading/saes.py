@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import SAE_PATTERNS, resolve, snapshot
 from turbolens_server.sae.formats.names import check_name
 from turbolens_server.sae.formats.read import find_saes, read_sae
-from turbolens_server.unet.points import find_point, list_points
+from turbolens_server.unet.points import HookPoint, find_point, list_points
 
 
 def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
@@ -58,5 +59,27 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: boo
                 f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but {this} has "
                 f"{model_hash[:12]}; pass --force-sae to serve it all the same (every result will say so)"
             )
-        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign))
+        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign, source))
     return infos
+
+
+def fitting(saes: Sequence[SaeInfo], points: Mapping[str, HookPoint], max_steps: int) -> list[SaeInfo]:
+    """SAEs that can be served together, in order of their blocks in the U-Net.
+
+    Raises:
+        LoadError: one of them does not fit the model, or two have one name.
+    """
+    for sae in saes:
+        d_model = points[sae.hook_point].d_model
+        if sae.bundle.d_model != d_model:
+            raise LoadError(f"SAE {sae.name}: reads {sae.bundle.d_model} dimensions, {sae.hook_point} has {d_model}")
+        if (sae.bundle.steps or 1) > max_steps:
+            raise LoadError(
+                f"SAE {sae.name}: serves runs of {sae.bundle.steps} steps alone, and requests may have {max_steps}; "
+                "raise --max-steps"
+            )
+    names = [sae.name for sae in saes]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise LoadError(f"two SAEs are called {', '.join(sorted(doubled))}; name one by --sae NAME=PATH")
+    order = list(points)
+    return sorted(saes, key=lambda sae: order.index(sae.hook_point))

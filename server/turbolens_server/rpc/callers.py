@@ -14,6 +14,9 @@ _NEEDS: Final[dict[str, Scope | None]] = {
     "turbolens.v1.FeatureService/ExtractFeatures": "extract",
     "turbolens.v1.FeatureService/StreamFeatures": "extract",
     "turbolens.v1.FeatureService/ExtractFeaturesBatch": "extract",
+    "turbolens.v1.AdminService/LoadSaes": "admin",
+    "turbolens.v1.AdminService/UnloadSae": "admin",
+    "turbolens.v1.AdminService/ReloadSae": "admin",
     # What reads what is known of the model, every caller may.
     "turbolens.v1.ModelService/GetModel": None,
     "turbolens.v1.FeatureService/ListFeatures": None,

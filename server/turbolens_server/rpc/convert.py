@@ -176,18 +176,16 @@ def _without_places(value: Any) -> Any:
     return _name_of(value) if isinstance(value, str) and value.startswith(("/", "~/", "./", "../")) else value
 
 
-def model(
-    info: EngineInfo, limits: RequestLimits, queue: QueueLimits, labels: dict[str, int]
-) -> model_service_pb2.Model:
-    """What is served; `labels` counts the labelled features of each SAE."""
-    saes = []
+def saes(info: EngineInfo, labels: Mapping[str, int]) -> list[model_service_pb2.Sae]:
+    """The SAEs served; `labels` counts the labelled features of each."""
+    told = []
     for sae in info.saes.values():
         stats = sae.bundle.stats
         units = [steering_pb2.UNIT_RAW]
         units += [steering_pb2.UNIT_MEAN] if stats is not None else []
         units += [steering_pb2.UNIT_NORM] if sae.bundle.measured is not None else []
         units += [steering_pb2.UNIT_REFERENCE] if sae.bundle.steps is None else []
-        saes.append(
+        told.append(
             model_service_pb2.Sae(
                 name=sae.name,
                 hook_point=sae.hook_point,
@@ -204,6 +202,13 @@ def model(
                 steps=sae.bundle.steps or 0,
             )
         )
+    return told
+
+
+def model(
+    info: EngineInfo, limits: RequestLimits, queue: QueueLimits, labels: dict[str, int]
+) -> model_service_pb2.Model:
+    """What is served; `labels` counts the labelled features of each SAE."""
     height, width = info.default_size
 
     def told(points: Sequence[HookPoint]) -> list[model_service_pb2.HookPoint]:
@@ -219,7 +224,7 @@ def model(
         components_hash=info.components_hash,
         hook_points=told(info.hook_points),
         other_hook_points=told(info.other_points),
-        saes=saes,
+        saes=saes(info, labels),
         limits=model_service_pb2.Limits(
             max_prompt_chars=limits.max_prompt_chars,
             max_prompt_tokens=info.max_prompt_tokens,

@@ -120,7 +120,7 @@ class Queue:
         return sum(ticket.undelivered_bytes for ticket in self._unread)
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Run something on the engine's thread before anything is served.
+        """Run something on the engine's thread, between two batches.
 
         What raises there is told to `on_error` too.
         """
@@ -143,7 +143,7 @@ class Queue:
         return await waiter
 
     async def stream(
-        self, jobs: Sequence[Job], deadline: float | None = None, caller: str = ""
+        self, jobs: Sequence[Job], deadline: float | None = None, caller: str = "", engine: Engine | None = None
     ) -> AsyncGenerator[Queued | Event, None]:
         """Run jobs, yielding what happens as it happens; ends after the last job's result.
 
@@ -154,6 +154,7 @@ class Queue:
             jobs: of one request, in order.
             deadline: on the loop's clock; a request that still waits then is dropped before it costs anything.
             caller: who asks; callers share the engine.
+            engine: that the jobs were checked for, of the same model; None: the queue's own.
 
         Raises:
             RpcError: RESOURCE_EXHAUSTED where the queue is full, DEADLINE_EXCEEDED where the deadline passed in it,
@@ -161,10 +162,10 @@ class Queue:
         """
         self._check_room(jobs, caller)
         loop = asyncio.get_running_loop()
-        ticket = Ticket(len(jobs), loop.time(), deadline, caller)
+        ticket = Ticket(len(jobs), loop.time(), deadline, caller, engine or self._engine)
         self._tickets[ticket] = None
         self._unread.add(ticket)
-        self._batcher.add(ticket, jobs, caller)
+        self._batcher.add(ticket, jobs, caller, ticket.engine)
         ticket.move(len(self._tickets) - 1)
         self._start_next()
         try:
@@ -179,14 +180,16 @@ class Queue:
                 queue_ms=round((started - ticket.arrived) * 1000, 1), batch_size=ticket.largest_batch
             )
 
-    async def run(self, jobs: Sequence[Job], deadline: float | None = None, caller: str = "") -> list[Result]:
+    async def run(
+        self, jobs: Sequence[Job], deadline: float | None = None, caller: str = "", engine: Engine | None = None
+    ) -> list[Result]:
         """Run jobs to their end; results in order of the jobs. Arguments and errors as for `stream`.
 
         Raises:
             RpcError: INTERNAL where a job came to values that are not finite; the request's other jobs are left.
         """
         results = []
-        async with contextlib.aclosing(self.stream(jobs, deadline, caller)) as events:
+        async with contextlib.aclosing(self.stream(jobs, deadline, caller, engine)) as events:
             async for event in events:
                 if isinstance(event, NotFinite):
                     raise not_finite(event, jobs[event.job].seed)
@@ -352,8 +355,9 @@ class Queue:
     async def _stages(self, batch: Batch, free: Callable[[], None] | None) -> None:
         loop = asyncio.get_running_loop()
         forward, cancelled = functools.partial(batch.forward, loop), batch.is_cancelled
-        denoise = functools.partial(self._engine.denoise, on_event=forward, cancelled=cancelled)
-        decode = functools.partial(self._engine.decode, on_event=forward, cancelled=cancelled)
+        engine = batch.slots[0].request.engine or self._engine
+        denoise = functools.partial(engine.denoise, on_event=forward, cancelled=cancelled)
+        decode = functools.partial(engine.decode, on_event=forward, cancelled=cancelled)
         seconds = self.metrics.stage_seconds
         first, second = (loop.time(), 0.0), None
         try:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import structlog
@@ -27,7 +27,7 @@ from turbolens_proto.v1 import (
 )
 from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, StepDone
+from turbolens_server.engine.types import Event, FeaturesReady, Job, NotFinite, Result, StepDone
 from turbolens_server.rpc import bulk, convert, questions, traces
 from turbolens_server.rpc.admission import Account, answer_bytes
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
@@ -51,11 +51,19 @@ Context: TypeAlias = Any
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """What serves requests once the model is loaded."""
+    """What serves requests once the model is loaded: each keeps that which it was let in with."""
 
     engine: Engine
     queue: Queue
     catalog: Catalog
+
+    async def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """The current call's jobs to their end."""
+        return await self.queue.run(jobs, current_deadline(), current_call().caller.name, self.engine)
+
+    def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[Queued | Event, None]:
+        """The current call's jobs as they go."""
+        return self.queue.stream(jobs, current_deadline(), current_call().caller.name, self.engine)
 
 
 class Readiness:
@@ -76,7 +84,7 @@ class Readiness:
             raise loading()
         return self.ready
 
-    async def valid(self, check: Callable[..., ValidRequest], request: Any, **options: Any) -> ValidRequest:
+    async def valid(self, ready: Ready, check: Callable[..., ValidRequest], request: Any) -> ValidRequest:
         """A checked request, whose results there is room for.
 
         The call's line in the log says how many pictures it is for.
@@ -84,8 +92,8 @@ class Readiness:
         Raises:
             RpcError: INVALID_ARGUMENT where it cannot be served, RESOURCE_EXHAUSTED where there is no room.
         """
-        info = self.get().engine.info
-        valid = await self.checks.run(check, request, info, self.limits, **options)
+        info = ready.engine.info
+        valid = await self.checks.run(check, request, info, self.limits)
         structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
         current_call().account.hold_answer(answer_bytes(valid.jobs, info), len(valid.jobs))
         return valid
@@ -124,8 +132,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation.GenerateRequest, context: Context) -> generation.GenerateResponse:  # noqa: N802
         ready = self._readiness.get()
-        valid = await self._readiness.valid(validate_generate, request)
-        results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
+        valid = await self._readiness.valid(ready, validate_generate, request)
+        results = await ready.run(valid.jobs)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         made = [await _coded(ready, convert.generation, result, valid, pack) for result in results]
         return _one_message(
@@ -141,14 +149,12 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation.StreamGenerateResponse]:
         ready = self._readiness.get()
-        valid = await self._readiness.valid(validate_generate, request)
+        valid = await self._readiness.valid(ready, validate_generate, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = generation.StreamGenerateResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(
-            ready.queue.stream(valid.jobs, current_deadline(), current_call().caller.name)
-        ) as events:
+        async with contextlib.aclosing(ready.stream(valid.jobs)) as events:
             async for event in events:
                 match event:
                     case Queued(position):
@@ -178,10 +184,10 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.ExtractFeaturesRequest, context: Context
     ) -> features.ExtractFeaturesResponse:
         ready = self._readiness.get()
-        return await self._extract(ready, await self._readiness.valid(validate_extract, request))
+        return await self._extract(ready, await self._readiness.valid(ready, validate_extract, request))
 
     async def _extract(self, ready: Ready, valid: ValidRequest) -> features.ExtractFeaturesResponse:
-        results = await ready.queue.run(valid.jobs, current_deadline(), current_call().caller.name)
+        results = await ready.run(valid.jobs)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         return _one_message(
             features.ExtractFeaturesResponse(
@@ -196,14 +202,12 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self, request: features.StreamFeaturesRequest, context: Context
     ) -> AsyncIterator[features.StreamFeaturesResponse]:
         ready = self._readiness.get()
-        valid = await self._readiness.valid(validate_extract, request)
+        valid = await self._readiness.valid(ready, validate_extract, request)
         pack = convert.Packer(valid, ready.catalog.labels_of)
         answer = features.StreamFeaturesResponse
         results: list[Result] = []
         failed: list[NotFinite] = []
-        async with contextlib.aclosing(
-            ready.queue.stream(valid.jobs, current_deadline(), current_call().caller.name)
-        ) as events:
+        async with contextlib.aclosing(ready.stream(valid.jobs)) as events:
             async for event in events:
                 match event:
                     case Queued(position):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from opentelemetry.context import Context
 
 from turbolens_server.engine.batcher import Slot
+from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Event, FeaturesReady, NotFinite, Result, SparseCodes, StepDone, StepTimes
 from turbolens_server.rpc import traces
 from turbolens_server.rpc.metrics import Metrics
@@ -32,6 +33,8 @@ class Ticket:
     deadline: float | None
     """On the loop's clock, like `arrived`; None: none."""
     caller: str = ""
+    engine: Engine | None = None
+    """What its jobs run on."""
     context: Context = dataclasses.field(default_factory=traces.here)
     """Where its spans belong."""
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)

@@ -187,10 +187,10 @@ async def test_a_token_may_do_what_its_scopes_say(fake, tokens, log_lines):
 
 
 def test_every_method_is_said_to_be_open_or_what_it_needs():
-    from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2
+    from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, generation_service_pb2, model_service_pb2
     from turbolens_server.rpc import callers
 
-    files = (model_service_pb2, feature_service_pb2, generation_service_pb2)
+    files = (model_service_pb2, feature_service_pb2, generation_service_pb2, admin_service_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     methods = {f"{service.full_name}/{method.name}" for service in services for method in service.methods}
     assert methods == callers._NEEDS.keys()
