@@ -125,6 +125,10 @@ lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(PY) tools/chart.py --check
 	@$(PY) tools/ts_types.py --check
 
+audit: $(STAMP)dev       ## Hold every pinned package against the known vulnerabilities; needs the network, so CI does without
+	@$(PY) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit==2.10.1
+	@$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
+
 unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
 	@$(PY) tools/unasync.py
 

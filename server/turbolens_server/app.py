@@ -12,7 +12,7 @@ from collections.abc import Callable
 from turbolens_server.config import ConfigError, ServerConfig, read_config
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.places import problems
-from turbolens_server.logs import configure_logging, get_logger
+from turbolens_server.logs import configure_logging, get_logger, through_ours
 from turbolens_server.telemetry import send_traces
 
 
@@ -73,6 +73,7 @@ async def _serve(config: ServerConfig) -> int | None:
     """
     from turbolens_server.serving import Serving, load_and_serve
 
+    through_ours()
     log = get_logger()
     told = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -31,6 +31,17 @@ _OF_LIBRARIES: Final[tuple[structlog.typing.Processor, ...]] = (
 )
 
 
+_SHOW_THEIR_OWN: Final = ("diffusers", "transformers", "accelerate", "huggingface_hub")
+
+
+def through_ours() -> None:
+    """Have libraries that print their lines themselves send them the way of all others; once they are imported."""
+    for name in _SHOW_THEIR_OWN:
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+
+
 def get_logger() -> Any:
     """The server's logger; an event's fields are a dict, the standard library record's `msg`."""
     return structlog.wrap_logger(

@@ -22,7 +22,7 @@ import pytest
 
 from tests import messages
 from turbolens_proto.v1 import model_service_pb2 as ms
-from turbolens_server.logs import configure_logging, get_logger
+from turbolens_server.logs import configure_logging, get_logger, through_ours
 from turbolens_server.rpc import convert
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import RpcError
@@ -134,6 +134,19 @@ def test_what_libraries_log_and_warn_of_is_json_too(capsys):
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["event"], first["level"], first["logger"]) == ("of a library", "warning", "some.library")
     assert "soon gone" in second["event"]
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+@pytest.mark.usefixtures("_loggers_restored")
+def test_libraries_that_print_for_themselves_do_so_as_json(library, capsys, monkeypatch):
+    named = logging.getLogger(library)
+    monkeypatch.setattr(named, "handlers", [logging.StreamHandler(sys.stderr)])
+    monkeypatch.setattr(named, "propagate", False)
+    configure_logging("json", "info")
+    through_ours()
+    logging.getLogger(f"{library}.part").warning("a word of advice")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["event"] == "a word of advice"
 
 
 @pytest.mark.parametrize(
