@@ -54,10 +54,10 @@ def test_prompts_of_a_file_over_a_cache_and_then_the_cache_alone(
     ("arguments", "message"),
     [
         (["sae", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
-        (["sae", "--shards", "/nowhere"], "/nowhere/manifest.json: cannot be read"),
+        (["sae", "--shards", "/nowhere"], "--shards /nowhere: no such file or folder"),
         (["sae", "--hook-points", "up.9.9"], "no hook point up.9.9; it has"),
-        (["cache", "verify", "/nowhere"], "/nowhere: no activation cache here"),
-        (["cache", "import-tars", "/nowhere"], "/nowhere: no tar named after a block"),
+        (["cache", "verify", "/nowhere"], "--path /nowhere: no such file or folder"),
+        (["cache", "import-tars", "/nowhere"], "--path /nowhere: no such file or folder"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(arguments: list[str], message: str, tiny_folder: Path) -> None:

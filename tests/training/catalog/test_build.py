@@ -139,7 +139,7 @@ def test_a_bundle_of_another_model_is_built_only_by_force_and_says_so(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--saes", "/nowhere"], "no such folder"),
+        (["--saes", "/nowhere"], "--saes /nowhere: no such file or folder"),
         (["--prompts", "/nowhere.txt"], "--prompts"),
         (["--images", "0"], "images=0"),
         (["--steps", "0"], "steps=(0,)"),

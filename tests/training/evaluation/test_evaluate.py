@@ -97,6 +97,6 @@ def test_published_means_alone_tell_nothing_of_which_features_are_active(
             cli.main(["eval", *common, *FAST.split(), "--parts", part])
 
 
-def test_unknown_parts_are_refused() -> None:
+def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="parts: no speed; there are quality, stability"):
-        cli.main(["eval", "--parts", "speed"])
+        cli.main(["eval", "--saes", str(tmp_path), "--parts", "speed"])

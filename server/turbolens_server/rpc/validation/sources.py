@@ -89,8 +89,8 @@ def strength_of(source: run_pb2.Source) -> float | None:
 
 def taken_steps(steps: int, strength: float) -> int:
     """Steps that are walked of all; 1 where it would be none or is no number, which is refused elsewhere."""
-    taken = int(steps * strength) if math.isfinite(strength) else 1
-    return min(max(taken, 1), steps)
+    taken = steps * strength
+    return min(max(int(taken), 1), steps) if math.isfinite(taken) else 1
 
 
 def check_taken(checks: Checks, field: str, source: run_pb2.Source, steps: int) -> None:
