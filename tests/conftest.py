@@ -138,11 +138,14 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Exported graphs and engines that several tests share."""
+    """Exported graphs and engines that several tests share, in whichever process they run: an export takes a minute."""
     # Exports log every symbolic step at a level that only pytest's capture would format.
     trace = logging.getLogger("torch.__trace")
     before, trace.disabled = trace.disabled, True
-    yield tmp_path_factory.mktemp("graphs")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (shared / "graphs").mkdir(exist_ok=True)
+    yield shared / "graphs"
     trace.disabled = before
 
 

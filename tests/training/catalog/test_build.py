@@ -182,7 +182,7 @@ def test_statistics_and_examples_are_of_the_same_passes(
     (tmp_path / "prompts.txt").write_text("a red star\na blue ring on snow\na cat\n")
     prompts = [] if scenes else ["--prompts", str(tmp_path / "prompts.txt")]
     argv = ["build", "--model", str(tiny_folder), "--saes", str(bundle), "--work", str(tmp_path), *prompts]
-    cli.main([*argv, "--images", "4", "--batch", "2", "--steps", "1", "2"])
+    cli.main([*argv, "--images", "4", "--batch", "2", "--steps", "1", "2", "--effect-scenes", "0"])
     stats, known = load_bundle(bundle).stats, read_labels(bundle, D_SAE)
     assert stats is not None
     assert stats.max.max() > 0
