@@ -56,8 +56,10 @@ class Lane:
             self._task.cancel()
 
     def cancel(self) -> None:
-        """End what runs and forget what waits."""
-        self._pending = None
+        """End what runs and what waits, and say so of both."""
+        if self._pending is not None:
+            self._session.tell(self._cancelled(self._pending.rev))
+            self._pending = None
         if self._task is not None:
             self._task.cancel()
 
@@ -68,7 +70,15 @@ class Lane:
             return
         self._rev, self._waiting_in_line = job.rev, len(job.runs) > 1
         self._task = asyncio.create_task(self._run(job))
-        self._task.add_done_callback(lambda _: self._next())
+        self._task.add_done_callback(lambda task: self._over(task, job.rev))
+
+    def _over(self, task: asyncio.Task[None], rev: int) -> None:
+        if task.cancelled():  # before its first step; later `_run` says it
+            self._session.tell(self._cancelled(rev))
+        self._next()
+
+    def _cancelled(self, rev: int) -> dict[str, Any]:
+        return {"kind": "cancelled", "lane": self._name, "rev": rev}
 
     async def _run(self, job: Job) -> None:
         room = asyncio.Semaphore(_AT_ONCE)
@@ -189,6 +199,10 @@ class Session:
         }
 
     def _tell_state(self) -> None:
-        task = asyncio.get_running_loop().create_task(self.send(self._state()))
+        self.tell(self._state())
+
+    def tell(self, header: dict[str, Any]) -> None:
+        """Send a frame from where nothing can be awaited."""
+        task = asyncio.get_running_loop().create_task(self.send(header))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

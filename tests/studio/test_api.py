@@ -99,6 +99,15 @@ def test_a_sweep_answers_each_run_and_the_same_run_is_not_made_twice(live):
     assert all(h["cached"] for h, _ in frames_of(live) if h["kind"] == "picture")
 
 
+def test_what_is_given_up_is_answered_whether_it_runs_or_waits(live):
+    ask(live, *({**PLAIN, "seed": str(seed)} for seed in range(21, 27)), rev=1)
+    ask(live, {**PLAIN, "seed": "27"}, rev=2)  # waits for the sweep to end
+    live.send_text(json.dumps({"kind": "cancel", "lane": "paint"}))
+    ask(live, {**PLAIN, "seed": "28"}, rev=3)
+    ends = {header["rev"]: header["kind"] for header, _ in frames_of(live) if header["kind"] in ("cancelled", "done")}
+    assert ends == {1: "cancelled", 2: "cancelled", 3: "done"}
+
+
 def test_what_the_server_refuses_names_its_field(live):
     ask(live, adding(5000))
     error = frames_of(live, "error")[-1][0]["error"]

@@ -35,6 +35,7 @@ export interface ModelJson {
   componentsHash?: string;
   scheduler?: SchedulerJson;
   loras?: LoraJson[];
+  otherHookPoints?: HookPointJson[];
 }
 
 export interface WeightedFeatureJson {
@@ -144,6 +145,7 @@ export interface LimitsJson {
   maxSaes?: number;
   maxGuidanceScale?: number;
   maxPictureBytes?: number;
+  maxRegions?: number;
 }
 
 export interface SamplingJson {
