@@ -183,6 +183,7 @@ def test_of_any_strength_a_run_walks_one_step_at_least_and_all_at_most(steps, st
         assert taken == min(int(steps * strength), steps)  # as diffusers counts
 
 
+@example(b"", 0, 0, 0, 5e-324)  # one by it is infinite
 @example(b"", 0, 0, 0, 1.7e308)  # times two it is infinite
 @given(st.binary(max_size=200), st.integers(-1, 6), st.integers(-2, 70), st.integers(-2, 70), st.floats())
 def test_no_bytes_bring_validation_down(data, kind, width, height, strength):

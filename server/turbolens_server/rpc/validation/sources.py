@@ -97,8 +97,9 @@ def check_taken(checks: Checks, field: str, source: run_pb2.Source, steps: int) 
     """Whether a strength leaves anything to walk of so many steps."""
     strength = strength_of(source)
     if strength is not None and 0 < strength <= 1 and int(steps * strength) < 1:
-        least = math.ceil(1 / strength)
-        text = f"is less than one of {steps} step{'s'[: steps > 1]}; raise it, or sampling.steps to {least}"
+        most = checks.info.max_steps  # no hint of steps that nobody may ask for
+        more = f", or sampling.steps to {math.ceil(1 / strength)}" if 1 / strength <= most else ""
+        text = f"is less than one of {steps} step{'s'[: steps > 1]}; raise it{more}"
         checks.bad(f"{field}.{source.WhichOneof('kind')}.strength", strength, text)
 
 
