@@ -33,7 +33,7 @@ class Average:
     def __init__(self, runs: Sequence[BlockFeatures]) -> None:
         self.sae, self.d_sae = runs[0].sae, runs[0].d_sae
         self._runs = tuple(runs)
-        each = np.stack([_means(run) for run in runs])  # [runs, d_sae]
+        each = np.stack([run.means() for run in runs])  # [runs, d_sae]
         self.mean: npt.NDArray[np.float64] = each.mean(0)
         """[d_sae], see :class:`AverageFeature`."""
         self.spread: npt.NDArray[np.float64] = each.std(0, ddof=1) if len(runs) > 1 else np.zeros(self.d_sae)
@@ -77,9 +77,3 @@ def average(runs: Sequence[Mapping[str, BlockFeatures]]) -> dict[str, Average]:
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("average: the runs differ in their SAEs, steps or size")
     return {name: Average([run[name] for run in runs]) for name in runs[0]}
-
-
-def _means(block: BlockFeatures) -> npt.NDArray[np.float64]:
-    steps, height, width, d_sae = block.shape
-    total = np.bincount(block.indices, weights=block.values, minlength=d_sae)
-    return np.asarray(total / (steps * height * width), np.float64)

@@ -71,10 +71,15 @@ class BlockFeatures:
         """(steps, height, width, d_sae)."""
         return len(self.steps), self.height, self.width, self.d_sae
 
+    def means(self) -> npt.NDArray[np.float64]:
+        """Mean activation of every feature over steps and positions, zeros counted, [d_sae]."""
+        steps, height, width, d_sae = self.shape
+        total = np.bincount(self.indices, weights=self.values, minlength=d_sae)
+        return np.asarray(total / (steps * height * width), np.float64)
+
     def top(self, n: int = 10) -> Table:
         """The `n` features with the largest mean activation over steps and positions, zeros counted."""
-        cells = len(self.steps) * self.height * self.width
-        mean = np.bincount(self.indices, weights=self.values, minlength=self.d_sae) / cells
+        mean = self.means()
         best = [int(i) for i in np.argsort(-mean, kind="stable")[:n] if mean[i] > 0]
         rows = [TopFeature(FeatureRef(self.sae, i), float(mean[i]), self._labels.get(i, "")) for i in best]
         return Table(rows, ("feature", "mean", "label"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,16 +51,7 @@ async def contrast(
     async def means(item: Item) -> dict[str, Floats]:
         """Of one prompt: the mean over seeds, which are no samples of their own."""
         runs = await lens.extract(item.prompt, seeds=item.seeds, **options)
-        return {
-            sae: np.mean(
-                [
-                    np.bincount(block.indices, block.values, block.d_sae) / math.prod(block.shape[:3])
-                    for block in (run[sae] for run in runs)
-                ],
-                axis=0,
-            )
-            for sae in runs[0]
-        }
+        return {sae: np.mean([run[sae].means() for run in runs], axis=0) for sae in runs[0]}
 
     found = await asyncio.gather(*(means(item) for given in sets for item in given))
     ours, theirs = found[: len(sets[0])], found[len(sets[0]) :]

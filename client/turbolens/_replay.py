@@ -228,9 +228,8 @@ def _of_features(features: RunFeatures) -> str:
 def _means(features: RunFeatures) -> dict[str, dict[int, float]]:
     found = {}
     for sae, block in features.items():
-        cells = max(len(block.steps) * block.height * block.width, 1)
-        total = np.bincount(block.indices, block.values.astype(np.float64), block.d_sae) / cells
-        found[sae] = {int(i): float(total[i]) for i in np.flatnonzero(total)}
+        means = block.means()
+        found[sae] = {int(i): float(means[i]) for i in np.flatnonzero(means)}
     return found
 
 

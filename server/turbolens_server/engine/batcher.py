@@ -173,11 +173,11 @@ class Batcher(Generic[R]):
         As many as each of the others asks for, or did lately, but always a fourth: a caller who wants one picture at a
         time is answered in little more than what it and an equal take, and two who want many fill a batch.
         """
+        if self.first_come:
+            return {}
         wants = _lanes_of(self._slots)
         for recent in self._recent:
             wants |= recent
-        if self.first_come:
-            return {}
         least = max(self._max_batch // _PARTS, 1)
         return {
             caller: max(least, min((lanes for other, lanes in wants.items() if other != caller), default=sys.maxsize))

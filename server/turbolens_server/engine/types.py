@@ -104,7 +104,12 @@ class Job:
     @property
     def lanes(self) -> int:
         """Rows that it takes of a batch."""
-        return (1 + len(self.references)) * (1 if self.guidance is None else 2)
+        return lanes_of(len(self.references), guided=self.guidance is not None)
+
+
+def lanes_of(references: int, *, guided: bool) -> int:
+    """Rows of a batch that a picture with so many references takes."""
+    return (1 + references) * (2 if guided else 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

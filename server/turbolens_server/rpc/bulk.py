@@ -14,6 +14,7 @@ from typing import Final, TypeAlias, TypeVar
 import grpc
 
 from turbolens_proto.v1 import feature_service_pb2 as pb
+from turbolens_server.engine.types import lanes_of
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.admission import Account
 from turbolens_server.rpc.errors import RpcError, bad_request
@@ -119,7 +120,7 @@ async def answer_one(item: Item, response: Awaitable[pb.ExtractFeaturesResponse]
 
 def _lanes(item: Item) -> int:
     run = item.request.run
-    return max(1, len(run.seeds)) * (1 + len(run.references)) * (2 if run.sampling.guidance_scale > 1 else 1)
+    return max(1, len(run.seeds)) * lanes_of(len(run.references), guided=run.sampling.guidance_scale > 1)
 
 
 def _item_error(error: RpcError) -> pb.ItemError:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from turbolens_proto.v1 import run_pb2
-from turbolens_server.engine.types import Guidance
+from turbolens_server.engine.types import Guidance, lanes_of
 from turbolens_server.rpc.validation.checks import Checks
-from turbolens_server.rpc.validation.sources import Started, check_prompt, check_source, strength_of, taken_steps
+from turbolens_server.rpc.validation.sources import Started, check_prompt, check_source, sizes_served, steps_of
 
 MAX_SEED: Final = 2**63 - 1
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -52,16 +52,15 @@ def check_sampling(
     height = sampling.height if sampling.HasField("height") else own[0]
     width = sampling.width if sampling.HasField("width") else own[1]
     if (height, width) not in info.sizes:
-        served = ", ".join(f"{w}x{h}" for h, w in info.sizes)
         named = "width" if sampling.HasField("width") else "height"
-        checks.bad(f"{field}.{named}", f"{width}x{height}", f"sizes served (width x height): {served}")
+        checks.bad(f"{field}.{named}", f"{width}x{height}", sizes_served(info))
         height, width = info.default_size
     elif size not in (None, (height, width)):
         named = "width" if width != own[1] else "height"
         checks.bad(f"{field}.{named}", f"{width}x{height}", f"it starts from {own[1]}x{own[0]}; leave it out")
     if not timesteps and steps == len(info.timesteps):
         timesteps = info.timesteps
-    taken = steps if (strength := strength_of(source)) is None else taken_steps(steps, strength)
+    taken = steps_of(source, steps)
     return Sampled(taken, steps - taken, height, width, timesteps, _guidance(checks, field, sampling))
 
 
@@ -87,7 +86,7 @@ def _guidance(checks: Checks, field: str, sampling: run_pb2.Sampling) -> Guidanc
 
 def check_lanes(checks: Checks, field: str, references: int, guidance: Guidance | None) -> None:
     """Whether a picture, its references and what guidance doubles have room in one batch."""
-    lanes, most = (1 + references) * (1 if guidance is None else 2), checks.limits.max_lanes
+    lanes, most = lanes_of(references, guided=guidance is not None), checks.limits.max_lanes
     if lanes > most:
         beside = f" and its {references} references" if references else ""
         told = f"with it, the picture{beside} takes {lanes} lanes, and a batch holds {most}"
@@ -159,8 +158,8 @@ def check_references(
 
 def _check_beside(checks: Checks, field: str, message: run_pb2.Source, source: Started, sampled: Sampled) -> None:
     """Whether a reference can walk beside the run: as many steps, at the same size."""
-    steps, size, strength = sampled.steps + sampled.skipped, (sampled.height, sampled.width), strength_of(message)
-    taken = steps if strength is None else taken_steps(steps, strength)
+    steps, size = sampled.steps + sampled.skipped, (sampled.height, sampled.width)
+    taken = steps_of(message, steps)
     if taken != sampled.steps:
         text = f"walks {taken} of {steps} steps and the run {sampled.steps}; start it as the run is, at its strength"
         checks.wrong(field, text)

@@ -77,7 +77,7 @@ def check_prompt(checks: Checks, field: str, text: str) -> str:
     return text
 
 
-def strength_of(source: run_pb2.Source) -> float | None:
+def _strength_of(source: run_pb2.Source) -> float | None:
     """How much of the way from noise a run walks; None: all of it, from noise."""
     match source.WhichOneof("kind"):
         case "picture":
@@ -85,6 +85,12 @@ def strength_of(source: run_pb2.Source) -> float | None:
         case "latents" if source.latents.HasField("strength"):
             return source.latents.strength
     return None
+
+
+def steps_of(source: run_pb2.Source, steps: int) -> int:
+    """Steps that a run from a source walks of all."""
+    strength = _strength_of(source)
+    return steps if strength is None else taken_steps(steps, strength)
 
 
 def taken_steps(steps: int, strength: float) -> int:
@@ -95,7 +101,7 @@ def taken_steps(steps: int, strength: float) -> int:
 
 def check_taken(checks: Checks, field: str, source: run_pb2.Source, steps: int) -> None:
     """Whether a strength leaves anything to walk of so many steps."""
-    strength = strength_of(source)
+    strength = _strength_of(source)
     if strength is not None and 0 < strength <= 1 and int(steps * strength) < 1:
         most = checks.info.max_steps  # no hint of steps that nobody may ask for
         more = f", or sampling.steps to {math.ceil(1 / strength)}" if 1 / strength <= most else ""
@@ -145,12 +151,15 @@ def _pixels(checks: Checks, field: str, image: run_pb2.Image) -> npt.NDArray[np.
 
 def _served(checks: Checks, field: str, size: tuple[int, int]) -> bool:
     """Whether pictures of this (height, width) are made here."""
-    info: EngineInfo = checks.info
-    if size in info.sizes:
+    if size in checks.info.sizes:
         return True
-    allowed = ", ".join(f"{width}x{height}" for height, width in info.sizes)
-    checks.bad(field, f"{size[1]}x{size[0]}", f"sizes served (width x height): {allowed}; scale it first")
+    checks.bad(field, f"{size[1]}x{size[0]}", f"{sizes_served(checks.info)}; scale it first")
     return False
+
+
+def sizes_served(info: EngineInfo) -> str:
+    """The sizes of pictures that are made here, in words."""
+    return f"sizes served (width x height): {', '.join(f'{width}x{height}' for height, width in info.sizes)}"
 
 
 def _values(checks: Checks, field: str, tensor: run_pb2.Tensor) -> npt.NDArray[np.float32] | None:
