@@ -18,6 +18,10 @@ PROMPTS = (
     "a striped blue ring above a small pink cross, sunset background, neon style " * 12,
 )
 TOLERANCE = 2  # of 255: batches of another size round differently
+CLOSE_LATENTS = 0.01
+"""A one-step run of `mini` starts at sigma 4,096 (its scheduler ends without signal), so a rounding of the U-Net's last bit is
+5e-4 here, and another number of threads alone moves latents by 2e-4. Text encoders read wrongly move them by 2 to 3.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,4 +68,4 @@ def test_the_embedded_model_is_read_by_others_as_it_lies_there(engine):
         height=128, width=128, output_type="latent",
     ).images  # fmt: skip
     (result,) = engine.run([Job(PROMPTS[0], 7, 1, 128, 128)])
-    assert torch.allclose(latent, torch.from_numpy(result.latents), atol=1e-4)
+    assert torch.allclose(latent, torch.from_numpy(result.latents), atol=CLOSE_LATENTS)
