@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from turbolens_studio.features import FloatGrid, on_grid
+from turbolens_studio.features import FloatGrid
 
 Pixels = npt.NDArray[np.uint8]
 _SEEN: Final = 8
@@ -70,3 +70,15 @@ def read_mask(text: str) -> FloatGrid:
 def _check(a: Pixels, b: Pixels) -> None:
     if a.shape != b.shape:
         raise ValueError(f"pictures of {a.shape[1]} x {a.shape[0]} and {b.shape[1]} x {b.shape[0]} pixels")
+
+
+def on_grid(weights: FloatGrid, height: int, width: int) -> FloatGrid:
+    """Weights of any size, averaged over each cell of a grid."""
+
+    def average(cells: int, samples: int) -> npt.NDArray[np.float64]:
+        cell, sample = np.arange(cells)[:, None] / cells, np.arange(samples)[None] / samples
+        overlap = np.minimum(cell + 1 / cells, sample + 1 / samples) - np.maximum(cell, sample)
+        shares: npt.NDArray[np.float64] = np.clip(overlap, 0, None) * cells
+        return shares
+
+    return (average(height, weights.shape[0]) @ weights @ average(width, weights.shape[1]).T).astype(np.float32)

@@ -60,18 +60,6 @@ class Wanted:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Contrast:
-    """How a feature tells a region of a picture from the rest."""
-
-    ref: tl.FeatureRef
-    inside: float
-    """Mean activation in the region."""
-    outside: float
-    effect: float
-    """Difference of the means in standard deviations (Cohen's d, pooled over the cells)."""
-
-
 class Atlas:
     """All features of the server that is there now."""
 
@@ -134,7 +122,7 @@ class Atlas:
         }
 
     async def contrast(self, run: Run, region: FloatGrid, count: int = 24) -> list[dict[str, Any]]:
-        """The features that tell a region of a run's picture from the rest of it, by effect.
+        """The features that a region of a run's picture has more of than the rest of it, by effect.
 
         Args:
             run: the picture's.
@@ -142,16 +130,16 @@ class Atlas:
             count: at most so many.
 
         Raises:
-            ValueError: the region is empty or is the whole picture.
+            ValueError: the region covers no cell of a grid, or all of them.
         """
         found = await self._workshop.connection.lens.extract(
             run.prompt, seed=run.seed, steps=run.steps, steer=run.edits, float32=True
         )
-        told = sorted((one for block in found.values() for one in contrast(block, region)), key=lambda one: -one.effect)
         return [
             brief((await self.rows(one.ref.sae))[one.ref.index])
             | {"inside": one.inside, "outside": one.outside, "effect": one.effect}
-            for one in told[:count]
+            for one in found.inside(tl.mask(region), limit=count)
+            if one.inside > one.outside
         ]
 
     async def thumb(self, ref: tl.FeatureRef) -> bytes:
@@ -195,45 +183,6 @@ def by_use(features: Sequence[tl.Feature]) -> list[tl.Feature]:
         return max(0.0, 2 * feature.label_score - 1) * feature.frequency / (feature.frequency + usual)
 
     return sorted(features, key=use, reverse=True)
-
-
-def contrast(block: tl.BlockFeatures, region: FloatGrid) -> list[Contrast]:
-    """Every feature that is stronger in a region than outside of it.
-
-    Raises:
-        ValueError: the region covers nothing, or everything.
-    """
-    weights = np.tile(on_grid(region, block.height, block.width).ravel(), len(block.steps)).astype(np.float64)
-    within, without = weights.sum(), (1 - weights).sum()
-    if within < 1e-6 or without < 1e-6:
-        raise ValueError("the region must cover a part of the picture, neither nothing nor all of it")
-
-    def sums(of: npt.NDArray[np.float64], power: int) -> npt.NDArray[np.float64]:
-        terms = of[block.rows] * block.values.astype(np.float64) ** power
-        summed: npt.NDArray[np.float64] = np.bincount(block.indices, weights=terms, minlength=block.d_sae)  # type: ignore[assignment]  # with weights it is of floats
-        return summed
-
-    inside, outside = sums(weights, 1) / within, sums(1 - weights, 1) / without
-    spread = sums(weights, 2) / within - inside**2 + sums(1 - weights, 2) / without - outside**2
-    effect = (inside - outside) / np.sqrt(np.maximum(spread / 2, 1e-12))
-    # A feature that fires in a sliver of the region can be pure and yet say little of it.
-    covered = np.minimum(1, sums(weights, 0) / within * 2)
-    return [
-        Contrast(tl.feature(block.sae, int(i)), float(inside[i]), float(outside[i]), float(effect[i] * covered[i]))
-        for i in np.flatnonzero(inside > outside)
-    ]
-
-
-def on_grid(weights: FloatGrid, height: int, width: int) -> FloatGrid:
-    """Weights of any size, averaged over each cell of a grid."""
-
-    def average(cells: int, samples: int) -> npt.NDArray[np.float64]:
-        cell, sample = np.arange(cells)[:, None] / cells, np.arange(samples)[None] / samples
-        overlap = np.minimum(cell + 1 / cells, sample + 1 / samples) - np.maximum(cell, sample)
-        shares: npt.NDArray[np.float64] = np.clip(overlap, 0, None) * cells
-        return shares
-
-    return (average(height, weights.shape[0]) @ weights @ average(width, weights.shape[1]).T).astype(np.float32)
 
 
 def lit(picture: Image.Image, heat: FloatGrid | None) -> bytes:

@@ -19,8 +19,8 @@ PROMPTS = (
 )
 TOLERANCE = 2  # of 255: batches of another size round differently
 CLOSE_LATENTS = 0.01
-"""A one-step run of `mini` starts at sigma 4,096 (its scheduler ends without signal), so a rounding of the U-Net's last bit is
-5e-4 here, and another number of threads alone moves latents by 2e-4. Text encoders read wrongly move them by 2 to 3.
+"""A one-step run of `mini` starts at sigma 4,096 (its scheduler ends without signal), so a rounding of the U-Net's last
+bit is 5e-4 here, and another number of threads alone moves latents by 2e-4. Text encoders read wrongly: by 2 to 3.
 """
 
 

@@ -16,7 +16,6 @@ from PIL.PngImagePlugin import PngInfo
 from visitor import PROMPT
 
 import turbolens as tl
-from turbolens_studio.features import contrast, on_grid
 from turbolens_studio.sample import together_with
 from turbolens_studio.uploads import as_mask, read_picture
 
@@ -196,16 +195,11 @@ def test_a_region_finds_what_is_special_about_it(page):
     assert page.post("/api/contrast", json={"run": PLAIN, "region": "nothing"}).status_code == 400
 
 
-def test_contrast_is_cohens_d_over_the_cells(lens):
-    found = lens.extract(PROMPT, seed=7, float32=True)["up.0.0"]
-    weights = on_grid((LEFT / 255).astype(np.float32), 8, 8).astype(bool)
-    dense = found.to_dense()[0].astype(np.float64)
-    for one in contrast(found, (LEFT / 255).astype(np.float32)):
-        inside, outside = dense[weights][:, one.ref.index], dense[~weights][:, one.ref.index]
-        spread = np.sqrt((inside.var() + outside.var()) / 2)
-        share = min(1, 2 * (inside > 0).mean())
-        assert one.inside == pytest.approx(inside.mean(), rel=1e-5)
-        assert one.effect == pytest.approx((inside.mean() - outside.mean()) / max(spread, 1e-6) * share, rel=1e-4)
+def test_a_region_is_told_apart_as_by_the_sdk(page, lens):
+    told = page.post("/api/contrast", json={"run": PLAIN, "region": MASK}).json()["features"]
+    found = lens.extract(PROMPT, seed=7, float32=True).inside(tl.mask(LEFT / 255), limit=len(told))
+    assert [(one["sae"], one["index"]) for one in told] == [(one.ref.sae, one.ref.index) for one in found]
+    assert [one["effect"] for one in told] == pytest.approx([one.effect for one in found])
 
 
 def test_features_that_fire_together_are_counted_by_cells():

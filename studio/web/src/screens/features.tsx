@@ -163,7 +163,7 @@ function Card({ one }: { one: Brief }) {
         ) : (
           <small>{flag || `active in ${percent(one.frequency)}`}{one.labelScore ? ` · fits ${one.labelScore.toFixed(2)}` : ""}</small>
         )}
-        <Meter share={one.effect !== undefined ? Math.min(1, one.effect / 3) : one.cosine ?? one.together ?? one.match ?? one.labelScore} />
+        <Meter share={one.effect !== undefined ? one.effect : one.cosine ?? one.together ?? one.match ?? one.labelScore} />
       </div>
       <div class="card-acts">
         <button type="button" class="small steer" onClick={() => steerBy([one])} aria-label={`Steer by ${name}`}><Icon name="steer" size={15} /><span>Steer</span></button>
