@@ -23,7 +23,7 @@ from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
 from turbolens._many.options import ExtractManyOptions, GenerateManyOptions
 from turbolens._many.progress import ManyReport
-from turbolens._many.prompts import Prompts
+from turbolens._many.prompts import Prompts as ManyPrompts
 from turbolens._many.run import extract_many, generate_many, run_async
 from turbolens._many.tables import Form
 from turbolens._model import Model, Sae
@@ -36,6 +36,7 @@ from turbolens._run import (
     Call,
     ExtractOptions,
     GenerateOptions,
+    Prompts,
     RunOptions,
     StreamOptions,
     extract_call,
@@ -129,19 +130,30 @@ class AsyncLens:
     @overload
     async def generate(self, prompt: str, *, seeds: Sequence[int], **options: Unpack[GenerateOptions]) -> Pictures: ...
 
+    @overload
+    async def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Pictures: ...
+
     @takes(GenerateOptions)
     async def generate(
         self,
-        prompt: str,
+        prompt: Prompts,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Any:
-        """Make a picture, or one for each of several seeds.
+        """Make a picture, or one for each of several prompts and seeds.
 
         Args:
-            prompt: any text; the empty prompt is one.
+            prompt: any text; the empty prompt is one. Several, in a list, are drawn at every seed each, all by the
+                same options.
             seed: of one picture, of which only the low 32 bits reach the noise, as in PyTorch on a CPU; None: the
                 server draws one and the result says which.
             seeds: of several pictures.
@@ -176,7 +188,8 @@ class AsyncLens:
                 request_id: for the server's log; empty: the server makes one.
 
         Returns:
-            A :class:`Picture`; :class:`Pictures`, in order, where `seeds` was given.
+            A :class:`Picture`; :class:`Pictures`, in order and prompt by prompt, where `seeds` or several prompts were
+            given.
 
         Raises:
             InvalidRequest: with a violation for every field that cannot be served.
@@ -187,9 +200,10 @@ class AsyncLens:
         async with self._window:
             request = call.generate(labels=self._labels.wanted(call.run))
             answer = await self._call(services.generation.Generate, request, call.timeout)
+        call.check(len(answer.generations))
         self._learn(call, [chunk for made in answer.generations for chunk in made.features])
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
-        made = [Picture(g, prompt, account, warnings, self._labels.of, call.quality) for g in answer.generations]
+        made = [Picture(g, call.run, account, warnings, self._labels.of, call.quality) for g in answer.generations]
         return Pictures(made) if call.several else made[0]
 
     @overload
@@ -202,10 +216,20 @@ class AsyncLens:
         self, prompt: str, *, seeds: Sequence[int], **options: Unpack[ExtractOptions]
     ) -> list[Extraction]: ...
 
+    @overload
+    async def extract(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[ExtractOptions],
+    ) -> list[Extraction]: ...
+
     @takes(ExtractOptions)
     async def extract(
         self,
-        prompt: str,
+        prompt: Prompts,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -216,14 +240,15 @@ class AsyncLens:
         The first features of an SAE bring its labels with them, which are kept for the connection.
 
         Args:
-            prompt: any text; the empty prompt is one.
+            prompt: any text, or several in a list, as of :meth:`generate`.
             seed: of one run; None: the server draws one and the result says which.
             seeds: of several runs.
             options: those of :meth:`generate` but for the picture's, and `saes`, the names of the SAEs; without `saes`
                 and `only`, all features come.
 
         Returns:
-            An :class:`Extraction`; a list of them, in order, where `seeds` was given.
+            An :class:`Extraction`; a list of them, in order and prompt by prompt, where `seeds` or several prompts were
+            given.
 
         Raises:
             InvalidRequest: with a violation for every field that cannot be served.
@@ -234,9 +259,10 @@ class AsyncLens:
         async with self._window:
             request = call.extract(labels=self._labels.wanted(call.run))
             answer = await self._call(services.features.ExtractFeatures, request, call.timeout)
+        call.check(len(answer.extractions))
         self._learn(call, [chunk for made in answer.extractions for chunk in made.features])
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
-        made = [Extraction(e, prompt, account, warnings, self._labels.of) for e in answer.extractions]
+        made = [Extraction(e, call.run, account, warnings, self._labels.of) for e in answer.extractions]
         return made if call.several else made[0]
 
     async def replay(self, file: str | Path, *, tolerance: int = TOLERANCE) -> Replay:
@@ -252,8 +278,7 @@ class AsyncLens:
         """
         before = read_manifest(Path(file))
         differs = otherwise(before.provenance, await self.model())
-        call, services = before.call(), await self._open()
-        at = before.provenance.run.seeds.index(before.seed)
+        call, services, at = before.call(), await self._open(), before.place
         try:
             async with self._window:
                 if before.kind == "picture":
@@ -263,7 +288,8 @@ class AsyncLens:
         except InvalidRequest as error:
             return Replay("refused", differs, str(error), None)
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
-        about = (call.run.prompt, account, warnings, self._labels.of)
+        call.check(len(answer.generations if before.kind == "picture" else answer.extractions))
+        about = (call.run, account, warnings, self._labels.of)
         made: Picture | Extraction
         if before.kind == "picture":
             made = Picture(answer.generations[at], *about, call.quality)
@@ -274,7 +300,7 @@ class AsyncLens:
     @takes(StreamOptions)
     async def stream_generate(
         self,
-        prompt: str,
+        prompt: Prompts,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -294,7 +320,7 @@ class AsyncLens:
     @takes(ExtractOptions)
     async def stream_features(
         self,
-        prompt: str,
+        prompt: Prompts,
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
@@ -309,7 +335,7 @@ class AsyncLens:
 
     @takes(ExtractManyOptions)
     async def extract_many(
-        self, prompts: Prompts, out: str | Path, *, form: Form = "pooled", **options: Unpack[ExtractManyOptions]
+        self, prompts: ManyPrompts, out: str | Path, *, form: Form = "pooled", **options: Unpack[ExtractManyOptions]
     ) -> ManyReport:
         """The features of very many prompts, as a Parquet table; needs `turbolens[tables]`.
 
@@ -340,7 +366,7 @@ class AsyncLens:
 
     @takes(GenerateManyOptions)
     async def generate_many(
-        self, prompts: Prompts, out: str | Path, **options: Unpack[GenerateManyOptions]
+        self, prompts: ManyPrompts, out: str | Path, **options: Unpack[GenerateManyOptions]
     ) -> ManyReport:
         """The pictures of very many prompts, as files in a folder with a `metadata.jsonl`, a line for each picture.
 
@@ -360,8 +386,8 @@ class AsyncLens:
     @takes(ExtractOptions)
     async def contrast(
         self,
-        prompts: Prompts,
-        others: Prompts,
+        prompts: ManyPrompts,
+        others: ManyPrompts,
         *,
         seeds: Sequence[int] = (0,),
         limit: int = 20,
@@ -633,13 +659,18 @@ class AsyncLens:
 
     async def _attempt(self, method: Any, request: Any, call: Call, timeout: float | None) -> AsyncIterator[Event]:
         messages = method(request, timeout=timeout, metadata=self._to.metadata())
+        heard: set[int] = set()
         try:
             async for message in messages:
-                if message.WhichOneof("event") == "features":
+                kind = message.WhichOneof("event")
+                if kind in ("features", "picture"):
+                    heard.add(getattr(message, kind).seed_index)
+                if kind == "features":
                     self._labels.learn([message.features.features])
-                if message.WhichOneof("event") == "done":
+                if kind == "done":
+                    call.check(len(heard))
                     self._labels.have(call.run)
-                yield event_of(message, call.run.prompt, self._labels.of)
+                yield event_of(message, call.run, self._labels.of)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
         finally:

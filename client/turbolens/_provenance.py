@@ -38,6 +38,8 @@ class Chosen:
     less that in the picture's own run. `list(given)` goes into an edit."""
     taken: Mapping[FeatureRef, float]
     """Features that were taken, the lowest score first."""
+    prompt_index: int = 0
+    """Position of the picture's prompt in the run's."""
 
     @classmethod
     def from_proto(cls, message: run_pb2.ChosenFeatures) -> Chosen:
@@ -46,7 +48,7 @@ class Chosen:
             {FeatureRef(one.feature.sae, one.feature.index): one.score for one in side}
             for side in (message.given, message.taken)
         )
-        return cls(message.seed, message.edit, given, taken)
+        return cls(message.seed, message.edit, given, taken, message.prompt_index)
 
     def to_proto(self) -> run_pb2.ChosenFeatures:
         """As a message."""
@@ -57,7 +59,9 @@ class Chosen:
             ]
             for side in (self.given, self.taken)
         )
-        return run_pb2.ChosenFeatures(seed=self.seed, edit=self.edit, given=given, taken=taken)
+        return run_pb2.ChosenFeatures(
+            seed=self.seed, edit=self.edit, given=given, taken=taken, prompt_index=self.prompt_index
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,9 +128,10 @@ class Provenance:
             chosen=[chosen.to_proto() for chosen in self.chosen],
         )
 
-    def chosen_for(self, seed: int) -> tuple[Chosen, ...]:
-        """What was chosen for the picture of one seed, by edit."""
-        return tuple({one.edit: one for one in self.chosen if one.seed == seed}.values())
+    def chosen_for(self, seed: int, prompt_index: int = 0) -> tuple[Chosen, ...]:
+        """What was chosen for the picture of one seed and prompt, by edit."""
+        mine = (one for one in self.chosen if (one.seed, one.prompt_index) == (seed, prompt_index))
+        return tuple({one.edit: one for one in mine}.values())
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:

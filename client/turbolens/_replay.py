@@ -46,11 +46,24 @@ class Manifest:
     quality: int | None = None
     strongest: Mapping[str, Mapping[int, float]] = dataclasses.field(default_factory=dict)
     """Of features: by SAE, the strongest ones' mean activation."""
+    prompt_index: int = 0
+    """Likewise of its prompts."""
     pixels: npt.NDArray[np.uint8] | None = dataclasses.field(default=None, compare=False)
     """Where the manifest is in its own picture."""
 
+    def __post_init__(self) -> None:
+        run = self.provenance.run
+        if self.seed not in run.seeds or not 0 <= self.prompt_index < len(run.prompts):
+            raise ValueError(f"its run has no picture of seed {self.seed} and prompt {self.prompt_index}")
+
+    @property
+    def place(self) -> int:
+        """Its own among the run's results."""
+        run = self.provenance.run
+        return self.prompt_index * len(run.seeds) + run.seeds.index(self.seed)
+
     def call(self) -> Call:
-        """What to ask for, to have it again: all seeds, as they ran."""
+        """What to ask for, to have it again: all prompts and seeds, as they ran."""
         run = self.provenance.run
         if self.kind == "picture":
             run = dataclasses.replace(run, features=None, only=(), float32=False)
@@ -59,8 +72,8 @@ class Manifest:
     def to_json(self) -> str:
         """As the text of a file."""
         told = {
-            "schema": SCHEMA, "kind": self.kind, "seed": str(self.seed), "sha256": self.digest,
-            "format": self.format, "quality": self.quality, "strongest": self.strongest,
+            "schema": SCHEMA, "kind": self.kind, "seed": str(self.seed), "prompt": self.prompt_index,
+            "sha256": self.digest, "format": self.format, "quality": self.quality, "strongest": self.strongest,
             "provenance": json.loads(self.provenance.to_json()),
         }  # fmt: skip
         return json.dumps(told, indent=1) + "\n"
@@ -92,10 +105,14 @@ def manifest(result: Picture | Extraction) -> Manifest:
         raise ValueError("a picture of a stream does not know how it was made; its Done event does")
     if isinstance(result, Picture):
         return Manifest(
-            result.provenance, "picture", result.seed, _of_pixels(result.array), result.format, result.quality
-        )
+            result.provenance, "picture", result.seed, _of_pixels(result.array), result.format, result.quality,
+            prompt_index=result.prompt_index,
+        )  # fmt: skip
     strongest = {sae: _strongest(means) for sae, means in _means(result).items()}
-    return Manifest(result.provenance, "features", result.seed, _of_features(result), strongest=strongest)
+    return Manifest(
+        result.provenance, "features", result.seed, _of_features(result), strongest=strongest,
+        prompt_index=result.prompt_index,
+    )  # fmt: skip
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -115,14 +132,15 @@ def _of_png(file: Path) -> Manifest:
 
     account = Provenance.from_png(file)
     about = json.loads(read_text(file, PNG_PICTURE) or "{}")
-    if not about and len(account.run.seeds) != 1:
-        raise ValueError(f"{file}: one of {len(account.run.seeds)} pictures, and does not say which")
+    if not about and account.run.results != 1:
+        raise ValueError(f"{file}: one of {account.run.results} pictures, and does not say which")
     with Image.open(file) as image:
         pixels = np.asarray(image.convert("RGB"))
     seed = int(about.get("seed", account.run.seeds[0]))
     return Manifest(
-        account, "picture", seed, _of_pixels(pixels), about.get("format", "png"), about.get("quality"), pixels=pixels
-    )
+        account, "picture", seed, _of_pixels(pixels), about.get("format", "png"), about.get("quality"),
+        prompt_index=int(about.get("prompt", 0)), pixels=pixels,
+    )  # fmt: skip
 
 
 def _of_json(file: Path) -> Manifest:
@@ -140,6 +158,7 @@ def _of_json(file: Path) -> Manifest:
             told["format"],
             told["quality"],
             {sae: {int(index): float(mean) for index, mean in of.items()} for sae, of in told["strongest"].items()},
+            int(told.get("prompt", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: neither a PNG that TurboLens saved nor a manifest ({error})") from None
@@ -167,7 +186,7 @@ def otherwise(account: Provenance, model: Model) -> tuple[str, ...]:
 
 def compare(before: Manifest, made: Picture | Extraction, differs: tuple[str, ...], tolerance: int) -> Replay:
     """Hold a result that was made again to the first one."""
-    differs += _otherwise_chosen(before.provenance.chosen_for(before.seed), made.chosen)
+    differs += _otherwise_chosen(before.provenance.chosen_for(before.seed, before.prompt_index), made.chosen)
     if isinstance(made, Picture):
         return _compare_pixels(before, made, differs, tolerance)
     if _of_features(made) == before.digest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import html
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from turbolens._blocks import BlockFeatures, LabelsOf, RunFeatures
 from turbolens._files import write_whole
 from turbolens._png import with_text
 from turbolens._provenance import PNG_KEYWORD, Chosen, Provenance
-from turbolens._run import FORMATS, ImageFormat
+from turbolens._run import FORMATS, ImageFormat, Run
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -111,14 +112,16 @@ class Picture(Coded):
     def __init__(
         self,
         message: generation_service_pb2.Generation,
-        prompt: str,
+        run: Run,
         provenance: Provenance | None,
         warnings: tuple[Warning, ...],
         labels_of: LabelsOf,
         quality: int | None = None,
     ) -> None:
         super().__init__(message.image)
-        self.prompt = prompt
+        self.prompt_index = message.prompt_index
+        """Position of its prompt in the call's; 0 where that had one."""
+        self.prompt = run.prompts[message.prompt_index]
         self.seed = message.seed
         self.provenance = provenance
         """Everything needed to make it again; None in a stream, whose `Done` event has it."""
@@ -134,7 +137,7 @@ class Picture(Coded):
     @property
     def chosen(self) -> tuple[Chosen, ...]:
         """What the server chose for it, where an edit left it the choice; of a stream, its `Done` event knows."""
-        return () if self.provenance is None else self.provenance.chosen_for(self.seed)
+        return () if self.provenance is None else self.provenance.chosen_for(self.seed, self.prompt_index)
 
     @property
     def format(self) -> ImageFormat:
@@ -160,7 +163,7 @@ class Picture(Coded):
         told = self.provenance if _ENDINGS.get(suffix) == "png" else None
         if told is None:
             return coded
-        about = {"seed": str(self.seed), "format": self.format, "quality": self.quality}
+        about = {"seed": str(self.seed), "prompt": self.prompt_index, "format": self.format, "quality": self.quality}
         return with_text(with_text(coded, PNG_KEYWORD, told.to_json()), PNG_PICTURE, json.dumps(about))
 
     def __repr__(self) -> str:
@@ -169,14 +172,16 @@ class Picture(Coded):
 
 
 class Pictures(list[Picture]):
-    """Pictures of several seeds; notebooks show them side by side."""
+    """Pictures of several prompts or seeds; notebooks show them side by side."""
 
     def _repr_html_(self) -> str:
         import base64
 
         def tag(picture: Picture) -> str:
             data = base64.b64encode(picture._repr_png_()).decode()
-            return f'<img src="data:image/png;base64,{data}" title="seed {picture.seed}">'
+            return (
+                f'<img src="data:image/png;base64,{data}" title="{html.escape(picture.prompt)}, seed {picture.seed}">'
+            )
 
         return "".join(map(tag, self))
 
@@ -187,13 +192,15 @@ class Extraction(RunFeatures):
     def __init__(
         self,
         message: feature_service_pb2.Extraction,
-        prompt: str,
+        run: Run,
         provenance: Provenance,
         warnings: tuple[Warning, ...],
         labels_of: LabelsOf,
     ) -> None:
         super().__init__(message.seed, message.features, labels_of)
-        self.prompt = prompt
+        self.prompt_index = message.prompt_index
+        """Position of its prompt in the call's; 0 where that had one."""
+        self.prompt = run.prompts[message.prompt_index]
         self.provenance = provenance
         self.warnings = warnings
         self.batch_size = message.batch_size
@@ -202,7 +209,7 @@ class Extraction(RunFeatures):
     @property
     def chosen(self) -> tuple[Chosen, ...]:
         """What the server chose for it, where an edit left it the choice."""
-        return self.provenance.chosen_for(self.seed)
+        return self.provenance.chosen_for(self.seed, self.prompt_index)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -219,6 +226,7 @@ class Step:
     """A denoising step of one picture ended."""
 
     seed_index: int
+    """Position of the picture: of its seed, or of several prompts, prompt by prompt."""
     step: int
     steps: int
     preview: Coded | None
@@ -259,7 +267,7 @@ def warnings_of(messages: Any) -> tuple[Warning, ...]:
 
 def event_of(
     message: generation_service_pb2.StreamGenerateResponse | feature_service_pb2.StreamFeaturesResponse,
-    prompt: str,
+    run: Run,
     labels_of: LabelsOf,
 ) -> Event:
     """A stream's message as an event."""
@@ -276,5 +284,5 @@ def event_of(
         sae = inner.features.sae
         return Features(inner.seed_index, inner.seed, BlockFeatures([inner.features], labels_of(sae)))
     if kind == "picture":
-        return PictureReady(inner.seed_index, Picture(inner.generation, prompt, None, (), labels_of))
+        return PictureReady(inner.seed_index, Picture(inner.generation, run, None, (), labels_of))
     return Done(Provenance.from_proto(inner.provenance), warnings_of(inner.warnings))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, Mask, to_refs
+from turbolens._errors import Unimplemented
 from turbolens._numbers import number, seconds, text, whole, whole_or_none
 from turbolens._start import ImageLike, Start, prompt_of, source_of, start_of
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
@@ -28,6 +29,8 @@ PerSae = Mapping[str, int] | None
 """A number for each SAE that is named; None for none."""
 
 
+Prompts = str | Sequence[str]
+"""What to draw: one prompt, or several of one call."""
 Regions = Sequence[tuple[Mask, str]]
 """Phrases that a picture hears under masks, beside its prompt."""
 
@@ -118,9 +121,11 @@ class StreamOptions(GenerateOptions, total=False):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What to run, for one seed or several."""
+    """What to run, for each of one prompt or several and of one seed or several."""
 
     prompt: str
+    """The first, where there are several."""
+    more_prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     """Empty: one, drawn by the server."""
     start: Start | None = None
@@ -154,6 +159,7 @@ class Run:
         sampling, selection = message.sampling, message.features
         return cls(
             prompt=prompt_of(message.source),
+            more_prompts=tuple(message.more_prompts),
             seeds=tuple(message.seeds),
             start=Start.from_proto(message.source),
             steps=sampling.steps if sampling.HasField("steps") else None,
@@ -177,6 +183,7 @@ class Run:
         """The run as a message; `labels` asks for those of the features that come back."""
         return run_pb2.Run(
             source=source_of(self.prompt, self.start),
+            more_prompts=self.more_prompts,
             sampling=run_pb2.Sampling(
                 steps=self.steps,
                 width=self.width,
@@ -197,6 +204,16 @@ class Run:
             regions=[run_pb2.Region(mask=mask.message, prompt=phrase) for mask, phrase in self.regions],
         )
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def results(self) -> int:
+        """How many pictures, or extractions, it comes to: one for each prompt and seed, prompt by prompt."""
+        return len(self.prompts) * max(1, len(self.seeds))
+
     def _selection(self, saes: Sequence[str], labels: bool) -> run_pb2.FeatureSelection:
         return run_pb2.FeatureSelection(
             saes=saes,
@@ -212,13 +229,23 @@ class Call:
 
     run: Run
     several: bool
-    """Whether the caller named seeds, and so gets a list."""
+    """Whether the caller named prompts or seeds in a list, and so gets a list."""
     format: ImageFormat = "png"
     quality: int | None = None
     latents: bool = False
     previews: bool = False
     timeout: float | None = None
     request_id: str = ""
+
+    def check(self, results: int) -> None:
+        """Whether all came of several prompts, which a server that does not know them passes over.
+
+        Raises:
+            Unimplemented: some did not.
+        """
+        if results != self.run.results:
+            told = f"{results} of {self.run.results} results came: the server knows one prompt a request; update it"
+            raise Unimplemented(told, code="UNIMPLEMENTED")
 
     def generate(self, *, labels: bool) -> generation_service_pb2.GenerateRequest:
         """The request for pictures."""
@@ -254,7 +281,7 @@ class Call:
 
 
 def generate_call(
-    prompt: str, seed: int | None, seeds: Sequence[int] | None, options: StreamOptions | GenerateOptions
+    prompt: Prompts, seed: int | None, seeds: Sequence[int] | None, options: StreamOptions | GenerateOptions
 ) -> Call:
     """A call for pictures.
 
@@ -269,7 +296,7 @@ def generate_call(
     return _call("features", StreamOptions, prompt, seed, seeds, given, features)
 
 
-def extract_call(prompt: str, seed: int | None, seeds: Sequence[int] | None, options: ExtractOptions) -> Call:
+def extract_call(prompt: Prompts, seed: int | None, seeds: Sequence[int] | None, options: ExtractOptions) -> Call:
     """A call for features: unless some are named, for all of them.
 
     Raises:
@@ -313,7 +340,7 @@ _OF_A_CALL: Final = ("format", "quality", "latents", "previews", "timeout", "req
 def _call(
     argument: str,
     known: type,
-    prompt: str,
+    prompt: Prompts,
     seed: int | None,
     seeds: Sequence[int] | None,
     given: dict[str, Any],
@@ -329,8 +356,10 @@ def _call(
         of_call["timeout"] = seconds(of_call["timeout"], "timeout")
     only, float32 = given.pop("only", None), given.pop("float32", False)
     saes, refs = _wanted(features, only, float32, argument)
+    first, *more = _prompts(prompt)
     run = Run(
-        prompt=text(prompt, "the prompt"),
+        prompt=first,
+        more_prompts=tuple(more),
         seeds=_seeds(seed, seeds),
         start=start_of(given.pop("image", None), given.pop("start_latents", None), given.pop("strength", None)),
         steps=whole_or_none(given.pop("steps", None), "steps"),
@@ -349,7 +378,15 @@ def _call(
         k=_per_sae("k", given.pop("k", None)),
         prefix=_per_sae("prefix", given.pop("prefix", None)),
     )
-    return Call(run=run, several=seeds is not None, **of_call)
+    return Call(run=run, several=seeds is not None or not isinstance(prompt, str), **of_call)
+
+
+def _prompts(prompt: Prompts) -> list[str]:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return [text(prompt, "the prompt")]
+    if not prompt:
+        raise ValueError("the list of prompts is empty; give at least one")
+    return [text(one, "a prompt") for one in prompt]
 
 
 def _text_or_none(value: str | None, what: str) -> str | None:

@@ -354,3 +354,13 @@ def test_references_have_names(references, client, fake):
     with pytest.raises(TypeError, match="references are named"):
         client.generate("x", references=references)
     assert not fake.requests
+
+
+def test_a_server_that_passes_over_more_prompts_is_told_of(client):
+    """The fake one does: it draws the first alone."""
+    with pytest.raises(tl.Unimplemented, match="1 of 2 results"):
+        client.generate(["a star", "a ring"], seed=1)
+    with pytest.raises(tl.Unimplemented, match="2 of 4 results"):
+        client.extract(["a star", "a ring"], seeds=[1, 2])
+    with pytest.raises(tl.Unimplemented, match="1 of 2 results"):
+        list(client.stream_generate(["a star", "a ring"], seed=1))

@@ -35,7 +35,7 @@ def test_an_amount_of_any_numeric_type(value):
     assert tl.add({"up.0.1/4": value}, value).to_proto() == tl.add({"up.0.1/4": 2.0}, 2.0).to_proto()
 
 
-@pytest.mark.parametrize("prompt", [None, 5, b"a cat", ["a cat"], float("nan")])
+@pytest.mark.parametrize("prompt", [None, 5, b"a cat", ["a cat", None], float("nan")])
 def test_a_prompt_that_is_no_text_is_a_mistake(prompt):
     """A column's null must not draw the empty prompt."""
     for make in (

@@ -25,6 +25,8 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 class _OfARun(Calls):
     prompt: Positional[str]
     """What to draw."""
+    also: Repeated = ()
+    """Another prompt, drawn at the same seeds by the same settings; may be repeated."""
     seed: int | None = None
     """Seed; left out: the server draws one and says which."""
     seeds: str | None = None
@@ -82,6 +84,19 @@ class _OfARun(Calls):
     """SAE=K: so many features active at a position, where the SAE allows it; may be repeated."""
     prefix: Repeated = ()
     """SAE=PREFIX: only so many first features exist, where the SAE allows it; may be repeated."""
+
+    def prompts(self) -> str | list[str]:
+        """What to draw, as both calls take it."""
+        return [self.prompt, *self.also] if self.also else self.prompt
+
+    def own(self, file: Path, result: tl.Picture | tl.Extraction) -> Path:
+        """A result's own file: of several prompts and seeds, the prompt's number and the seed after the name."""
+        number = f"-{result.prompt_index + 1}" if self.also else ""
+        return file.with_stem(f"{file.stem}{number}{f'-{result.seed}' if self.seeds else ''}")
+
+    def told(self, result: tl.Picture | tl.Extraction) -> dict[str, Any]:
+        """Which of the results it is."""
+        return ({"prompt": result.prompt} if self.also else {}) | {"seed": result.seed}
 
     def edits(self) -> list[tl.Edit]:
         """The edits, in the order of the file, then add, scale, set, replace, patch, transfer."""
@@ -189,8 +204,8 @@ class Generate(_OfARun):
 
     out: Path = Path("picture.png")
     """File to write; its ending says the format: .png, .jpg and .webp come so from the server, others are made here.
-    Of several seeds each file has its own after the name: picture-7.png. A PNG says how it was made: see `turbolens
-    provenance`."""
+    Of several seeds each file has its own after the name: picture-7.png; of several prompts, their numbers from 1:
+    picture-2-7.png. A PNG says how it was made: see `turbolens provenance`."""
 
     manifest: bool = False
     """Write beside each picture a file that says how it was made, for `turbolens replay`: picture.json. A PNG that is
@@ -202,17 +217,20 @@ class Generate(_OfARun):
         if not self.out.parent.is_dir():
             raise FileNotFoundError(f"--out {self.out}: no such folder")
         with self.connect() as lens:
-            made = lens.generate(self.prompt, **self.options(), format=shape or "png")
+            made = lens.generate(self.prompts(), **self.options(), format=shape or "png")
         pictures = made if isinstance(made, tl.Pictures) else [made]
-        files = [self.out.with_stem(f"{self.out.stem}-{p.seed}") if self.seeds else self.out for p in pictures]
+        files = [self.own(self.out, picture) for picture in pictures]
         for picture, file in zip(pictures, files, strict=True):
             picture.save(file)
             if self.manifest:
                 write_whole(file.with_suffix(".json"), tl.manifest(picture).to_json())
         _tell(pictures[0].warnings)
         self.show(
-            [{"file": str(file), "seed": picture.seed} for picture, file in zip(pictures, files, strict=True)],
-            "\n".join(f"{file}  seed {picture.seed}" for picture, file in zip(pictures, files, strict=True)),
+            [{"file": str(file), **self.told(picture)} for picture, file in zip(pictures, files, strict=True)],
+            "\n".join(
+                f"{file}  seed {picture.seed}{f'  {picture.prompt}' if self.also else ''}"
+                for picture, file in zip(pictures, files, strict=True)
+            ),
         )
 
 
@@ -229,21 +247,24 @@ class Extract(_OfARun):
     """Only this SAE; may be repeated; left out: all."""
 
     manifest: Path | None = None
-    """File to write that says how the features were made, for `turbolens replay`; of several seeds, each has its own
-    after the name."""
+    """File to write that says how the features were made, for `turbolens replay`; of several prompts or seeds, each has
+    its own, as pictures have."""
 
     def run(self) -> None:
         with self.connect() as lens:
-            found = lens.extract(self.prompt, **self.options(), saes=self.sae or None)
+            found = lens.extract(self.prompts(), **self.options(), saes=self.sae or None)
         every = found if isinstance(found, list) else [found]
         _tell(every[0].warnings)
         if self.manifest is not None:
             for one in every:
-                file = self.manifest.with_stem(f"{self.manifest.stem}-{one.seed}") if self.seeds else self.manifest
-                write_whole(file, tl.manifest(one).to_json())
+                write_whole(self.own(self.manifest, one), tl.manifest(one).to_json())
         told = [
-            {"seed": one.seed, "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
+            {**self.told(one), "features": {sae: rows_of(block.top(self.top)) for sae, block in one.items()}}
             for one in every
         ]
-        tables = [f"\n{sae}  (seed {one.seed})\n{block.top(self.top)}" for one in every for sae, block in one.items()]
-        self.show(told if self.seeds else told[0], "\n".join(tables))
+        tables = [
+            f"\n{sae}  (seed {one.seed}{f', {one.prompt}' if self.also else ''})\n{block.top(self.top)}"
+            for one in every
+            for sae, block in one.items()
+        ]
+        self.show(told if isinstance(found, list) else told[0], "\n".join(tables))

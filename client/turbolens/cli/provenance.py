@@ -29,7 +29,7 @@ class Provenance:
             return
         run = told.run
         lines = {
-            "prompt": run.prompt,
+            "prompt": run.prompt if not run.more_prompts else " | ".join(run.prompts),
             "seed": ", ".join(map(str, run.seeds)),
             "size": f"{run.width}x{run.height}",
             "steps": run.steps,

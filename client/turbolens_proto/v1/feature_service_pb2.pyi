@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from turbolens_proto.v1 import run_pb2 as _run_pb2
 from turbolens_proto.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Nearness:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NearnessEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Nearness.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NEARNESS_UNSPECIFIED: _Nearness.ValueType  # 0
+    """NEARNESS_DECODER."""
+    NEARNESS_DECODER: _Nearness.ValueType  # 1
+    """They write alike: the cosine of their decoder directions."""
+    NEARNESS_CO_FIRING: _Nearness.ValueType  # 2
+    """They fire together: the Jaccard index of the positions where they are active, as counted when the catalog was made.
+    INVALID_ARGUMENT where it has no such counts.
+    """
+
+class Nearness(_Nearness, metaclass=_NearnessEnumTypeWrapper):
+    """What makes two features near."""
+
+NEARNESS_UNSPECIFIED: Nearness.ValueType  # 0
+"""NEARNESS_DECODER."""
+NEARNESS_DECODER: Nearness.ValueType  # 1
+"""They write alike: the cosine of their decoder directions."""
+NEARNESS_CO_FIRING: Nearness.ValueType  # 2
+"""They fire together: the Jaccard index of the positions where they are active, as counted when the catalog was made.
+INVALID_ARGUMENT where it has no such counts.
+"""
+Global___Nearness: _TypeAlias = Nearness  # noqa: Y015
 
 @_typing.final
 class Feature(_message.Message):
@@ -272,7 +301,7 @@ class ExtractFeaturesResponse(_message.Message):
     """As asked or made."""
     @_builtins.property
     def extractions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Extraction]:
-        """One for each seed, in order."""
+        """One for each seed, in order; of several prompts, prompt by prompt."""
 
     @_builtins.property
     def provenance(self) -> _run_pb2.Provenance:
@@ -307,10 +336,13 @@ class Extraction(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed."""
     batch_size: _builtins.int
     """Runs that ran together with it, itself included."""
+    prompt_index: _builtins.int
+    """The prompt that it hears: 0 for the source's, then the run's more_prompts."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.SparseFeatures]:
         """In order of step, then of block."""
@@ -321,10 +353,11 @@ class Extraction(_message.Message):
         seed: _builtins.int = ...,
         features: _abc.Iterable[_run_pb2.SparseFeatures] | None = ...,
         batch_size: _builtins.int = ...,
+        prompt_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "prompt_index", b"prompt_index", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -558,7 +591,7 @@ class FeaturesEvent(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     seed_index: _builtins.int
-    """Position of the picture's seed in the request."""
+    """Position of the picture's seed in the request; of several prompts, of the picture: prompt_index * seeds + seed's."""
     seed: _builtins.int
     """The seed."""
     @_builtins.property
@@ -833,19 +866,23 @@ class NearestFeaturesRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"saes/{sae}/features/{index}"."""
     page_size: _builtins.int
-    """At most so many, 1 to 100; 0: 10. Larger is taken as 100."""
+    """At most so many, 1 to 100; 0: 10. Larger is taken as 100. Of what fires together, the catalog keeps the first few."""
+    by: Global___Nearness.ValueType
+    """By what; unspecified: the decoder."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         page_size: _builtins.int = ...,
+        by: Global___Nearness.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "name", b"name", "page_size", b"page_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,7 +897,7 @@ class NearestFeaturesResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearFeature]:
-        """Nearest first; the feature itself is left out."""
+        """Nearest first; the feature itself is left out, and so is what never fires with it where that is asked for."""
 
     def __init__(
         self,
@@ -883,8 +920,11 @@ class NearFeature(_message.Message):
 
     FEATURE_FIELD_NUMBER: _builtins.int
     COSINE_FIELD_NUMBER: _builtins.int
+    JACCARD_FIELD_NUMBER: _builtins.int
     cosine: _builtins.float
     """Cosine of the two decoder directions, -1 to 1: how far they push the model the same way."""
+    jaccard: _builtins.float
+    """Of NEARNESS_CO_FIRING: positions where both are active as a share of those where either is, 0 to 1."""
     @_builtins.property
     def feature(self) -> Global___Feature:
         """The feature."""
@@ -894,11 +934,14 @@ class NearFeature(_message.Message):
         *,
         feature: Global___Feature | None = ...,
         cosine: _builtins.float = ...,
+        jaccard: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_jaccard", b"_jaccard", "feature", b"feature", "jaccard", b"jaccard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine", "feature", b"feature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_jaccard", b"_jaccard", "cosine", b"cosine", "feature", b"feature", "jaccard", b"jaccard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__jaccard: _TypeAlias = _typing.Literal["jaccard"]  # noqa: Y015
+    _WhichOneofArgType__jaccard: _TypeAlias = _typing.Literal["_jaccard", b"_jaccard"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__jaccard) -> _WhichOneofReturnType__jaccard | None: ...
 
 Global___NearFeature: _TypeAlias = NearFeature  # noqa: Y015

@@ -120,7 +120,7 @@ class FeatureServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def NearestFeatures(self, request, context):
-        """The features of the same SAE that write most alike, nearest first.
+        """The features of the same SAE that write most alike, or that fire together most, nearest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,7 @@ class FeatureServiceStub:
     SearchFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.SearchFeaturesRequest, _feature_service_pb2.SearchFeaturesResponse]
     """Features for words, best first."""
     NearestFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.NearestFeaturesRequest, _feature_service_pb2.NearestFeaturesResponse]
-    """The features of the same SAE that write most alike, nearest first."""
+    """The features of the same SAE that write most alike, or that fire together most, nearest first."""
 
 @_typing.type_check_only
 class FeatureServiceAsyncStub(FeatureServiceStub):
@@ -70,7 +70,7 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     SearchFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.SearchFeaturesRequest, _feature_service_pb2.SearchFeaturesResponse]  # type: ignore[assignment]
     """Features for words, best first."""
     NearestFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.NearestFeaturesRequest, _feature_service_pb2.NearestFeaturesResponse]  # type: ignore[assignment]
-    """The features of the same SAE that write most alike, nearest first."""
+    """The features of the same SAE that write most alike, or that fire together most, nearest first."""
 
 class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
     """The features behind pictures, and what is known of each feature."""
@@ -131,6 +131,6 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feature_service_pb2.NearestFeaturesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.NearestFeaturesResponse, _abc.Awaitable[_feature_service_pb2.NearestFeaturesResponse]]:
-        """The features of the same SAE that write most alike, nearest first."""
+        """The features of the same SAE that write most alike, or that fire together most, nearest first."""
 
 def add_FeatureServiceServicer_to_server(servicer: FeatureServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from turbolens_proto.v1 import feature_service_pb2 as turbolens_dot_v1_dot_featu
 from turbolens_proto.v1 import run_pb2 as turbolens_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%turbolens/v1/generation_service.proto\x12\x0cturbolens.v1\x1a\"turbolens/v1/feature_service.proto\x1a\x16turbolens/v1/run.proto\"\x88\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x1a.turbolens.v1.ImageOptions\x12\x16\n\x0ereturn_latents\x18\x04 \x01(\x08\"\xac\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.Generation\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x04 \x03(\x0b\x32\x15.turbolens.v1.Warning\"\xa9\x01\n\nGeneration\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.turbolens.v1.Image\x12.\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x1c.turbolens.v1.SparseFeatures\x12%\n\x07latents\x18\x04 \x01(\x0b\x32\x14.turbolens.v1.Tensor\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\"\xa0\x01\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x1a.turbolens.v1.ImageOptions\x12\x16\n\x0ereturn_latents\x18\x04 \x01(\x08\x12\x10\n\x08previews\x18\x05 \x01(\x08\"\x80\x02\n\x16StreamGenerateResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.turbolens.v1.QueuedEventH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.turbolens.v1.StepEventH\x00\x12/\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1b.turbolens.v1.FeaturesEventH\x00\x12-\n\x07picture\x18\x04 \x01(\x0b\x32\x1a.turbolens.v1.PictureEventH\x00\x12\'\n\x04\x64one\x18\x05 \x01(\x0b\x32\x17.turbolens.v1.DoneEventH\x00\x42\x07\n\x05\x65vent\"b\n\tStepEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12$\n\x07preview\x18\x04 \x01(\x0b\x32\x13.turbolens.v1.Image\"P\n\x0cPictureEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12,\n\ngeneration\x18\x02 \x01(\x0b\x32\x18.turbolens.v1.Generation2\xbd\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1d.turbolens.v1.GenerateRequest\x1a\x1e.turbolens.v1.GenerateResponse\x12]\n\x0eStreamGenerate\x12#.turbolens.v1.StreamGenerateRequest\x1a$.turbolens.v1.StreamGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%turbolens/v1/generation_service.proto\x12\x0cturbolens.v1\x1a\"turbolens/v1/feature_service.proto\x1a\x16turbolens/v1/run.proto\"\x88\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x1a.turbolens.v1.ImageOptions\x12\x16\n\x0ereturn_latents\x18\x04 \x01(\x08\"\xac\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x18.turbolens.v1.Generation\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.turbolens.v1.Provenance\x12\'\n\x08warnings\x18\x04 \x03(\x0b\x32\x15.turbolens.v1.Warning\"\xbf\x01\n\nGeneration\x12\x0c\n\x04seed\x18\x01 \x01(\x03\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.turbolens.v1.Image\x12.\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x1c.turbolens.v1.SparseFeatures\x12%\n\x07latents\x18\x04 \x01(\x0b\x32\x14.turbolens.v1.Tensor\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\x12\x14\n\x0cprompt_index\x18\x06 \x01(\x05\"\xa0\x01\n\x15StreamGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x03run\x18\x02 \x01(\x0b\x32\x11.turbolens.v1.Run\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x1a.turbolens.v1.ImageOptions\x12\x16\n\x0ereturn_latents\x18\x04 \x01(\x08\x12\x10\n\x08previews\x18\x05 \x01(\x08\"\x80\x02\n\x16StreamGenerateResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.turbolens.v1.QueuedEventH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.turbolens.v1.StepEventH\x00\x12/\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1b.turbolens.v1.FeaturesEventH\x00\x12-\n\x07picture\x18\x04 \x01(\x0b\x32\x1a.turbolens.v1.PictureEventH\x00\x12\'\n\x04\x64one\x18\x05 \x01(\x0b\x32\x17.turbolens.v1.DoneEventH\x00\x42\x07\n\x05\x65vent\"b\n\tStepEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12$\n\x07preview\x18\x04 \x01(\x0b\x32\x13.turbolens.v1.Image\"P\n\x0cPictureEvent\x12\x12\n\nseed_index\x18\x01 \x01(\x05\x12,\n\ngeneration\x18\x02 \x01(\x0b\x32\x18.turbolens.v1.Generation2\xbd\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1d.turbolens.v1.GenerateRequest\x1a\x1e.turbolens.v1.GenerateResponse\x12]\n\x0eStreamGenerate\x12#.turbolens.v1.StreamGenerateRequest\x1a$.turbolens.v1.StreamGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=255
   _globals['_GENERATERESPONSE']._serialized_end=427
   _globals['_GENERATION']._serialized_start=430
-  _globals['_GENERATION']._serialized_end=599
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=602
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=762
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=765
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1021
-  _globals['_STEPEVENT']._serialized_start=1023
-  _globals['_STEPEVENT']._serialized_end=1121
-  _globals['_PICTUREEVENT']._serialized_start=1123
-  _globals['_PICTUREEVENT']._serialized_end=1203
-  _globals['_GENERATIONSERVICE']._serialized_start=1206
-  _globals['_GENERATIONSERVICE']._serialized_end=1395
+  _globals['_GENERATION']._serialized_end=621
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=624
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=784
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=787
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1043
+  _globals['_STEPEVENT']._serialized_start=1045
+  _globals['_STEPEVENT']._serialized_end=1143
+  _globals['_PICTUREEVENT']._serialized_start=1145
+  _globals['_PICTUREEVENT']._serialized_end=1225
+  _globals['_GENERATIONSERVICE']._serialized_start=1228
+  _globals['_GENERATIONSERVICE']._serialized_end=1417
 # @@protoc_insertion_point(module_scope)

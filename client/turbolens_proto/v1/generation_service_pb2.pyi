@@ -72,7 +72,7 @@ class GenerateResponse(_message.Message):
     """As asked or made."""
     @_builtins.property
     def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Generation]:
-        """One for each seed, in order."""
+        """One for each seed, in order; of several prompts, prompt by prompt."""
 
     @_builtins.property
     def provenance(self) -> _run_pb2.Provenance:
@@ -109,10 +109,13 @@ class Generation(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     LATENTS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed."""
     batch_size: _builtins.int
     """Pictures that ran together with it, itself included."""
+    prompt_index: _builtins.int
+    """The prompt that it hears: 0 for the source's, then the run's more_prompts."""
     @_builtins.property
     def image(self) -> _run_pb2.Image:
         """The picture."""
@@ -133,10 +136,11 @@ class Generation(_message.Message):
         features: _abc.Iterable[_run_pb2.SparseFeatures] | None = ...,
         latents: _run_pb2.Tensor | None = ...,
         batch_size: _builtins.int = ...,
+        prompt_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "latents", b"latents"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "image", b"image", "latents", b"latents", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "features", b"features", "image", b"image", "latents", b"latents", "prompt_index", b"prompt_index", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,7 +249,7 @@ class StepEvent(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
     seed_index: _builtins.int
-    """Position of the picture's seed in the request."""
+    """Position of the picture's seed in the request; of several prompts, of the picture: prompt_index * seeds + seed's."""
     step: _builtins.int
     """0-based."""
     steps: _builtins.int
@@ -279,7 +283,7 @@ class PictureEvent(_message.Message):
     SEED_INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     seed_index: _builtins.int
-    """Position of the picture's seed in the request."""
+    """Position of the picture's seed in the request; of several prompts, of the picture: prompt_index * seeds + seed's."""
     @_builtins.property
     def generation(self) -> Global___Generation:
         """The picture, and its latent where asked; features came in events of their own."""

@@ -52,7 +52,7 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Make pictures, one for each seed.
+        """Make pictures, one for each prompt and seed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -404,7 +404,7 @@ class Limits(_message.Message):
     max_steps: _builtins.int
     """Denoising steps."""
     max_seeds: _builtins.int
-    """Seeds of one request."""
+    """Pictures of one request: prompts times seeds."""
     max_edits: _builtins.int
     """Edits of one request."""
     max_features_per_edit: _builtins.int

@@ -81,7 +81,7 @@ class Run(_message.Message):
     """A run of the model: what it starts from, how it is sampled and steered, what is read of it, and the account of how it
     was made.
 
-    What to run; one picture's worth for each seed.
+    What to run; one picture's worth for each prompt and seed, prompt by prompt.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -114,6 +114,7 @@ class Run(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
+    MORE_PROMPTS_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def source(self) -> Global___Source:
@@ -150,6 +151,12 @@ class Run(_message.Message):
         """
 
     @_builtins.property
+    def more_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """More prompts beside the source's, with its bounds: each is heard from the same start at the same seeds, with the same
+        edits. All prompts times all seeds come to at most Limits.max_seeds.
+        """
+
+    @_builtins.property
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
         """Phrases that each picture hears under masks, beside its prompt, which is heard everywhere; at most
         Limits.max_regions. References and the prediction without the prompt hear none of them.
@@ -165,11 +172,12 @@ class Run(_message.Message):
         features: Global___FeatureSelection | None = ...,
         sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
         references: _abc.Mapping[_builtins.str, Global___Reference] | None = ...,
+        more_prompts: _abc.Iterable[_builtins.str] | None = ...,
         regions: _abc.Iterable[Global___Region] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "references", b"references", "regions", b"regions", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "more_prompts", b"more_prompts", "references", b"references", "regions", b"regions", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -828,10 +836,13 @@ class ChosenFeatures(_message.Message):
     EDIT_FIELD_NUMBER: _builtins.int
     GIVEN_FIELD_NUMBER: _builtins.int
     TAKEN_FIELD_NUMBER: _builtins.int
+    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The picture's seed."""
     edit: _builtins.int
     """Position of the edit in the run."""
+    prompt_index: _builtins.int
+    """The prompt that the picture hears: 0 for the source's, then the run's more_prompts."""
     @_builtins.property
     def given(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredFeature]:
         """Features that were given, the highest score first."""
@@ -847,10 +858,11 @@ class ChosenFeatures(_message.Message):
         edit: _builtins.int = ...,
         given: _abc.Iterable[Global___ScoredFeature] | None = ...,
         taken: _abc.Iterable[Global___ScoredFeature] | None = ...,
+        prompt_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edit", b"edit", "given", b"given", "seed", b"seed", "taken", b"taken"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edit", b"edit", "given", b"given", "prompt_index", b"prompt_index", "seed", b"seed", "taken", b"taken"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,7 +120,11 @@ async def answer_one(item: Item, response: Awaitable[pb.ExtractFeaturesResponse]
 
 def _lanes(item: Item) -> int:
     run = item.request.run
-    return max(1, len(run.seeds)) * lanes_of(len(run.references), guided=run.sampling.guidance_scale > 1)
+    return (
+        (1 + len(run.more_prompts))
+        * max(1, len(run.seeds))
+        * lanes_of(len(run.references), guided=run.sampling.guidance_scale > 1)
+    )
 
 
 def _item_error(error: RpcError) -> pb.ItemError:

@@ -105,6 +105,7 @@ def generation(result: Result, request: ValidRequest, pack: Packer | None = None
         raise AssertionError("a request for pictures has pictures")
     return generation_service_pb2.Generation(
         seed=request.jobs[result.job].seed,
+        prompt_index=request.prompt_index(result.job),
         image=image(result.picture, request),
         features=pack.all_of(result) if pack else [],
         latents=tensor(result.latents) if request.return_latents else None,
@@ -113,9 +114,12 @@ def generation(result: Result, request: ValidRequest, pack: Packer | None = None
 
 
 def extraction(result: Result, request: ValidRequest, pack: Packer) -> feature_service_pb2.Extraction:
-    """The features of one seed."""
+    """The features of one run."""
     return feature_service_pb2.Extraction(
-        seed=request.jobs[result.job].seed, features=pack.all_of(result), batch_size=result.batch_size
+        seed=request.jobs[result.job].seed,
+        prompt_index=request.prompt_index(result.job),
+        features=pack.all_of(result),
+        batch_size=result.batch_size,
     )
 
 
@@ -143,11 +147,11 @@ def provenance(request: ValidRequest, info: EngineInfo, results: Sequence[Result
         device=info.device,
         dtype=info.dtype,
         loras=_loras(info),
-        chosen=[_chosen(what, request.jobs[result.job].seed) for result in results for what in result.chosen],
+        chosen=[_chosen(what, request, result.job) for result in results for what in result.chosen],
     )
 
 
-def _chosen(chosen: Chosen, seed: int) -> run_pb2.ChosenFeatures:
+def _chosen(chosen: Chosen, request: ValidRequest, job: int) -> run_pb2.ChosenFeatures:
     def scored(features: Sequence[ScoredFeature]) -> list[run_pb2.ScoredFeature]:
         return [
             run_pb2.ScoredFeature(feature=steering_pb2.FeatureRef(sae=f.sae, index=f.index), score=f.score)
@@ -155,7 +159,9 @@ def _chosen(chosen: Chosen, seed: int) -> run_pb2.ChosenFeatures:
         ]
 
     given, taken = scored(chosen.given), scored(chosen.taken)
-    return run_pb2.ChosenFeatures(seed=seed, edit=chosen.edit, given=given, taken=taken)
+    return run_pb2.ChosenFeatures(
+        seed=request.jobs[job].seed, prompt_index=request.prompt_index(job), edit=chosen.edit, given=given, taken=taken
+    )
 
 
 def _loras(info: EngineInfo) -> list[run_pb2.Lora]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,7 +19,7 @@ _SEED_BITS: Final = 32
 def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: EngineInfo) -> list[run_pb2.Warning]:
     """What the caller of these jobs should know."""
     found = {
-        "PROMPT_CUT": _prompt_cut(results, info),
+        "PROMPT_CUT": _prompt_cut(jobs, results, info),
         "SEEDS_COLLIDE": _seeds_collide([job.seed for job in jobs]),
         "NO_EFFECT": _no_effect(jobs[0].edits),
         "LATE_START": late_start(info, {job.steps for job in jobs if not (job.timesteps or job.skipped)}),
@@ -27,11 +28,16 @@ def warnings(jobs: Sequence[Job], results: Sequence[Result | None], info: Engine
     return [run_pb2.Warning(code=code, message=message) for code, message in found.items() if message is not None]
 
 
-def _prompt_cut(results: Sequence[Result | None], info: EngineInfo) -> str | None:
-    cut = max((result.tokens_cut for result in results if result is not None), default=0)
-    if not cut:
+def _prompt_cut(jobs: Sequence[Job], results: Sequence[Result | None], info: EngineInfo) -> str | None:
+    """Of the longest prompt, which is named where there are others."""
+    worst = max(
+        (result for result in results if result is not None), key=lambda result: result.tokens_cut, default=None
+    )
+    if worst is None or not worst.tokens_cut:
         return None
-    return f"the prompt's last {cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+    one = len({job.prompt for job in jobs}) == 1
+    which = "the prompt's" if one else f"of {textwrap.shorten(jobs[worst.job].prompt, 60)!r} the"
+    return f"{which} last {worst.tokens_cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
 
 
 def _no_guidance(jobs: Sequence[Job], info: EngineInfo) -> str | None:

@@ -60,6 +60,15 @@ async def test_a_bad_item_is_an_answer_and_the_stream_goes_on(fake):
     assert (answers[2].error.reason, answers[2].error.code) == ("NON_FINITE", grpc.StatusCode.INTERNAL.value[0])
 
 
+async def test_several_prompts_of_an_item_are_counted_as_so_many_runs(fake):
+    item = an_item(0, seeds=[1, 2], more_prompts=["a", "b"])
+    assert bulk._lanes(item) == 6
+    async with serve(fake) as running:
+        (answer,) = [answer async for answer in running.features.ExtractFeaturesBatch(iter([item]))]
+    told = [(one.prompt_index, one.seed) for one in answer.response.extractions]
+    assert told == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)]
+
+
 async def test_others_share_the_batches_and_find_half_of_the_queue_free(fake):
     fake.gate.clear()
     async with serve(fake, max_batch=4, max_queue=64) as running:

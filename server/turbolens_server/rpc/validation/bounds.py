@@ -20,6 +20,7 @@ def check_bounds(checks: Checks, field: str, run: run_pb2.Run) -> None:
     limits = checks.limits
     lists: tuple[tuple[str, Sequence[Any], int], ...] = (
         ("seeds", run.seeds, limits.max_seeds),
+        ("more_prompts", run.more_prompts, limits.max_seeds - 1),
         ("edits", run.edits, limits.max_edits),
         ("regions", run.regions, limits.max_regions),
         ("sampling.timesteps", run.sampling.timesteps, checks.info.max_steps),

@@ -18,6 +18,7 @@ from turbolens_server.rpc.validation.regions import check_regions
 from turbolens_server.rpc.validation.runs import (
     Beside,
     check_lanes,
+    check_prompts,
     check_references,
     check_sampling,
     check_seeds,
@@ -36,12 +37,17 @@ class ValidRequest:
     run: run_pb2.Run
     """As received, with its seeds and every default filled in."""
     jobs: tuple[Job, ...]
+    """One for each prompt and seed, prompt by prompt."""
     selection: Selection | None
     saes: frozenset[str]
     """SAEs that take part, in what comes back or in edits."""
     image_format: run_pb2.ImageFormat.ValueType = run_pb2.IMAGE_FORMAT_PNG
     image_quality: int = 90
     return_latents: bool = False
+
+    def prompt_index(self, job: int) -> int:
+        """Which of the run's prompts a job hears."""
+        return job // len(self.run.seeds)
 
 
 def validate_generate(request: GenerateLike, info: EngineInfo, limits: RequestLimits) -> ValidRequest:
@@ -105,6 +111,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     steps, skipped, height, width, timesteps, guidance = sampled
     check_taken(checks, "run.source", run.source, steps + skipped)
     seeds = check_seeds(checks, "run.seeds", run.seeds)
+    prompts = check_prompts(checks, run, source.prompt, len(seeds))
     read = {edit.reference for edit in run.edits}
     references = check_references(checks, "run.references", run.references, read, sampled)
     reads, edited = not picture or run.HasField("features"), saes_edited(run.edits, checks.info)
@@ -116,14 +123,18 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
         checks, masks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
     ).edits("run.edits", run.edits)
     selection = check_selection(checks, "run.features", run.features, steps) if reads else None
-    own = {OWN: Beside(source, None)} if any(map(chooses, run.edits)) else {}
+    choosing = any(map(chooses, run.edits))
+
+    def own(prompt: str) -> dict[str, Beside]:
+        return {OWN: Beside(source._replace(prompt=prompt), None)} if choosing else {}
+
     lanes_field = "run.sampling.guidance_scale" if guidance else "run.references"
-    check_lanes(checks, lanes_field, len(references) + len(own), guidance)
+    check_lanes(checks, lanes_field, len(references) + choosing, guidance)
     used = edited | set(selection.saes if selection else ())
     check_steps_of(checks, "run.sampling.steps", used, steps)
     jobs = tuple(
         Job(
-            prompt=source.prompt,
+            prompt=prompt,
             start=source.start,
             seed=seed,
             steps=steps,
@@ -134,7 +145,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             edits=edits,
             references=tuple(
                 Reference(name, beside.prompt, seed if other is None else other, beside.start)
-                for name, (beside, other) in (references | own).items()
+                for name, (beside, other) in (references | own(prompt)).items()
             ),
             saes=selection.saes if selection else (),
             sae_options=sae_options,
@@ -143,6 +154,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             guidance=guidance,
             regions=regions,
         )
+        for prompt in prompts
         for seed in seeds
     )
     filled = run_pb2.Run()

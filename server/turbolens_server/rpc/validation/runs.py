@@ -116,6 +116,16 @@ def check_seeds(checks: Checks, field: str, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or [secrets.randbelow(2**31)]
 
 
+def check_prompts(checks: Checks, run: run_pb2.Run, first: str, seeds: int) -> list[str]:
+    """The prompts, each heard at as many seeds, of which `first` is the source's."""
+    more = [check_prompt(checks, f"run.more_prompts[{i}]", text) for i, text in enumerate(run.more_prompts)]
+    pictures, most = (1 + len(more)) * seeds, checks.limits.max_seeds
+    if pictures > most:
+        shown = f"{1 + len(more)} prompts at {seeds} seed{'s'[: seeds > 1]}, {pictures} pictures"
+        checks.bad("run.more_prompts", shown, f"at most {most} are allowed")
+    return [first, *more]
+
+
 class Beside(NamedTuple):
     """A reference of a run."""
 
