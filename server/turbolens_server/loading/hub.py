@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
-from turbolens_server.loading.places import EMBEDDED, local
+from turbolens_server.loading.places import EMBEDDED, EMBEDDED_SAES, local
 
 _SDXL: Final = "stabilityai/stable-diffusion-xl-base-1.0"
 _SETTINGS: Final = ("*.json", "*.txt", "*.model")
@@ -34,9 +34,9 @@ def embedded_model() -> Path:
     return Path(str(files("turbolens_server.models").joinpath("mini")))
 
 
-def embedded_saes() -> Path:
-    """Folder of the embedded model's SAE bundles."""
-    return Path(str(files("turbolens_server.models").joinpath("mini-saes")))
+def embedded_saes(name: str = EMBEDDED_SAES[0]) -> Path:
+    """Folder of SAE bundles that ship with the embedded model."""
+    return Path(str(files("turbolens_server.models").joinpath(name)))
 
 
 def model_folder(model: str, variant: str | None = None) -> Path:
@@ -103,7 +103,7 @@ def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> 
     Raises:
         LoadError: it is neither.
     """
-    path = local(name, flag)
+    path = embedded_saes(name) if flag == "--sae" and name in EMBEDDED_SAES else local(name, flag)
     if path is not None:
         if not path.is_dir():
             raise LoadError(f"{flag} {name}: is a file, and neither .safetensors nor a folder")

@@ -13,6 +13,8 @@ from turbolens_server.loading.errors import LoadError
 
 EMBEDDED: Final = "mini"
 """The name of the model that ships with the package."""
+EMBEDDED_SAES: Final = ("mini-saes", "mini-nested", "mini-temporal")
+"""The names of the sets of SAEs that ship beside it; it is served with the first where none is named."""
 RANDOM: Final = "random:"
 """What the name of an architecture with random weights begins with."""
 
@@ -57,6 +59,8 @@ def nowhere(model: str, saes: Iterable[str] = (), more: Iterable[tuple[str, str]
     named = [] if model == EMBEDDED or model.startswith(RANDOM) else [("--model", model)]
     found = []
     for flag, name in (*named, *(("--sae", _path_of(source)) for source in saes), *more):
+        if flag == "--sae" and name in EMBEDDED_SAES:
+            continue
         try:
             local(name, flag)
         except LoadError as error:

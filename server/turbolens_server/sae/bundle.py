@@ -7,7 +7,8 @@ sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d
                              JumpReLU adds threshold [d_sae]. SAELens has no word for `turbolens-matryoshka`,
                              a TopK whose k and width are chosen when it is served, and for `turbolens-temporal`,
                              a TopK over whole runs of `steps` steps (`turbolens_server.sae.temporal`): d_in is
-                             steps * d_model, step by step, and scales [steps] is added
+                             steps * d_model, step by step, scales [steps] is added, and where a step is not
+                             predicted to be as the one before, predictors [steps - 1, d_model, d_model]
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
 features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
 provenance.json              recipe, data, measured quality                              (optional)
@@ -50,6 +51,8 @@ _UNKNOWN_SCALE: Final = 1000.0
 """Of activations. SAEs of SDXL's updates are known with activations of thousands."""
 _MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
 """What an architecture has beside the four tensors of all."""
+_MAY_HAVE: Final = {"turbolens-temporal": ("predictors",)}
+"""What it may have."""
 
 
 class BundleError(ValueError):
@@ -66,6 +69,7 @@ class SaeWeights:
     b_dec: Tensor  # [d_in]
     threshold: Tensor | None = None  # [d_sae], JumpReLU only
     scales: Tensor | None = None  # [T], temporal only: what the change of each step is divided by; d_in is T * d_model
+    predictors: Tensor | None = None  # [T - 1, d_model, d_model], of a temporal: each step from the one before
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without those that are absent."""
@@ -189,7 +193,7 @@ def check_weights(weights: SaeWeights, where: str) -> None:
         "scales": (0 if weights.scales is None else weights.scales.numel(),),
     }
     for name, tensor in weights.tensors().items():
-        if tuple(tensor.shape) != expected[name]:
+        if tuple(tensor.shape) != expected.get(name, tuple(tensor.shape)):
             raise BundleError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
         if not torch.isfinite(tensor).all():
             raise BundleError(f"{where}: {name} holds values that are not finite")
@@ -199,6 +203,9 @@ def check_weights(weights: SaeWeights, where: str) -> None:
             raise BundleError(f"{where}: scales is of {steps} steps, expected at least 2 that divide d_in={d_in}")
         if not (weights.scales > 0).all():
             raise BundleError(f"{where}: scales holds values that are not positive")
+        wanted = (steps - 1, d_in // steps, d_in // steps)
+        if weights.predictors is not None and tuple(weights.predictors.shape) != wanted:
+            raise BundleError(f"{where}: predictors has shape {tuple(weights.predictors.shape)}, expected {wanted}")
 
 
 def save_bundle(
@@ -215,8 +222,9 @@ def save_bundle(
     provenance: dict[str, Any],
     name: str | None = None,
     nesting: Nesting | None = None,
+    half: bool = False,
 ) -> None:
-    """Write a bundle, whole or not at all; `features.parquet` is the catalog's to add.
+    """Write a bundle, whole or not at all; `features.parquet` is the catalog's to add. `half`: weights in float16.
 
     Of an older bundle in the folder, what was known of its features goes unless the weights are the same: a feature of
     other weights must not be served under an old one's label or statistics.
@@ -231,7 +239,7 @@ def save_bundle(
         "architecture": architecture,
         "d_in": d_in,
         "d_sae": d_sae,
-        "dtype": "float32",
+        "dtype": "float16" if half else "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
@@ -256,7 +264,8 @@ def save_bundle(
         config |= {"steps": len(weights.scales)}
     with whole_folder(folder, replace=True) as whole:
         (whole / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
-        (whole / _WEIGHTS_FILE).write_bytes(save({n: t.float().contiguous() for n, t in weights.tensors().items()}))
+        kind = torch.float16 if half else torch.float32
+        (whole / _WEIGHTS_FILE).write_bytes(save({n: t.to(kind).contiguous() for n, t in weights.tensors().items()}))
         (whole / _PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
         if stats is not None:
             (whole / _STATS_FILE).write_bytes(_stats_content(stats))
@@ -340,7 +349,7 @@ def load_bundle(folder: Path) -> Bundle:
     if architecture not in ARCHITECTURES:
         raise BundleError(f"{folder}: architecture {architecture!r}; served are {', '.join(ARCHITECTURES)}")
     names = {"W_enc", "b_enc", "W_dec", "b_dec", *_MORE_TENSORS.get(architecture, ())}
-    if set(tensors) != names:
+    if set(tensors) - {*_MAY_HAVE.get(architecture, ())} != names:
         raise BundleError(f"{folder}: sae_weights.safetensors holds {sorted(tensors)}, expected {sorted(names)}")
     for key, value in _MEANINGS.items():
         if config.get(key, value) != value:

@@ -65,6 +65,7 @@ class Sae:
         self.bias = folded.float().to(device)  # [d_sae]
         self.threshold = None if weights.threshold is None else weights.threshold.to(device)
         self._scales = None if weights.scales is None else weights.scales.to(device)
+        self._predictors = None if weights.predictors is None else weights.predictors.to(device)
 
     def encode(self, x: Tensor, *, k: int | None = None, prefix: int | None = None) -> Codes:
         """Activations of updates x [..., d_in] (any float type); of a temporal SAE, those of all steps side by side.
@@ -91,7 +92,7 @@ class Sae:
         k, d_sae = k or self.bundle.k, prefix or self.bundle.d_sae
         W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
         if self._scales is not None:
-            x = changes(x.float(), self._scales)
+            x = changes(x.float(), self._scales, self._predictors)
         if self._fused:
             return self._encode_fused(x, W_enc, bias, k or d_sae)
         pre = torch.addmm(bias, x.reshape(-1, x.shape[-1]).float(), W_enc)  # [N, d_sae]

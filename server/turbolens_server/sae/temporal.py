@@ -1,11 +1,13 @@
 """What a temporal SAE reads and writes: the updates of all steps of one run at a position, as one vector.
 
-With x_1 ... x_T the updates of the T steps, it encodes what changed since the step before, each step in a unit of its
-own, y_t = (x_t - x_{t-1}) / s_t with x_0 = 0, and decodes the changes, of which an update is the sum so far:
+With x_1 ... x_T the updates of the T steps, it encodes what each step's update is beside what the step before lets
+expect, in a unit of its own, y_t = (x_t - x_{t-1} P_t) / s_t with x_0 = 0, and decodes step upon step:
 
-    z = ReLU(TopK(sum_t W_enc[t] (y_t - b_dec[t]) + b_enc)),   x_t ~ sum_{r <= t} s_r (sum_j z_j W_dec[j, r] + b_dec[r])
+    z = ReLU(TopK(sum_t W_enc[t] (y_t - b_dec[t]) + b_enc))
+    x_t ~ x_{t-1} P_t + s_t (sum_j z_j W_dec[j, t] + b_dec[t])
 
-So z_j stands for one direction a step: at step t, sum_{r <= t} s_r W_dec[j, r].
+P_t is the identity where the bundle has no predictors: then y_t is what changed. So z_j stands for one direction a
+step: v_t = v_{t-1} P_t + s_t W_dec[j, t].
 """
 
 from __future__ import annotations
@@ -49,10 +51,19 @@ def by_step(x: Tensor, steps: int) -> Tensor:
     return at_steps.movedim(-2, 0)
 
 
-def changes(x: Tensor, scales: Tensor) -> Tensor:
-    """The y of updates x, both [..., T * d_model]: what changed since the step before, in units of scales [T]."""
+def changes(x: Tensor, scales: Tensor, predictors: Tensor | None = None) -> Tensor:
+    """The y of updates x, both [..., T * d_model]: what the step before did not let expect, in units of scales [T].
+
+    Args:
+        x: updates of all steps side by side.
+        scales: unit of each step.
+        predictors: [T - 1, d_model, d_model], row vectors from the right; None: as the step before.
+    """
     at_steps: Tensor = x.unflatten(-1, (len(scales), -1))
-    before = functional.pad(at_steps[..., :-1, :], (0, 0, 1, 0))
+    before = at_steps[..., :-1, :]
+    if predictors is not None:
+        before = torch.einsum("...td,tde->...te", before, predictors)
+    before = functional.pad(before, (0, 0, 1, 0))
     return ((at_steps - before) / scales[:, None]).flatten(-2)
 
 
@@ -65,5 +76,12 @@ def directions(weights: SaeWeights) -> tuple[Tensor, Tensor]:
     if weights.scales is None:
         raise ValueError("only a temporal SAE has scales")
     rows = torch.cat([weights.W_dec, weights.b_dec[None]]).unflatten(-1, (len(weights.scales), -1))
-    summed = (rows * weights.scales[:, None]).cumsum(-2).flatten(-2)
+    rows = rows * weights.scales[:, None]
+    if weights.predictors is None:
+        summed = rows.cumsum(-2).flatten(-2)
+    else:
+        steps = [rows[:, 0]]
+        for row, predictor in zip(rows[:, 1:].unbind(1), weights.predictors, strict=True):
+            steps.append(steps[-1] @ predictor + row)
+        summed = torch.stack(steps, 1).flatten(-2)
     return summed[:-1], summed[-1]

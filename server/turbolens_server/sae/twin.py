@@ -47,7 +47,7 @@ def encode_run_dense(bundle: Bundle, updates: Tensor) -> Tensor:
     pre = w.b_enc.repeat(updates.shape[1], 1)
     last = torch.zeros_like(updates[0])
     for step, update in enumerate(updates):
-        changed = (update - last) / scales[step]
+        changed = (update - _expected(bundle, last, step)) / scales[step]
         pre += (changed - b_dec[step]) @ W_enc[step]
         last = update
     values, indices = pre.topk(bundle.k or 0, dim=-1)
@@ -60,7 +60,7 @@ def decode_run_dense(bundle: Bundle, z: Tensor) -> Tensor:
     W_dec, b_dec = w.W_dec.unflatten(1, (len(scales), -1)), w.b_dec.unflatten(0, (len(scales), -1))
     updates, update = [], torch.zeros(len(z), W_dec.shape[2])
     for step, scale in enumerate(scales):
-        update = update + scale * (z @ W_dec[:, step] + b_dec[step])
+        update = _expected(bundle, update, step) + scale * (z @ W_dec[:, step] + b_dec[step])
         updates.append(update)
     return torch.stack(updates)
 
@@ -81,6 +81,14 @@ def steer_run_dense(bundle: Bundle, updates: Tensor, edits: Sequence[Sequence[Re
                 z[0, edit.features] = m * edit.amounts
                 steered[step, position] += (decode_run_dense(bundle, z) - nothing)[step, 0]
     return steered
+
+
+def _expected(bundle: Bundle, last: Tensor, step: int) -> Tensor:
+    """What the update [N, d_model] of the step before lets expect of a step; before the first it is 0."""
+    if step == 0 or bundle.weights.predictors is None:
+        return last
+    return torch.stack([sum(x * row for x, row in zip(one, bundle.weights.predictors[step - 1], strict=True))
+                        for one in last])  # fmt: skip
 
 
 def _scales(bundle: Bundle) -> Tensor:

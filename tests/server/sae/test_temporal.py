@@ -46,6 +46,7 @@ def make_bundle(seed: int, *, d_model: int = D_MODEL, steps: int = STEPS, name: 
         W_dec,
         torch.randn(steps * d_model, generator=g),
         scales=torch.rand(steps, generator=g) + 0.1,
+        predictors=torch.randn(steps - 1, d_model, d_model, generator=g) / d_model**0.5 if seed % 2 else None,
     )
     ones = np.ones(D_SAE, np.float32)
     stats = FeatureStats(2 * ones, 4 * ones, 0.1 * ones, np.array([999, 499]), np.array([3, 5], np.float32))
@@ -169,6 +170,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"steps": 1}, {"scales": torch.ones(1)}, "1 steps, expected at least 2"),
         ({}, {"scales": torch.tensor([1.0, 0.0, 1.0])}, "scales holds values that are not positive"),
         ({}, {"scales": torch.tensor([1.0, torch.nan, 1.0])}, "scales holds values that are not finite"),
+        ({}, {"predictors": torch.zeros(3, 8, 8)}, r"predictors has shape \(3, 8, 8\), expected \(2, 8, 8\)"),
         ({}, {"scales": torch.ones(3, 1)}, r"scales has shape \(3, 1\)"),
         ({}, {"scales": torch.tensor(1.0)}, r"scales has shape \(\)"),
         ({}, {"W_enc": torch.ones(STEPS, D_MODEL, D_SAE)}, r"W_enc has shape \(3, 8, 30\), expected \(d_in, d_sae\)"),

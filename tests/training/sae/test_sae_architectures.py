@@ -216,6 +216,17 @@ def test_training_and_serving_select_the_same(variant: str) -> None:
     assert torch.allclose(twin.dense(active, SMALL.d_sae), encode_dense(bundle, x), rtol=1e-4, atol=1e-3)
 
 
+@given(SEEDS)
+def test_reverse_weights_count_small_levels_most(seed: int) -> None:
+    weights = random_weights(seed)
+    x = torch.randn(5, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for ks, prefixes in (((1, 5), (5, 10)), ((1, 2, 5, 9), ()), ((), (5, 10))):
+        architecture = Matryoshka(3, ks, prefixes, "reverse")
+        loss = architecture.run(weights, x).loss.item()
+        assert loss == pytest.approx(twin.matryoshka_loss(weights, x, 3, ks, prefixes, reverse=True))
+    assert Matryoshka(4, (1, 2, 8), (), "reverse").shares() == pytest.approx([0.2, 0.4, 0.3, 0.1])  # k 4, 1, 2, 8
+
+
 def test_a_matryoshka_is_served_at_any_k_and_every_prefix(tmp_path: Path) -> None:
     sae = Sae(bundled(trained("matryoshka"), tmp_path), CPU)
     x = Source().tokens(10_000, 8)["a"]

@@ -27,8 +27,8 @@ from turbolens_training.activations.temporal import TemporalSource, sample_tempo
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.measures.quality import measure
 from turbolens_training.sae import twin
-from turbolens_training.sae.architectures.temporal import Temporal
-from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.architectures.temporal import RIDGE, Temporal
+from turbolens_training.sae.config import Prediction, SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.trainer import SaeTraining
 
@@ -56,7 +56,10 @@ def random_weights(seed: int) -> SaeWeights:
 
     rows = functional.normalize(draw(D_SAE, STEPS * D_MODEL), dim=1)
     scales = torch.rand(STEPS, generator=g, dtype=torch.float64) + 0.1
-    return SaeWeights(draw(STEPS * D_MODEL, D_SAE), draw(D_SAE), rows, draw(STEPS * D_MODEL), scales=scales)
+    predictors = draw(STEPS - 1, D_MODEL, D_MODEL) / D_MODEL**0.5 if seed % 2 else None
+    return SaeWeights(
+        draw(STEPS * D_MODEL, D_SAE), draw(D_SAE), rows, draw(STEPS * D_MODEL), scales=scales, predictors=predictors
+    )
 
 
 @given(SEEDS, st.integers(1, 9))
@@ -65,6 +68,43 @@ def test_the_loss_is_that_of_the_slow_twin(seed: int, k: int) -> None:
     architecture = Temporal(k, STEPS)
     done = architecture.run(weights, architecture.read(weights, torch.cat([*updates], 1)))
     assert done.loss.item() == pytest.approx(twin.temporal_loss(weights, updates, k))
+
+
+def test_ridge_predictors_are_those_of_the_normal_equations_and_leave_what_they_cannot_expect() -> None:
+    """One step is a matrix of the one before and noise that nothing tells: the matrix is found, the noise is left."""
+    g = torch.Generator().manual_seed(0)
+    first, noise = torch.randn(2, 4000, D_MODEL, generator=g)
+    matrix = torch.randn(D_MODEL, D_MODEL, generator=g)
+    x = torch.cat([first, first @ matrix + 0.01 * noise], 1)
+    x = x - x.mean(0)
+    weights = Temporal(K, 2, "ridge").initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
+    assert weights.predictors is not None
+    (found,) = weights.predictors
+    before, after = x[:, :D_MODEL].double(), x[:, D_MODEL:].double()
+    # The slow twin: one output at a time, by least squares on rows that pull every coefficient to 0.
+    pull = (RIDGE * before.square().sum(0).mean()).sqrt() * torch.eye(D_MODEL, dtype=torch.float64)
+    rows = torch.cat([before, pull])
+    for column in range(D_MODEL):
+        wanted = torch.cat([after[:, column], torch.zeros(D_MODEL, dtype=torch.float64)])
+        slow = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
+        assert torch.allclose(found[:, column].double(), slow, atol=1e-6)
+    assert torch.allclose(found, matrix, atol=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["last", "ridge", "nothing"])
+def test_what_is_read_is_what_each_prediction_leaves(prediction: Prediction) -> None:
+    updates = random_updates(3, 400).float()
+    x = side_by_side(updates - updates.mean(1, keepdim=True))
+    architecture = Temporal(K, STEPS, prediction)
+    weights = architecture.initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
+    assert weights.scales is not None
+    y = by_step(architecture.read(weights, x), STEPS) * weights.scales[:, None, None]
+    steps = by_step(x, STEPS)
+    if prediction == "nothing":
+        assert torch.allclose(y, steps, atol=1e-5)
+    else:
+        assert (y[1:].square().mean((1, 2)) < steps[1:].square().mean((1, 2)) / 10).all()
+    assert not {"scales", "predictors"} & architecture.trainable(weights).keys()
 
 
 def test_the_changes_of_every_step_start_with_unit_variance() -> None:

@@ -12,6 +12,8 @@ from turbolens_training.activations.config import SCENES, DataConfig
 from turbolens_training.settings import counts_below_one, refuse
 
 ArchitectureName = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
+LevelWeights = Literal["uniform", "reverse"]
+Prediction = Literal["last", "ridge", "nothing"]
 ARCHITECTURES: Final[tuple[ArchitectureName, ...]] = get_args(ArchitectureName)
 OF_EXPORT: Final = ("gates", "allow_below_gates", "overwrite", "resume")
 """Settings that decide whether a result is exported, not what it is."""
@@ -23,8 +25,10 @@ OF_THE_MACHINE: Final = (
 OF_ARCHITECTURE: Final = {
     "bandwidth": "jumprelu",
     "l0_coefficient": "jumprelu",
+    "level_weights": "matryoshka",
     "nested_k": "matryoshka",
     "prefixes": "matryoshka",
+    "prediction": "temporal",
     "run_steps": "temporal",
 }
 """Settings that only one architecture has."""
@@ -95,9 +99,15 @@ class SaeConfig(DataConfig):
     prefixes: tuple[int, ...] | None = None
     """Numbers of first features that are an SAE of their own in a `matryoshka`, besides all; left out: a quarter and a
     half of `d_sae`, where they are no smaller than the largest k."""
+    level_weights: LevelWeights = "uniform"
+    """Weight of a `matryoshka`'s levels in its loss. `uniform`: all alike; `reverse`: n, n - 1, ... 1 from the smallest
+    k to the largest, and from the smallest prefix to the whole (arXiv 2502.20578)."""
     run_steps: int = 4
     """Denoising steps of all pictures of a `temporal`, which is served at this number alone; a token is then a
     position's updates at all of them."""
+    prediction: Prediction = "last"
+    """What a `temporal` takes from each step before its features see it: `last`, the step before; `ridge`, what a ridge
+    regression expects of the step before (arXiv 2605.27813); `nothing`: the steps are side by side as they are."""
     bandwidth: float = 0.5
     """Width of the kernel by which a `jumprelu` estimates the gradient of its thresholds, on normalised updates."""
     l0_coefficient: float = 1.0
@@ -132,6 +142,8 @@ class SaeConfig(DataConfig):
     board: Literal["tensorboard", "wandb"] | None = None
     """Show the run's log on TensorBoard (event files in --work/board) or Weights & Biases too, by their own libraries,
     which `pip install tensorboard` or `pip install wandb` brings."""
+    half: bool = False
+    """Write the bundles' weights as float16, half as large; quality is measured on what is written."""
     gates: Gates = dataclasses.field(default_factory=Gates)
     """What an SAE must reach to be exported."""
     allow_below_gates: bool = False

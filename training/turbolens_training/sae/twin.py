@@ -84,13 +84,24 @@ def auxk_loss(dead_pre: Tensor, target: Tensor, dead_rows: Tensor, k_aux: int) -
     return float((left**2).sum() / (target**2).sum())
 
 
-def matryoshka_loss(weights: SaeWeights, x: Tensor, k: int, ks: Sequence[int], prefixes: Sequence[int]) -> float:
-    """Mean FVU of the whole dictionary at k and at each of `ks`, and of every prefix as an SAE of its own at k."""
+def matryoshka_loss(
+    weights: SaeWeights, x: Tensor, k: int, ks: Sequence[int], prefixes: Sequence[int], reverse: bool = False
+) -> float:
+    """Mean FVU of the whole dictionary at k and at each of `ks`, and of every prefix as an SAE of its own at k.
+
+    `reverse`: the smallest of n k counts n times, the next n - 1 times, ...; so do prefixes, the whole being the last.
+    """
     pre = pre_activations(weights, x)
-    losses = [fvu(x, top_k(pre, each) @ weights.W_dec + weights.b_dec) for each in (k, *ks)]
-    for width in prefixes:
-        losses.append(fvu(x, top_k(pre[:, :width], k) @ weights.W_dec[:width] + weights.b_dec))
-    return sum(losses) / len(losses)
+    total = count = 0.0
+    for place, each in enumerate(sorted((k, *ks))):
+        weight = 1 + len(ks) - place if reverse else 1
+        total += weight * fvu(x, top_k(pre, each) @ weights.W_dec + weights.b_dec)
+        count += weight
+    for place, width in enumerate(sorted(prefixes)):
+        weight = 1 + len(prefixes) - place if reverse else 1
+        total += weight * fvu(x, top_k(pre[:, :width], k) @ weights.W_dec[:width] + weights.b_dec)
+        count += weight
+    return total / count
 
 
 def temporal_loss(weights: SaeWeights, updates: Tensor, k: int) -> float:
@@ -98,6 +109,9 @@ def temporal_loss(weights: SaeWeights, updates: Tensor, k: int) -> float:
     assert weights.scales is not None
     changes = [updates[0] / weights.scales[0]]
     for step in range(1, len(updates)):
-        changes.append((updates[step] - updates[step - 1]) / weights.scales[step])
+        expected = updates[step - 1]
+        if weights.predictors is not None:
+            expected = expected @ weights.predictors[step - 1]
+        changes.append((updates[step] - expected) / weights.scales[step])
     y = torch.cat(changes, 1)
     return fvu(y, top_k(pre_activations(weights, y), k) @ weights.W_dec + weights.b_dec)

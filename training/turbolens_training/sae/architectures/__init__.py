@@ -21,6 +21,6 @@ def build_architecture(config: SaeConfig) -> SaeArchitecture:
         case "jumprelu":
             return JumpReLU(config.k, config.bandwidth, config.l0_coefficient)
         case "matryoshka":
-            return Matryoshka(config.k, config.nested_k, config.matryoshka_prefixes)
+            return Matryoshka(config.k, config.nested_k, config.matryoshka_prefixes, config.level_weights)
         case "temporal":
-            return Temporal(config.k, config.run_steps)
+            return Temporal(config.k, config.run_steps, config.prediction)

@@ -1,8 +1,9 @@
-"""Temporal: features of what changes from one denoising step to the next, over a whole run of a fixed length."""
+"""Temporal: features of what each denoising step does beyond what the one before tells, over runs of a fixed length."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 from torch import Generator, Tensor
@@ -11,6 +12,10 @@ from turbolens_server.sae.bundle import SaeWeights
 from turbolens_server.sae.temporal import changes
 from turbolens_training.sae.architectures.base import Export
 from turbolens_training.sae.architectures.topk import TopK
+from turbolens_training.sae.config import Prediction
+
+RIDGE: Final = 1e-3
+"""Of the ridge regressions, as a share of the mean variance of what they predict from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +29,40 @@ class Temporal(TopK):
 
     steps: int
     """T, of a run; tokens are the updates of its steps side by side, [N, T * d_model]."""
+    prediction: Prediction = "last"
 
     def initial_weights(self, tokens: Tensor, d_sae: int, generator: Generator) -> SaeWeights:
         ones = torch.ones(self.steps, device=tokens.device)
-        squares = changes(tokens, ones).double().square().mean(0).unflatten(0, (self.steps, -1)).mean(1)
+        predictors = self._predictors(tokens)
+        left = changes(tokens, ones, predictors)
+        squares = left.double().square().mean(0).unflatten(0, (self.steps, -1)).mean(1)
         scales = torch.where(squares > 0, squares.sqrt(), 1.0).float()
-        return dataclasses.replace(
-            super().initial_weights(changes(tokens, scales), d_sae, generator), scales=scales.detach()
-        )
+        weights = super().initial_weights(changes(tokens, scales, predictors), d_sae, generator)
+        return dataclasses.replace(weights, scales=scales.detach(), predictors=predictors)
+
+    def _predictors(self, tokens: Tensor) -> Tensor | None:
+        """Each step's predictor from the step before, [T - 1, d_model, d_model]; None: the identity."""
+        if self.prediction == "last":
+            return None
+        at_steps = tokens.unflatten(1, (self.steps, -1)).double()  # centred: a step needs no offset
+        pairs = zip(at_steps[:, :-1].unbind(1), at_steps[:, 1:].unbind(1), strict=True)
+        found = torch.stack([ridge(before, after) for before, after in pairs]).float()
+        return found if self.prediction == "ridge" else torch.zeros_like(found)
 
     def trainable(self, weights: SaeWeights) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in weights.tensors().items() if name != "scales"}
+        return {name: tensor for name, tensor in weights.tensors().items() if name not in ("scales", "predictors")}
 
     def read(self, weights: SaeWeights, x: Tensor) -> Tensor:
         if weights.scales is None:
             raise ValueError("a temporal SAE has scales")
-        return changes(x, weights.scales)
+        return changes(x, weights.scales, weights.predictors)
 
     def export(self, weights: SaeWeights) -> Export:
         return Export("turbolens-temporal", self.k, weights)
+
+
+def ridge(x: Tensor, y: Tensor) -> Tensor:
+    """The matrix P [d, e] of least |y - x P|² + n λ |P|², for x [n, d] and y [n, e], both centred, float64."""
+    gram = x.T @ x
+    shrinkage = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(gram + shrinkage, x.T @ y)

@@ -65,6 +65,7 @@ def write_bundles(
             nesting=export.nesting,
             stats=None if stats is None else stats[point.name],
             provenance=provenance,
+            half=run.config.half,
         )
 
 
