@@ -16,6 +16,7 @@ from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 from turbolens_server.unet.fused import FusedBlocks
+from turbolens_server.unet.points import module_of
 from turbolens_server.unet.torch_unet import TorchUNet
 
 PIXELS = 2  # of 255
@@ -116,23 +117,25 @@ def test_a_request_does_not_depend_on_its_batch_mates(pair):
 
 
 def test_an_attention_layer_is_exported_read_and_steered(small_model, tmp_path, graph_cache):
-    """In one graph with the block that it lies in."""
-    (folder, saes), block, at = small_model, "up.0.1", "up.0.1.attn2.0"
+    """And its z: in one graph with the block that they lie in."""
+    (folder, saes), block, at, z = small_model, "up.0.1", "up.0.1.attn2.0", "up.0.1.attn2.0.z"
     W_dec = torch.nn.functional.normalize(torch.randn(96, 64, generator=torch.Generator().manual_seed(5)), dim=-1)
-    save_bundle(
-        tmp_path / at, hook_point=at, hook_module="up_blocks.0.attentions.1.transformer_blocks.0.attn2",
-        model_name="small", model_hash=hash_unet(folder), architecture="topk", k=6,
-        weights=SaeWeights(W_dec.T.contiguous(), torch.zeros(96), W_dec, torch.zeros(64)), stats=None, provenance={},
-    )  # fmt: skip
+    for point in (at, z):
+        save_bundle(
+            tmp_path / point, hook_point=point, hook_module=module_of(point),
+            model_name="small", model_hash=hash_unet(folder), architecture="topk", k=6,
+            weights=SaeWeights(W_dec.T.contiguous(), torch.zeros(96), W_dec, torch.zeros(64)),
+            stats=None, provenance={},
+        )  # fmt: skip
     model = {"model": str(folder), "saes": [str(tmp_path), str(saes / block)]}
     torch_engine, onnx_engine = load_engine(**model), load_engine(**model, backend="onnx", cache=graph_cache)
     size = torch_engine.info.default_size
     add = Edit("add", (WeightedFeature(at, 3),), 40.0, Unit.RAW, mask=LEFT)
     ablate = Edit("scale", tuple(WeightedFeature(at, index) for index in range(90)), 0.0, Unit.RAW)
     after = Edit("add", (WeightedFeature(block, 3),), -4.0, Unit.RAW)
-    jobs = [
-        Job("a star", 7, 2, *size, edits=edits, saes=(at, block)) for edits in ((), (add,), (ablate,), (add, after))
-    ]
+    at_z = Edit("scale", tuple(WeightedFeature(z, index) for index in range(90)), -9.0, Unit.RAW, mask=LEFT)
+    lists = ((), (add,), (ablate,), (add, after), (at_z,), (at_z, ablate))
+    jobs = [Job("a star", 7, 2, *size, edits=edits, saes=(at, block, z)) for edits in lists]
     plain, *steered = expected = torch_engine.run(jobs)
     for a, b in zip(expected, onnx_engine.run(jobs), strict=True):
         assert_alike(a, b)

@@ -1,7 +1,9 @@
 """Attention layers as hook points: what `attn1` or `attn2` of a transformer layer adds to its input.
 
 `up.0.1.attn2.3` is the cross-attention of layer 3 in block `up.0.1`: the layer's output after its output projection,
-before the residual add. As with blocks, the walk calls the modules that diffusers' own forward calls, in its order.
+before the residual add. `up.0.1.attn2.3.z` is what goes into that projection, where Kissane et al. put their SAEs
+(arXiv 2406.17759): what is added there reaches the output through W_O, which is linear. As with blocks, the walk calls
+the modules that diffusers' own forward calls, in its order; where z is tapped, those that its processor calls.
 """
 
 from __future__ import annotations
@@ -10,13 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
+from torch.nn import functional as F
 
-from turbolens_server.unet.points import ATTENTIONS, HookPoint, attention_name, module_of
+from turbolens_server.unet.points import ATTENTIONS, HookPoint, attention_name, module_of, z_name
+
+Tap = Callable[[str, Tensor], Tensor]
+"""(hook point, update [B, P, width]) -> the update to add instead."""
 
 
 def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
-    """The blocks of `find_hook_points` and the attention layers in each, in order of execution."""
+    """The blocks of `find_hook_points`, the attention layers in each and their z, in order of execution."""
     found = {}
     for name, block in blocks.items():
         transformer = unet.get_submodule(block.module)
@@ -24,14 +31,18 @@ def with_attention_points(unet: UNet2DConditionModel, blocks: Mapping[str, HookP
         for i, layer in enumerate(transformer.transformer_blocks):
             for kind in ATTENTIONS if is_known(layer) else ():
                 point = attention_name(name, kind, i)
+                if is_open(getattr(layer, kind)):
+                    z = z_name(point)
+                    found[z] = HookPoint(z, module_of(z), width, block.downscale)
                 found[point] = HookPoint(point, module_of(point), width, block.downscale)
         found[name] = block
     return found
 
 
 def is_tapped(name: str, number: int, at: frozenset[str]) -> bool:
-    """Whether an attention layer of transformer layer `number` in block `name` is among the hook points `at`."""
-    return not at.isdisjoint(attention_name(name, kind, number) for kind in ATTENTIONS)
+    """Whether an attention layer of transformer layer `number` in block `name`, or within one, is among `at`."""
+    layers = tuple(attention_name(name, kind, number) for kind in ATTENTIONS)
+    return any(point in layers or point.rpartition(".")[0] in layers for point in at)
 
 
 def run_layer(
@@ -41,7 +52,7 @@ def run_layer(
     tokens: Tensor,
     text: Tensor,
     bias: Tensor | None,
-    tap: Callable[[str, Tensor], Tensor],
+    tap: Tap,
     at: frozenset[str],
 ) -> Tensor:
     """One transformer layer of a block.
@@ -64,11 +75,50 @@ def run_layer(
         return whole
     parts = ((layer.attn1, layer.norm1, None, None), (layer.attn2, layer.norm2, text, bias))
     for kind, (attention, norm, context, added) in zip(ATTENTIONS, parts, strict=True):
-        update = attention(norm(tokens), encoder_hidden_states=context, attention_mask=added)
         point = attention_name(name, kind, number)
+        update = _attend(point, attention, norm(tokens), context, added, tap, at)
         tokens = (tap(point, update) if point in at else update) + tokens
     fed: Tensor = layer.ff(layer.norm3(tokens)) + tokens
     return fed
+
+
+def _attend(
+    point: str,
+    attention: Any,
+    tokens: Tensor,
+    context: Tensor | None,
+    bias: Tensor | None,
+    tap: Tap,
+    at: frozenset[str],
+) -> Tensor:
+    """An attention layer's update; `context` is what it attends to, None for the tokens themselves."""
+    if z_name(point) not in at:
+        whole: Tensor = attention(tokens, encoder_hidden_states=context, attention_mask=bias)
+        return whole
+    heard = tokens if context is None else context
+    query, key, value = (
+        part.view(len(part), part.shape[1], attention.heads, -1).transpose(1, 2)
+        for part in (attention.to_q(tokens), attention.to_k(heard), attention.to_v(heard))
+    )
+    if bias is not None:
+        bias = attention.prepare_attention_mask(bias, heard.shape[1], len(heard))
+        bias = bias.view(len(heard), attention.heads, -1, bias.shape[-1])
+    z = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    projection, dropout = attention.to_out
+    update: Tensor = dropout(projection(tap(z_name(point), z.to(query.dtype))))
+    return update
+
+
+def is_open(attention: Any) -> bool:
+    """Whether an attention's forward is what is written here."""
+    return (
+        type(attention.processor) is AttnProcessor2_0
+        and all(getattr(attention, part) is None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k"))
+        and not attention.norm_cross
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and len(attention.to_out) == 2
+    )
 
 
 def is_known(layer: Any) -> bool:

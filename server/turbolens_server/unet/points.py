@@ -1,7 +1,8 @@
 """Hook points, and the one grammar of their names. Commands import this before torch.
 
 A name is a transformer block, `down.2.1`, `mid.0`, `up.0.1`, or an attention layer in one: `up.0.1.attn2.3` is the
-cross-attention of transformer layer 3 in block `up.0.1`. Each stands for a module of the `diffusers` U-Net.
+cross-attention of transformer layer 3 in block `up.0.1`. Each stands for a module of the `diffusers` U-Net. And
+`up.0.1.attn2.3.z` is what goes into that layer's output projection: the outputs of its heads, side by side.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ DEFAULT_HOOK_POINTS: Final = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 
 _MODULE: Final = re.compile(
     r"(?:(?P<side>down|up)_blocks[._](?P<i>\d+)[._]attentions[._](?P<j>\d+)|mid_block[._]attentions[._](?P<mid>\d+))"
-    r"(?:[._]transformer_blocks[._](?P<layer>\d+)[._](?P<attention>attn[12]))?"
+    r"(?:[._]transformer_blocks[._](?P<layer>\d+)[._](?P<attention>attn[12])"
+    r"(?P<z>[._](?:hook_)?z(?![A-Za-z0-9]))?)?"
 )
 _NAME: Final = re.compile(
-    r"(?:(?P<side>down|up)\.(?P<i>\d+)\.(?P<j>\d+)|mid\.(?P<mid>\d+))(?:\.(?P<attention>attn[12])\.(?P<layer>\d+))?"
+    r"(?:(?P<side>down|up)\.(?P<i>\d+)\.(?P<j>\d+)|mid\.(?P<mid>\d+))"
+    r"(?:\.(?P<attention>attn[12])\.(?P<layer>\d+)(?P<z>\.z)?)?"
 )
 
 
@@ -54,6 +57,11 @@ def attention_name(block: str, attention: Attention, layer: int) -> str:
     return f"{block}.{attention}.{layer}"
 
 
+def z_name(layer: str) -> str:
+    """The name of an attention layer's z."""
+    return f"{layer}.z"
+
+
 def is_point(text: str) -> bool:
     """Whether a text is the name of a hook point; a model need not have it."""
     return _NAME.fullmatch(text) is not None
@@ -65,8 +73,18 @@ def block_of(point: str) -> str:
 
 
 def is_attention(point: str) -> bool:
-    """Whether a hook point is an attention layer within a block."""
+    """Whether a hook point is an attention layer within a block, or in one."""
     return block_of(point) != point
+
+
+def is_z(point: str) -> bool:
+    """Whether a hook point is what goes into the output projection of an attention layer."""
+    return point.endswith(".z")
+
+
+def layer_of(point: str) -> str:
+    """The attention layer that a z is of: "up.0.1.attn2.3.z" -> "up.0.1.attn2.3"."""
+    return point.removesuffix(".z")
 
 
 def find_point(text: str) -> str | None:
@@ -85,7 +103,7 @@ def point_of_folder(folder: Path) -> str | None:
 
 
 def module_of(point: str) -> str:
-    """ "down.2.1" -> "down_blocks.2.attentions.1".
+    """ "down.2.1" -> "down_blocks.2.attentions.1". A z is no module's output: it is called "z" in that of its layer.
 
     Raises:
         ValueError: it is no name of a hook point.
@@ -93,20 +111,25 @@ def module_of(point: str) -> str:
     parsed = _NAME.fullmatch(point)
     if parsed is None:
         raise ValueError(f"{point!r} is no block; names look like down.2.1, mid.0 or up.0.1")
-    side, i, j, mid, attention, layer = parsed.group("side", "i", "j", "mid", "attention", "layer")
+    side, i, j, mid, attention, layer, z = parsed.group("side", "i", "j", "mid", "attention", "layer", "z")
     module = f"mid_block.attentions.{mid}" if mid else f"{side}_blocks.{i}.attentions.{j}"
-    return f"{module}.transformer_blocks.{layer}.{attention}" if attention else module
+    return f"{module}.transformer_blocks.{layer}.{attention}{z or ''}" if attention else module
 
 
 def list_points(points: Iterable[str]) -> str:
     """The hook points for a message: a large U-Net has hundreds of attention layers."""
     names = list(points)
     blocks = [name for name in names if not is_attention(name)]
-    layers = [name for name in names if is_attention(name)]
-    return ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
+    layers = [name for name in names if is_attention(name) and not is_z(name)]
+    inner = [name for name in names if is_z(name)]
+    shown = ", ".join(blocks) + (f", and attention layers from {layers[0]} to {layers[-1]}" if layers else "")
+    return shown + (f", and z of layers, as {inner[-1]}" if inner else "")
 
 
 def _name(parsed: re.Match[str]) -> str:
-    side, i, j, mid, attention, layer = parsed.group("side", "i", "j", "mid", "attention", "layer")
+    side, i, j, mid, attention, layer, z = parsed.group("side", "i", "j", "mid", "attention", "layer", "z")
     block = f"mid.{mid}" if mid else f"{side}.{i}.{j}"
-    return f"{block}.{attention}.{layer}" if attention else block
+    if not attention:
+        return block
+    name = attention_name(block, attention, int(layer))
+    return z_name(name) if z else name

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from turbolens_server.engine.engine import Engine
@@ -19,7 +20,7 @@ from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.fused import FusedBlocks
-from turbolens_server.unet.points import block_of, list_points
+from turbolens_server.unet.points import block_of, is_z, list_points
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
 from turbolens_server.unet.torch_unet import TorchUNet
 from turbolens_training.activations.stream import collect_updates
@@ -52,8 +53,8 @@ def test_every_layer_gives_what_the_module_gives_and_changes_no_bit(either: Engi
     expected: dict[str, Tensor] = {}
     layers = [point for name, point in points.items() if name != block_of(name)]
     hooks = [
-        unet.get_submodule(point.module).register_forward_hook(
-            lambda _, __, output, name=point.name: expected.__setitem__(name, output)
+        unet.get_submodule(f"{point.module.removesuffix('.z')}.to_out.0").register_forward_hook(
+            lambda _, given, output, name=point.name: expected.__setitem__(name, given[0] if is_z(name) else output)
         )
         for point in layers
     ]
@@ -78,6 +79,7 @@ def test_every_layer_gives_what_the_module_gives_and_changes_no_bit(either: Engi
     assert torch.equal(prediction, tapped_forward(unet, *args, tap=tap, at=frozenset(points)))
     assert seen == list(points), "the order of the points is the order of execution"
     assert len(expected) == len(layers) > 0
+    assert sum(map(is_z, expected)) == len(layers) / 2
 
 
 @torch.inference_mode()
@@ -102,11 +104,67 @@ def test_steering_one_layer_reaches_the_picture_and_no_earlier_point(tiny_engine
     assert changed == points[points.index(at) + 1 :]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("at", ["mid.0.attn2.0.z", "up.0.0.attn1.0.z"])
+def test_what_is_added_at_z_reaches_the_layers_output_through_its_projection(tiny_engine: Engine, at: str) -> None:
+    """x' = x + Δ there is o' = o + W_O Δ behind it, and nothing else, for the rows that are steered alone."""
+    args, layer = arguments(tiny_engine), at.removesuffix(".z")
+    point = points_of(tiny_engine)[layer]
+    projection = tiny_engine.components.unet.get_submodule(f"{point.module}.to_out.0")
+    delta = torch.randn(point.d_model, generator=torch.Generator().manual_seed(1))
+
+    def run(change: Tensor) -> tuple[Tensor, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def tap(name: str, update: Tensor, _: tuple[int, int]) -> Tensor:
+            seen[name] = update
+            return update + torch.stack([0 * change, change])[:, None] if name == at else update
+
+        prediction = tapped_forward(tiny_engine.components.unet, *args, tap=tap, at=frozenset([at, layer]))
+        assert prediction is not None
+        return prediction, seen[layer]
+
+    (plain, before), (steered, after) = run(0 * delta), run(delta)
+    torch.testing.assert_close(
+        after[1] - before[1], (projection.weight @ delta).expand_as(before[1]), atol=2e-5, rtol=0
+    )
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(plain[0], steered[0])
+    assert not torch.equal(plain[1], steered[1])
+
+
+@torch.inference_mode()
+def test_regions_are_heard_the_same_where_z_is_tapped(tiny_engine: Engine) -> None:
+    sample, timestep, heard = arguments(tiny_engine)
+    unet, points = tiny_engine.components.unet, points_of(tiny_engine)
+    grids = {point.grid(*(edge * tiny_engine.components.vae_downscale for edge in sample.shape[2:])) for point in
+             points.values()}  # fmt: skip
+    g = torch.Generator().manual_seed(2)
+    bias = {grid: torch.randn(2, grid[0] * grid[1], 7, generator=g) for grid in grids}
+    conditions = Conditions(heard.hidden, heard.pooled, heard.time_ids, bias=bias)
+    at = frozenset(filter(is_z, points))
+    assert torch.equal(
+        tapped_forward(unet, sample, timestep, conditions, tap=lambda _, x, __: x, at=at),
+        tapped_forward(unet, sample, timestep, conditions),
+    )
+
+
+def test_an_attention_of_another_kind_has_no_z(tiny_engine: Engine) -> None:
+    unet = copy.deepcopy(tiny_engine.components.unet)
+    layer = unet.mid_block.attentions[0].transformer_blocks[0]
+    layer.attn1.norm_q, layer.attn2.processor = torch.nn.LayerNorm(4), AttnProcessor()
+    points = with_attention_points(unet, find_hook_points(unet, 8))
+    assert "up.0.0.attn1.0.z" in points
+    assert "mid.0.attn1.0" in points
+    assert not {"mid.0.attn1.0.z", "mid.0.attn2.0.z"} & {*points}
+
+
+@pytest.mark.parametrize("at", ["up.0.0.attn2.0", "up.0.0.attn2.0.z"])
 def test_training_collects_and_the_server_reads_and_steers_there(
-    small_model: tuple[Path, Path], tmp_path: Path
+    small_model: tuple[Path, Path], tmp_path: Path, at: str
 ) -> None:
     """On PyTorch as it is, and compiled."""
-    at, model = "up.0.0.attn2.0", str(small_model[0])
+    model = str(small_model[0])
     collecting = load_engine(model=model, saes=[], hook_points=[at, "mid.0"])
     assert [point.name for point in collecting.info.hook_points] == ["mid.0", at]
     updates = collect_updates(collecting, ["a star", "b"], [1, 2], 2)
