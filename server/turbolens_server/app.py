@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
-from turbolens_server.config import ConfigError, ServerConfig, read_config
+from turbolens_server.config import ConfigError, ServerConfig, checked, given_settings
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.places import problems
 from turbolens_server.logs import configure_logging, get_logger, through_ours
@@ -19,19 +20,20 @@ from turbolens_server.telemetry import send_traces
 def main(argv: list[str]) -> None:
     """Entry point: serve until told to stop.
 
-    A setting that cannot be is one line and exit code 2. A start that fails is a line for each reason that can be seen
-    before anything is loaded, or else one, and exit code 1; so is a GPU that is lost, for whoever watches the process
-    to start another.
+    What can be seen to be wrong before anything is loaded is told together, a line for each. Settings that cannot be
+    are exit code 2; a start that fails is 1, and so is a GPU that is lost, for whoever watches the process to start
+    another.
     """
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, _end_at_once)  # until there is something to finish
     try:
-        config = read_config(argv)
+        given = given_settings(argv)
     except ConfigError as error:
-        print(f"turbolens serve: {error}", file=sys.stderr)
-        sys.exit(2)
-    if wrong := problems(config):
-        sys.exit("\n".join(f"turbolens serve: {line}" for line in wrong))
+        _refuse(2, error.args)
+    wrong, elsewhere = list(given.problems()), problems(given)
+    if wrong or elsewhere:
+        _refuse(2 if wrong else 1, [*wrong, *elsewhere])
+    config = checked(given)
     configure_logging(config.log_format, config.log_level)
     last_spans = _send_traces() if config.traces else None
     # Imported late: a command's help and a mistyped setting must not wait for torch.
@@ -48,6 +50,11 @@ def main(argv: list[str]) -> None:
         # crash or hang in native code. Nothing needs saving.
         logging.shutdown()
         os._exit(code)
+
+
+def _refuse(code: int, lines: Iterable[str]) -> NoReturn:
+    print("\n".join(f"turbolens serve: {line}" for line in lines), file=sys.stderr)
+    sys.exit(code)
 
 
 def _send_traces() -> Callable[[], object]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -123,9 +123,13 @@ class ServerConfig:
     """Least severity that is logged."""
 
     def __post_init__(self) -> None:
+        if found := list(self.problems()):
+            raise ConfigError(*found)
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong with the settings by themselves, in words."""
         least_of: dict[str, float] = {
             "threads": 0,
-            "port": 0,
             "max_steps": 1,
             "max_seeds": 1,
             "max_batch": 1,
@@ -136,18 +140,18 @@ class ServerConfig:
         for name, least in least_of.items():
             if not getattr(self, name) >= least:  # not-a-number too
                 why = " (max_seeds: a request must fit)" if name == "max_queue_pictures" else ""
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}{why}")
+                yield f"{name} is {getattr(self, name)}; it must be at least {least}{why}"
         if any(later >= earlier for earlier, later in itertools.pairwise(self.timesteps)):
-            raise ConfigError(f"timesteps are {self.timesteps}; they must fall")
+            yield f"timesteps are {self.timesteps}; they must fall"
         for name in ("port", "health_port", "metrics_port", "admin_port"):
             if not 0 <= getattr(self, name) <= 65535:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 to 65535")
+                yield f"{name} is {getattr(self, name)}; it must be 0 to 65535"
         if self.admin_port and not self.tokens and not _is_own(self.host):
-            raise ConfigError(f"admin_port: whoever reaches {self.host} could change what is served; give tokens")
+            yield f"admin_port: whoever reaches {self.host} could change what is served; give tokens"
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("tls_cert and tls_key: one is missing; TLS takes both")
+            yield "tls_cert and tls_key: one is missing; TLS takes both"
         if self.tls_client_ca and not self.tls_cert:
-            raise ConfigError("tls_client_ca: callers show certificates over TLS only; give tls_cert and tls_key")
+            yield "tls_client_ca: callers show certificates over TLS only; give tls_cert and tls_key"
 
 
 def _is_own(host: str) -> bool:
@@ -155,37 +159,56 @@ def _is_own(host: str) -> bool:
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the text names it."""
+    """Settings that cannot be used, a text for each, which names it."""
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Given(ServerConfig):
+    __doc__ = ServerConfig.__doc__
+
+    def __post_init__(self) -> None:
+        """As they were given: what is wrong with them is told when all are read."""
+
+
+def _from_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a file, and what is wrong with it, in words."""
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        return {}, [f"--config {path}: {error}"]
     known = {field.name for field in dataclasses.fields(ServerConfig)}
+    wrong = []
     if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"--config {path}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return {name: _checked(name, value, f"--config {path}: {name} = {value!r}") for name, value in values.items()}
+        wrong.append(f"--config {path}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}
+    wrong += [line for name, v in values.items() for line in _misfits(name, v, f"--config {path}: {name} = {v!r}")]
+    return values, wrong
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the environment, and what is wrong with them, in words."""
     values: dict[str, Any] = {}
+    wrong = []
+    hints = get_type_hints(ServerConfig)
     for field in dataclasses.fields(ServerConfig):
-        text = environment.get(f"TURBOLENS_{field.name.upper()}")
+        name = f"TURBOLENS_{field.name.upper()}"
+        text = environment.get(name)
         if text is None:
             continue
         try:
-            value = _parse(text, field.default, get_type_hints(ServerConfig)[field.name])
+            values[field.name] = _parse(text, field.default, hints[field.name])
         except ValueError as error:
-            raise ConfigError(f"TURBOLENS_{field.name.upper()}={text!r}: {error}") from error
-        values[field.name] = _checked(field.name, value, f"TURBOLENS_{field.name.upper()}={text!r}")
-    return values
+            wrong.append(f"{name}={text!r}: {error}")
+        else:
+            wrong += _misfits(field.name, values[field.name], f"{name}={text!r}")
+    return values, wrong
 
 
-def _checked(name: str, value: Any, where: str) -> Any:
-    """A value of the type that its field declares; flags are checked by tyro."""
+def _misfits(name: str, value: Any, where: str) -> Iterator[str]:
+    """What is wrong with a value that is not of the type that its field declares; flags are checked by tyro."""
     hint = get_type_hints(ServerConfig)[name]
     if get_origin(hint) is Literal:
         fits, wanted = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
@@ -199,8 +222,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     else:
         fits, wanted = isinstance(value, hint), "true or false" if hint is bool else "a text"
     if not fits:
-        raise ConfigError(f"{where}: must be {wanted}")
-    return value
+        yield f"{where}: must be {wanted}"
 
 
 def _parse(text: str, default: Any, hint: Any) -> Any:
@@ -213,26 +235,43 @@ def _parse(text: str, default: Any, hint: Any) -> Any:
     return type(default)(text) if isinstance(default, (int, float)) else text
 
 
+def given_settings(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """The settings of a command line as they were given: each of its type, but not looked at otherwise.
+
+    Raises:
+        ConfigError: values from the file or the environment that cannot be read; all of them.
+    """
+    rest = list(argv)
+    values: dict[str, Any] = {}
+    wrong: list[str] = []
+    for at, argument in enumerate(rest):
+        if argument == "--config" and at + 1 < len(rest):
+            values, wrong = _from_file(Path(rest[at + 1]))
+            del rest[at : at + 2]
+            break
+        if argument.startswith("--config="):
+            values, wrong = _from_file(Path(argument.partition("=")[2]))
+            del rest[at]
+            break
+    more, also_wrong = _from_environment(environment)
+    if wrong or also_wrong:
+        raise ConfigError(*wrong, *also_wrong)
+    return tyro.cli(_Given, args=rest, default=_Given(**values | more), prog="turbolens serve")
+
+
 def read_config(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
     """The settings of a command line.
 
     Raises:
-        ConfigError: a value from the file or the environment cannot be used.
+        ConfigError: settings that cannot be used; all of them.
     """
-    rest = list(argv)
-    base: dict[str, Any] = {}
-    for at, argument in enumerate(rest):
-        if argument == "--config" and at + 1 < len(rest):
-            base = _from_file(Path(rest[at + 1]))
-            del rest[at : at + 2]
-            break
-        if argument.startswith("--config="):
-            base = _from_file(Path(argument.partition("=")[2]))
-            del rest[at]
-            break
-    base |= _from_environment(environment)
-    try:
-        default = ServerConfig(**base)
-    except TypeError as error:
-        raise ConfigError(str(error)) from error
-    return tyro.cli(ServerConfig, args=rest, default=default, prog="turbolens serve")
+    return checked(given_settings(argv, environment))
+
+
+def checked(given: ServerConfig) -> ServerConfig:
+    """The same settings.
+
+    Raises:
+        ConfigError: some cannot be used; all of them.
+    """
+    return ServerConfig(**{field.name: getattr(given, field.name) for field in dataclasses.fields(given)})

@@ -45,3 +45,16 @@ def test_what_cannot_be_used_is_named(text, environment, says, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
         read_config(["--config", str(file)], environment)
+
+
+def test_all_that_cannot_be_used_is_named_together(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text('port = "80"\nprt = 1\nmodel = 3\n')
+    with pytest.raises(ConfigError) as refused:
+        read_config(["--config", str(file)], {"TURBOLENS_PORT": "many", "TURBOLENS_LOG_LEVEL": "loud"})
+    assert [line.removeprefix(f"--config {file}: ").split()[0] for line in refused.value.args] == [
+        "no", "port", "model", "TURBOLENS_PORT='many':", "TURBOLENS_LOG_LEVEL='loud':"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as refused:
+        read_config(["--max-steps", "0", "--max-queue", "0", "--timesteps", "9", "99"], {})
+    assert [line.split()[0] for line in refused.value.args] == ["max_steps", "max_queue", "timesteps"]

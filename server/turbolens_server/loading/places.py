@@ -43,6 +43,10 @@ def problems(config: ServerConfig) -> list[str]:
     more += [("--model-config", config.model_config)] if config.model_config is not None else []
     more += [("--lora", source.rpartition("=")[0] or source) for source in config.lora]
     found = nowhere(config.model, config.sae, more)
+    for name in ("tls_cert", "tls_key", "tls_client_ca", "tokens"):
+        file = getattr(config, name)
+        if file and not Path(file).is_file():
+            found.append(f"--{name.replace('_', '-')} {file}: no such file")
     if taken := _refuses(config.host, config.port):
         found.append(f"cannot listen on {config.host}:{config.port}: {taken}")
     return found
@@ -76,7 +80,7 @@ def _path_of(source: str) -> str:
 
 def _refuses(host: str, port: int) -> str | None:
     """Why nobody can listen there; None where one can, or where only trying tells."""
-    if not port:
+    if not 0 < port <= 65535:
         return None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -19,11 +19,12 @@ def test_everything_that_is_not_there_is_told_together(tmp_path):
             ServerConfig(
                 model="/no/model", vae="./no-vae", sae=("up.0.1=/no/sae", "a@mid.0=~/no", str(tmp_path), "owner/sae"),
                 lora=("/no/lora=0.5", "owner/lora"), port=port, model_config="./no-config",
+                tls_cert="/no/cert", tls_key=__file__, tokens="/no/tokens",
             )
         )  # fmt: skip
     assert [line.split(":")[0] for line in found] == [
         "--model /no/model", "--sae /no/sae", "--sae ~/no", "--vae ./no-vae", "--model-config ./no-config",
-        "--lora /no/lora",
+        "--lora /no/lora", "--tls-cert /no/cert", "--tokens /no/tokens",
         "cannot listen on 127.0.0.1",
     ]  # fmt: skip
     assert f"{port}: Address already in use" in found[-1]
@@ -47,6 +48,11 @@ def test_a_host_that_is_nobodys_is_told():
             ["--model /no/model: no such folder", "--sae /no/sae: no such"],
         ),
         (["--config", "/no/file.toml"], 2, ["--config /no/file.toml"]),
+        (
+            ["--max-steps", "0", "--port", "99999", "--tls-cert", "cert.pem", "--model", "/no/model"],
+            2,
+            ["max_steps is 0", "port is 99999", "tls_cert and tls_key", "--model /no/model", "--tls-cert cert.pem: no"],
+        ),
     ],
 )
 def test_a_start_that_cannot_be_is_refused_without_torch(argv, code, says):
