@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import tyro
 
@@ -13,6 +14,10 @@ from turbolens_server.bench.config import BenchConfig
 def main(argv: list[str]) -> None:
     """Entry point of `turbolens bench`: measure, print, and write where told to."""
     config = tyro.cli(BenchConfig, args=argv, prog="turbolens bench")
+    if Path(config.model).is_file():
+        sys.exit(
+            f"turbolens bench: --model {config.model}: one file; the bare pipeline beside it is read from a folder"
+        )
     # What measures is imported here: a command's help must not wait for torch.
     from turbolens_server.bench.results import describe_machine, save, to_markdown
     from turbolens_server.bench.suite import describe_case, run

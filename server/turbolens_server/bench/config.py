@@ -18,7 +18,8 @@ class BenchConfig:
     """
 
     model: str = "mini"
-    """`mini`, a `diffusers` folder or hub id, or `random:sdxl-turbo`: the real size with random weights."""
+    """`mini`, a `diffusers` folder or hub id, or `random:sdxl-turbo`: the real size with random weights.
+    One file is not taken: the bare pipeline is read from a folder."""
     sae: tuple[str, ...] = ()
     """SAEs, as `turbolens serve` takes them; `mini` and random models bring their own."""
     variant: str | None = None

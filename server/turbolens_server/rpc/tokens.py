@@ -25,11 +25,15 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final, get_args
 
+import tyro
+
 from turbolens_server.config import ConfigError
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.callers import Caller, Scope
 from turbolens_server.rpc.quotas import Quota
 
+_NAME: Final = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+_NAMES: Final = "name must be 1 to 64 letters, digits and _.@-"
 _LOOK_EVERY_S: Final = 1.0
 _BYTES: Final = 32
 _KNOWN: Final = {"name", "sha256", "scopes", "pictures_per_minute", "pictures_in_flight"}
@@ -113,8 +117,8 @@ def _caller(where: str, entry: dict[str, Any]) -> tuple[str, Caller]:
     if unknown := sorted(entry.keys() - _KNOWN):
         raise ConfigError(f"{where}: no setting {', '.join(unknown)}; there are {', '.join(sorted(_KNOWN))}")
     name, digest = entry.get("name"), entry.get("sha256")
-    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.@-]{1,64}", name)):
-        raise ConfigError(f"{where}: name must be 1 to 64 letters, digits and _.@-")
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(f"{where}: {_NAMES}")
     if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
         raise ConfigError(f"{where}: sha256 of {name} must be 64 hexadecimal digits, as `turbolens token` prints")
     scopes, known = entry.get("scopes", ["generate", "extract"]), get_args(Scope)
@@ -128,16 +132,29 @@ def _caller(where: str, entry: dict[str, Any]) -> tuple[str, Caller]:
     return digest, Caller(name, frozenset(scopes), quota)
 
 
+@dataclasses.dataclass(frozen=True)
+class MakeToken:
+    """Make a token for a caller: print it, once, and its entry in the server's file.
+
+    Example: `turbolens token alice`.
+    """
+
+    name: tyro.conf.Positional[str]
+    """Who it is for."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(_NAMES)
+
+
 def main(argv: list[str]) -> None:
-    """`turbolens token NAME`: make a token, print it once, and what belongs in the server's file."""
-    as_json, names = "--json" in argv, [word for word in argv if word != "--json"]
-    if len(names) != 1 or names[0].startswith("-"):
-        raise SystemExit(
-            "usage: turbolens token NAME [--json]\n\nMake a token for a caller, and its entry in the server's file."
-        )
+    """Entry point of `turbolens token`."""
+    command = tyro.cli(MakeToken, args=argv, prog="turbolens token")
     token, digest = make_token()
-    if as_json:
-        print(json.dumps({"name": names[0], "token": token, "sha256": digest, "scopes": ["generate", "extract"]}))
+    if command.json:
+        print(json.dumps({"name": command.name, "token": token, "sha256": digest, "scopes": ["generate", "extract"]}))
         return
     print(f"# the caller's, shown this once: {token}")
-    print(f'[[token]]\nname = "{names[0]}"\nsha256 = "{digest}"\nscopes = ["generate", "extract"]')
+    print(f'[[token]]\nname = "{command.name}"\nsha256 = "{digest}"\nscopes = ["generate", "extract"]')

@@ -337,5 +337,7 @@ def test_the_command_prints_a_token_for_people_and_for_programs(capsys):
     tokens_module.main(["alice", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert hashlib.sha256(told["token"].encode()).hexdigest() == told["sha256"]
-    with pytest.raises(SystemExit):
-        tokens_module.main(["--json"])
+    for wrong in (["--json"], ["two words"], ['a"b']):
+        with pytest.raises(SystemExit) as ended:
+            tokens_module.main(wrong)
+        assert ended.value.code == 2

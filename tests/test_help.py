@@ -1,0 +1,48 @@
+"""Every command explains itself at once: nothing heavy is imported for it, whatever the command itself would need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+COMMANDS = """
+serve; token; studio; generate; extract; extract-many; generate-many; sweep; replay; provenance; doctor; completion
+features; features search; features list; features contrast; features show; steer; steer validate; steer apply
+steer diff; admin; admin load; admin unload; admin reload; admin list; engine; engine build; engine list
+engine verify; engine prune; bench; sae; sae import; catalog; catalog build; catalog import-labels; train; train mini
+train sae; train sweep; train cache; train cache fill; train cache verify; train cache import-tars; train dose
+train eval; train regions; train riebench; train rebuild
+"""
+HEAVY = ("torch", "diffusers", "transformers", "scipy", "matplotlib", "pandas", "pyarrow", "onnxruntime", "sklearn")
+PROGRAM = """
+import contextlib, io, json, sys, time
+told, began = {}, time.process_time()
+from turbolens.cli import _EXTRAS, _OWN, main
+for command in sys.argv[1:]:
+    told[command] = out = {}
+    began = time.process_time() if len(told) > 1 else began
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            main([*command.split(), "--help"])
+        except SystemExit as ended:
+            out["code"] = ended.code
+    out |= {"seconds": time.process_time() - began, "text": said.getvalue(), "modules": sorted(sys.modules)}
+print(json.dumps({"told": told, "commands": [*_OWN, *_EXTRAS]}))
+"""
+
+
+def test_every_command_explains_itself_at_once_without_torch():
+    commands = [command.strip() for line in COMMANDS.strip().splitlines() for command in line.split(";")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *commands], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert {command.split()[0] for command in commands} == set(result["commands"]), "a command is not tried here"
+    for command, told in result["told"].items():
+        assert told["code"] == 0, f"{command}: {told['text']}"
+        assert command in told["text"], command
+        assert not set(HEAVY) & set(told["modules"]), command
+        # Of the processor's time, which other work on the machine does not lengthen as it does the clock's.
+        assert told["seconds"] < 1, f"{command}: {told['seconds']:.2f} s"
