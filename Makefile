@@ -103,8 +103,8 @@ rehearse-serving: $(STAMP)deploy  ## Roll, scale and kill real servers from the 
 fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, losses, cold starts
 	@$(PY) -m benchmarks.fleet study
 
-test-slow: $(STAMP)dev   ## Run the tutorial as it is written, and a new user's first hour
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -s -m slow tests/training
+test-slow: $(STAMP)dev   ## Run the tutorial as it is written and a new user's first hour; compile a U-Net for this CPU
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -s -m slow tests/training tests/parity tests/server
 
 test-interop: $(STAMP)interop  ## Our SAEs in SAELens, those that other libraries saved here; training beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks

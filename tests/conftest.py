@@ -20,6 +20,9 @@ settings.load_profile("default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start; each of these processes has a core
 
+# Servers that tests start keep to what they begin with: nothing is compiled beside them or taken from a user's cache.
+os.environ.setdefault("TURBOLENS_BACKEND", "torch")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:

@@ -43,9 +43,13 @@ class ServerConfig:
     else keeps a core busy, one fewer is much faster: each operation waits for the slowest of its threads."""
     backend: Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"] = "auto"
     """What runs the U-Net; all but `torch` and `torch-compile` need an extra. What is asked for runs or the start
-    fails; `tensorrt` needs an engine from `turbolens engine build`."""
+    fails; `tensorrt` needs an engine from `turbolens engine build`. On a CPU `auto` serves by `torch` at once and by
+    `torch-compile` as soon as that is compiled, in the background or by an earlier start; `torch` pins it."""
+    compile_cores: int = 1
+    """Cores that may compile in the background, at the lowest priority, where `backend` is `auto`, on a CPU; 0: none,
+    and what the cache has is taken all the same."""
     cache: str = ""
-    """Folder of exported graphs and TensorRT engines; empty: ~/.cache/turbolens."""
+    """Folder of exported graphs, TensorRT engines and compiled code; empty: ~/.cache/turbolens."""
     variant: str | None = None
     """Variant of the weight files, such as `fp16`."""
     model_config: str | None = None
@@ -130,6 +134,7 @@ class ServerConfig:
         """All that is wrong with the settings by themselves, in words."""
         least_of: dict[str, float] = {
             "threads": 0,
+            "compile_cores": 0,
             "max_steps": 1,
             "max_seeds": 1,
             "max_batch": 1,

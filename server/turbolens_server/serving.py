@@ -46,6 +46,7 @@ from turbolens_server.rpc.transport import server_options
 from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
 from turbolens_server.rpc.warnings import late_start
 from turbolens_server.side_ports import SidePorts
+from turbolens_server.swapping import start_compiled, swap_when_compiled
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -108,6 +109,7 @@ class Serving:
         self.device_lost = asyncio.Event()
         """The GPU answers this process no more: nothing but a new process can serve."""
         self._telling: asyncio.Task[None] | None = None
+        self._swapping: asyncio.Task[None] | None = None
         self._ledger = Ledger(config.max_held_mib * 2**20)
         self.metrics = Metrics()
         known = Tokens(Path(config.tokens)) if config.tokens else None
@@ -189,10 +191,19 @@ class Serving:
         self._watch(engine, queue)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
+    def swap_when_compiled(self, engine: Engine) -> None:
+        """Go on to compiled code in the background, where `start_compiled` found none for the engine that serves."""
+        if (ready := self._readiness.ready) is not None:
+            swap = swap_when_compiled(engine, ready.queue, self._config, lambda: self._tell_build(engine))
+            self._swapping = asyncio.create_task(swap)
+
     async def stop(self, grace_s: float) -> None:
         """Say that nothing serves, refuse what is new, let what runs finish within the grace, and end."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.metrics.ready.set(0)
+        if self._swapping is not None:
+            self._swapping.cancel()
+            await asyncio.wait({self._swapping})
         if self._readiness.ready is not None and (refused := self._readiness.ready.queue.stop_within(grace_s)):
             get_logger().warning("refused", requests=refused, why="they cannot be finished within the grace")
         ended = await self._calls.drain(grace_s)
@@ -204,15 +215,19 @@ class Serving:
         await self._side.close()
 
     def _watch(self, engine: Engine, queue: Queue) -> None:
-        metrics, info = self.metrics, engine.info
+        metrics = self.metrics
         metrics.ready.set(1)
-        about = {"model": info.model, "backend": info.backend, "device": info.device, "dtype": info.dtype}
-        metrics.build({"version": info.versions["turbolens"], **about})
+        self._tell_build(engine)
         metrics.gauge("queue_requests", "Requests that wait", lambda: queue.waiting)
         metrics.gauge("queue_pictures", "Pictures that wait", lambda: queue.waiting_pictures)
         metrics.gauge("running_pictures", "Pictures in the engine", lambda: queue.running_pictures)
         metrics.gauge("undelivered_bytes", "Made and not taken by callers", lambda: queue.undelivered_bytes)
         metrics.gauge("held_bytes", "Held by requests, by estimate", lambda: self._ledger.held)
+
+    def _tell_build(self, engine: Engine) -> None:
+        info = engine.info
+        about = {"model": info.model, "backend": info.backend, "device": info.device, "dtype": info.dtype}
+        self.metrics.build({"version": info.versions["turbolens"], **about})
 
     def _on_error(self, error: Exception) -> None:
         if device_is_lost(error) and not self.device_lost.is_set():
@@ -248,7 +263,9 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
 
     def load() -> None:
         try:
-            loaded.set_result(load_from(config))
+            engine = load_from(config)
+            start_compiled(engine, config)
+            loaded.set_result(engine)
         except BaseException as error:
             loaded.set_exception(error)
 
@@ -256,6 +273,7 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
     threading.Thread(target=load, name="load", daemon=True).start()
     engine = await asyncio.wrap_future(loaded)
     await serving.make_ready(engine)
+    serving.swap_when_compiled(engine)
     keep_what_is_loaded()
     info, gib = engine.info, 2**30
     get_logger().info("backend", name=info.backend, why=info.backend_reason)

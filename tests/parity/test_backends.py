@@ -97,6 +97,74 @@ def test_onnx_gives_what_torch_gives(pair, count):
     assert np.ptp([result.latents.mean() for result in expected]) > 0 or count == 1
 
 
+@pytest.fixture(scope="module")
+def compiled(small, small_model, graph_cache):
+    """The random small model as native code."""
+    folder, saes = small_model
+    return load_engine(model=str(folder), saes=[str(saes)], backend="torch-compile", cache=graph_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_compiled_code_gives_what_torch_gives(small, compiled, count):
+    assert (compiled.info.backend, compiled.info.backend_reason) == ("torch-compile", "asked for: torch-compile")
+    jobs = mixed_jobs(compiled.info, count, steps=2)
+    for a, b in zip(small[0].run(jobs), compiled.run(jobs), strict=True):
+        assert_alike(a, b)
+        assert (a.backend, b.backend) == ("torch", "torch-compile")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_a_picture_has_the_same_bits_wherever_it_stands(compiled):
+    one, *others = mixed_jobs(compiled.info, 4, steps=2)
+    first, last = compiled.run([one, *others])[0], compiled.run([*others, one])[-1]
+    assert np.array_equal(first.picture, last.picture)
+    assert np.array_equal(first.latents, last.latents)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_was_not_compiled_for_runs_as_torch_does(small, compiled):
+    info = compiled.info
+    size = (info.default_size[0], 2 * info.default_size[1])
+    job = Job("a star", 3, 1, *size)
+    assert np.array_equal(small[0].run([job])[0].picture, compiled.run([job])[0].picture)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_updates_are_read_without_a_prediction(small, compiled):
+    found = []
+    for engine in (small[0], compiled):
+        seen: dict[str, torch.Tensor] = {}
+        walk = engine.begin(engine.components.text.encode_all(["a star"] * 2), (1, 2), 1)
+        walk.look(walk.timesteps[0], Reader(frozenset({"mid.0"}), seen))
+        found.append(seen)
+    assert found[0].keys() == found[1].keys() == {"mid.0"}
+    torch.testing.assert_close(found[0]["mid.0"], found[1]["mid.0"], rtol=1e-4, atol=1e-4)
+
+
+class Reader:
+    """A tap that keeps the updates of some points."""
+
+    closed: frozenset[str] = frozenset()
+
+    def __init__(self, at, seen) -> None:
+        self.at, self.seen = at, seen
+
+    def __call__(self, point, update, grid):
+        self.seen[point] = update
+        return update
+
+    def read(self, point, update, grid):
+        self.seen[point] = update
+
+    def affine(self, point, grid):
+        return None
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_fused_blocks_give_what_torch_gives(engine, count):
     """The blocks that are compiled on a GPU, here traced and run as they are."""

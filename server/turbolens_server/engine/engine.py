@@ -25,6 +25,7 @@ from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.regions import hear_regions
+from turbolens_server.engine.running import Running, Seat
 from turbolens_server.engine.sampler import NOISE, RowStart, Sampler
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
@@ -80,6 +81,8 @@ class Denoised:
     tokens_cut: tuple[int, ...]
     chosen: list[tuple[Chosen, ...]]
     """Of each row, the features that were chosen for it."""
+    running: Running
+    """What has run it so far, and goes on."""
 
 
 class _FailedFirst(Exception):
@@ -125,9 +128,9 @@ class Engine:
     """
 
     def __init__(self, components: Components, unet: UNetBackend, info: EngineInfo, device: torch.device) -> None:
-        self.info = info
+        self._info = info
         self._parts = components
-        self._unet = unet
+        self._seat = Seat(Running(unet, components.decoder, info.backend_reason))
         self._device = device
         operands = components.unet.dtype
         self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
@@ -143,7 +146,7 @@ class Engine:
     def serving(self, saes: Sequence[SaeInfo], memory: MemoryNeed) -> Engine:
         """The same model with other SAEs beside this engine, which stays as it is; they share all but those."""
         other = copy.copy(self)
-        other.info = dataclasses.replace(self.info, saes={sae.name: sae for sae in saes}, memory=memory)
+        other._info = dataclasses.replace(self.info, saes={sae.name: sae for sae in saes}, memory=memory)
         with on_device(self._device):
             other._saes = {
                 sae.name: self._saes[sae.name]
@@ -154,6 +157,24 @@ class Engine:
         return other
 
     @property
+    def info(self) -> EngineInfo:
+        """What it serves, by what runs it now."""
+        info, running = self._info, self._seat.running
+        if (info.backend, info.backend_reason) != (running.unet.name, running.reason):
+            self._info = info = dataclasses.replace(info, backend=running.unet.name, backend_reason=running.reason)
+        return info
+
+    def use(self, running: Running) -> None:
+        """Run what comes next by this, here and in every engine of the same model; in the thread of `denoise`, where no
+        batch is between its first step and its last."""
+        self._seat.running = running
+
+    @property
+    def running(self) -> Running:
+        """What runs it now."""
+        return self._seat.running
+
+    @property
     def components(self) -> Components:
         """The model's parts, for training and tests."""
         return self._parts
@@ -161,7 +182,7 @@ class Engine:
     @property
     def unet(self) -> UNetBackend:
         """What runs the U-Net."""
-        return self._unet
+        return self._seat.running.unet
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +240,7 @@ class Engine:
         if len({batch_key(job) for job in jobs}) != 1:
             raise ValueError("jobs of one batch share steps, height, width and the number of regions")
         emit, is_cancelled = on_event or _silent, cancelled or _never
-        parts, first = self._parts, jobs[0]
+        parts, first, running = self._parts, jobs[0], self._seat.running
         live = [not is_cancelled(row) for row in range(len(jobs))]
         jobs = list(jobs)
         chosen: list[tuple[Chosen, ...]] = [()] * len(jobs)
@@ -259,12 +280,12 @@ class Engine:
                     features[row].append(codes)
                     emit(FeaturesReady(row, codes))
             previews = [row for row, job in enumerate(jobs) if job.previews and step < first.steps - 1]
-            shown = {} if estimate is None else dict(decode_rows(parts.decoder, estimate, previews, live))
+            shown = {} if estimate is None else dict(decode_rows(running.decoder, estimate, previews, live))
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row), times))
         cut = [max(text.tokens_cut[lane] for lane in (row, lanes.second.get(row, row))) for row in range(len(jobs))]
-        return Denoised(jobs, walk.latents[: len(jobs)], live, features, tuple(cut), chosen)
+        return Denoised(jobs, walk.latents[: len(jobs)], live, features, tuple(cut), chosen, running)
 
     def _read(self, jobs: Sequence[Job], steps: int) -> list[list[SparseCodes]]:
         """The features of jobs over their first steps."""
@@ -304,7 +325,7 @@ class Engine:
         results: list[Result | None] = [None] * len(jobs)
         with contextlib.nullcontext() if self._decode_stream is None else torch.cuda.stream(self._decode_stream):
             wanted = [row for row, job in enumerate(jobs) if job.picture]
-            pictures = dict(decode_rows(self._parts.decoder, latents, wanted, live))
+            pictures = dict(decode_rows(denoised.running.decoder, latents, wanted, live))
             on_host = latents.float().cpu().numpy()
         for row, job in enumerate(jobs):
             if not live[row]:
@@ -314,7 +335,8 @@ class Engine:
                 emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
                 continue
             kept = tuple(denoised.features[row])
-            result = Result(row, picture, on_host[row], kept, denoised.tokens_cut[row], len(jobs), denoised.chosen[row])
+            cut, chosen, made_by = denoised.tokens_cut[row], denoised.chosen[row], denoised.running.unet.name
+            result = Result(row, picture, on_host[row], kept, cut, len(jobs), chosen, made_by)
             results[row] = result
             emit(result)
         return results
@@ -396,7 +418,7 @@ class Engine:
         rows = [NOISE if start is None else coded[start] for start in starts]
         state = self._sampler.start(steps, seeds, shape, dtype, timesteps, skipped, rows)
         conditions = Conditions(text.hidden, text.pooled, time_ids, embedded, bias=bias or {})
-        return Walk(self._unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
+        return Walk(self.unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
 
     def _row_start(self, start: Start, dtype: torch.dtype) -> RowStart:
         """What the sampler is told of a start: a picture is coded once, and drawn from for each seed."""

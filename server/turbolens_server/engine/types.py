@@ -177,6 +177,8 @@ class Result:
     """Jobs of its batch, itself included."""
     chosen: tuple[Chosen, ...] = ()
     """Features of its edits that were chosen here."""
+    backend: str = ""
+    """What ran the U-Net."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ class List(_Cached):
             key = entry.key
             if entry.kind == "graphs":
                 what = f"opset {key['opset']}, {key['dtype']}, model {key['model'][:12]}, {' '.join(key['points'])}"
+            elif entry.kind == "packages":
+                what = f"torch {key['torch']}, {key['cpu']}, {key['threads']} threads, model {key['model'][:12]}"
             else:
                 shapes = " ".join("x".join(map(str, bucket)) for bucket in key["buckets"])
                 graph = key["graph"]

@@ -19,6 +19,7 @@ from turbolens_server.engine.info import EngineInfo, SaeInfo
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import TextEncoder
 from turbolens_server.files import hash_file
+from turbolens_server.loading.compiled import cannot_compile, ensure_compiled
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_components
@@ -86,7 +87,7 @@ def load_engine(
         size: edge of the pictures in pixels, which are square; None: the model's own.
         more_sizes: served beside it, each "WIDTHxHEIGHT".
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
-        cache: folder of exported graphs and TensorRT engines; None: `default_cache()`.
+        cache: folder of exported graphs, TensorRT engines and compiled code; None: `default_cache()`.
         hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
         scheduler: another than the model's, by its class in `diffusers`, such as "LCM".
         timestep_spacing: "leading", "linspace" or "trailing"; None: as the model says.
@@ -157,9 +158,11 @@ def load_engine(
         decoder = parts.vae.to(on)
         spec = GraphSpec.of(parts.unet, tapped, parts.downscale, text.max_tokens)
         latent = (edge // parts.downscale, edge // parts.downscale)
+        artifacts = ArtifactCache(cache or default_cache())
+        ahead = backend == "torch-compile" and cannot_compile(parts.unet, on) is None
         try:
             runner, reason, more = open_backend(
-                backend, parts.unet, spec, parts.hash, on, ArtifactCache(cache or default_cache()), latent
+                "torch" if ahead else backend, parts.unet, spec, parts.hash, on, artifacts, latent
             )
         except BackendError as error:
             raise LoadError(f"--backend {backend}: {error}") from error
@@ -199,7 +202,13 @@ def load_engine(
             other_points=tuple(point for point in points.values() if point not in tapped),
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
-        return Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)
+        engine = Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)
+        if ahead:
+            try:
+                engine.use(ensure_compiled(engine, artifacts, f"asked for: {backend}"))
+            except BackendError as error:
+                raise LoadError(f"--backend {backend}: {error}") from error
+        return engine
 
 
 @dataclasses.dataclass(frozen=True)

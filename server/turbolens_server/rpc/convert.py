@@ -143,7 +143,8 @@ def provenance(request: ValidRequest, info: EngineInfo, results: Sequence[Result
         sae_hashes={name: info.saes[name].bundle.hash for name in info.saes if name in request.saes},
         forced_sae=any(info.saes[name].forced for name in request.saes),
         versions=info.versions,
-        backend=info.backend,
+        # Pictures of one request may have run in several batches, and what runs them may have changed between two.
+        backend=", ".join(dict.fromkeys(result.backend for result in results if result.backend)) or info.backend,
         device=info.device,
         dtype=info.dtype,
         loras=_loras(info),

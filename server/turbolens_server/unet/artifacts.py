@@ -1,9 +1,10 @@
-"""A folder of things that take long to make: exported graphs and TensorRT engines, whole or not there at all.
+"""A folder of things that take long to make: exported graphs, TensorRT engines, compiled code; whole or not there.
 
     <root>/lock                          held while something is made or removed
     <root>/graphs/<key>/                 one entry: its files and manifest.json
     <root>/engines/<key>/
-    <root>/{graphs,engines}/.<key>-*     being made, or left by a process that was killed
+    <root>/packages/<key>/
+    <root>/{graphs,engines,packages}/.<key>-*     being made, or left by a process that was killed
 
 An entry is made in a partial folder and renamed when its files and its manifest are on the disk, so a reader sees all
 of it or nothing. The manifest holds the key in words and every file's size and SHA-256; both are checked at each load.
@@ -25,8 +26,8 @@ from typing import Any, Final, Literal
 from turbolens_server.files import hash_file, whole_folder
 from turbolens_server.unet.backend import BackendError
 
-Kind = Literal["graphs", "engines"]
-KINDS: Final[tuple[Kind, ...]] = ("graphs", "engines")
+Kind = Literal["graphs", "engines", "packages"]
+KINDS: Final[tuple[Kind, ...]] = ("graphs", "engines", "packages")
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
 _PARTIAL: Final = "."
@@ -119,6 +120,12 @@ class ArtifactCache:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise BackendError(f"{self.root}: no space left; free some, or name another by --cache") from error
             raise BackendError(f"{self.root}: cannot be written ({error}); name another folder by --cache") from error
+
+    def set_aside(self, kind: Kind, key: Mapping[str, Any]) -> None:
+        """Take a damaged entry out of the way, so that it is made anew; it goes when the next one is made."""
+        folder = self.folder(kind, key)
+        with contextlib.suppress(OSError):  # another process may have been first
+            folder.rename(folder.with_name(f"{_PARTIAL}{folder.name}-{os.getpid()}-damaged"))
 
     def entries(self) -> Iterator[Path]:
         """Folders of all entries, damaged ones included."""

@@ -19,7 +19,7 @@ from turbolens_server.unet.torch_unet import GraphedUNet, TorchUNet
 
 BackendName = Literal["auto", "torch", "torch-compile", "onnx", "tensorrt"]
 AUTO: Final[dict[str, tuple[str, str]]] = {
-    "cpu": ("torch", "auto: needs nothing but PyTorch, and no other is measured to be faster on a CPU"),
+    "cpu": ("torch", "auto: needs nothing but PyTorch; what is faster takes minutes to compile"),
     "cuda": ("torch-compile", "auto: the fastest that is measured on a GPU, and it steers in one pass"),
 }
 """What `auto` takes on each kind of device, and why; docs/performance.md has the measurements."""

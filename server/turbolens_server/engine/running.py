@@ -1,0 +1,26 @@
+"""What runs a model at the moment: the U-Net and the decoder, which may be exchanged between two batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from turbolens_server.unet.backend import UNetBackend
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """What runs a batch, the same from its first step to its pictures."""
+
+    unet: UNetBackend
+    decoder: Any
+    """Decodes pictures: the VAE, its recording on a GPU, or its compiled decoder."""
+    reason: str
+    """Why it is these."""
+
+
+class Seat:
+    """Where engines of one model find what runs it."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
