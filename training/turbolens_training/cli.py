@@ -16,8 +16,10 @@ from turbolens_training.activations.config import DataConfig, FillCacheConfig, I
 from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig
+from turbolens_training.evaluation.variants_config import NestedConfig, TemporalConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.shipped import BESIDE, BESIDE_IMAGES
 from turbolens_training.sae.sweep.config import SweepConfig
 from turbolens_training.settings import Telling
 
@@ -78,6 +80,8 @@ Command = (
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[RegionsConfig, tyro.conf.subcommand("regions")]
     | Annotated[RieBenchConfig, tyro.conf.subcommand("riebench")]
+    | Annotated[NestedConfig, tyro.conf.subcommand("nested")]
+    | Annotated[TemporalConfig, tyro.conf.subcommand("temporal")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
 )
 
@@ -114,7 +118,7 @@ def _missing(command: object) -> list[str]:
             return missing(model=command.model, saes=command.saes, prompts=command.prompts)
         case RieBenchConfig():
             return missing(model=command.model, saes=command.saes, items=command.items, masks=command.masks)
-        case RebuildConfig() | RegionsConfig():
+        case RebuildConfig() | RegionsConfig() | NestedConfig() | TemporalConfig():
             return missing(model=command.model)
         case VerifyCacheConfig() | ImportTarsConfig():
             return missing(path=command.path)
@@ -204,8 +208,32 @@ def run(command: Command) -> None:
             from turbolens_training.evaluation.riebench import run_riebench
 
             run_riebench(command)
+        case NestedConfig():
+            from turbolens_training.evaluation.nested import measure_nested
+
+            measure_nested(command)
+        case TemporalConfig():
+            from turbolens_training.evaluation.temporal import measure_temporal
+
+            measure_temporal(command)
         case RebuildConfig():
             rebuild(command)
+
+
+def rebuild_beside(config: RebuildConfig, name: str, settings: Mapping[str, Any], work: Path) -> None:
+    """One of the sets of SAEs that ship beside `mini-saes`, and its catalog without what features move."""
+    from turbolens_training.catalog.build import build
+
+    resume = (work / "state.pt").exists()
+    told: dict[str, Any] = {"model": config.model, "seed": config.seed, "device": config.device, "json": config.json}
+    folder = config.saes.parent / name
+    scaled = {**settings, "steps": min(config.steps, settings.get("steps", config.steps))}
+    training = SaeConfig(
+        **told, **scaled, out=folder, work=work, allow_below_gates=config.allow_below_gates, resume=resume,
+        overwrite=not resume,
+    )  # fmt: skip
+    run(training)
+    build(BuildConfig(**told, saes=folder, work=work, images=min(config.images, BESIDE_IMAGES), effect_scenes=0))
 
 
 def rebuild(config: RebuildConfig) -> None:
@@ -230,6 +258,8 @@ def rebuild(config: RebuildConfig) -> None:
     run(training)
     build(catalog)
     run(dose)
+    for name, settings in BESIDE.items():
+        rebuild_beside(config, name, settings, work / name)
     from turbolens_training.evaluation.summary import summarize
     from turbolens_training.mini.report import write_report
 

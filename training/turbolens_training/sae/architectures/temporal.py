@@ -65,4 +65,5 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
     """The matrix P [d, e] of least |y - x P|² + n λ |P|², for x [n, d] and y [n, e], both centred, float64."""
     gram = x.T @ x
     shrinkage = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(gram + shrinkage, x.T @ y)
+    found: Tensor = torch.linalg.solve(gram + shrinkage, x.T @ y)
+    return found

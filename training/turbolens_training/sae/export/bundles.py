@@ -14,13 +14,19 @@ from turbolens_server.loading.device import versions
 from turbolens_server.sae.bundle import FeatureStats, load_bundle, save_bundle
 from turbolens_server.sae.sae import Sae
 from turbolens_training.mini.captions import SYNONYMS
-from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE
+from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.trainer import SaeTraining
 
 
 def synonyms() -> dict[str, list[str]]:
     """The other words for each value of a scene, for search."""
     return {value: sorted({*words} - {value, ""}) for value, words in SYNONYMS.items()}
+
+
+def recipe_of(config: SaeConfig) -> dict[str, Any]:
+    """What decides what a run comes to; the gates have an entry of their own."""
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in (*OF_THE_MACHINE, *OF_EXPORT)}
 
 
 def write_bundles(
@@ -33,9 +39,7 @@ def write_bundles(
     gates: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
     """Write one bundle for each SAE of a run into `folder`, by the hook point's name."""
-    recipe = dataclasses.asdict(run.config)
-    for name in (*OF_THE_MACHINE, *OF_EXPORT):  # the gates have an entry of their own
-        del recipe[name]
+    recipe = recipe_of(run.config)
     for point in info.hook_points:
         if point.name not in run.trainers:  # of another rank
             continue
