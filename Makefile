@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-
 PROJECTS := pyproject.toml server/pyproject.toml training/pyproject.toml studio/pyproject.toml constraints.txt
 NPM := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm --prefix studio/web --silent
 
-.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint protos unasync chart rebuild bench from-pictures bench-full \
+.PHONY: help setup setup-dev demo studio studio-assets test test-studio test-deploy test-versions rehearse rehearse-serving fleet test-interop test-ray test-gpu test-slow lint audit protos unasync chart rebuild bench from-pictures bench-full \
 	bench-train reliability fuzz soak kernels bench-kernels chromium clean
 
 help:            ## Say what there is
@@ -106,6 +106,9 @@ fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, loss
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written and a new user's first hour; compile a U-Net for this CPU
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -s -m slow tests/training tests/parity tests/server
 
+test-versions: $(STAMP)dev  ## Test the SDK with the oldest and newest grpcio and protobuf that it allows
+	@$(PY) tools/versions.py
+
 test-interop: $(STAMP)interop  ## Our SAEs in SAELens, those that other libraries saved here; training beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks
 
@@ -125,9 +128,13 @@ lint: $(STAMP)dev        ## Format, lint, types, import contracts, protos, stubs
 	@$(PY) tools/chart.py --check
 	@$(PY) tools/ts_types.py --check
 
+# It asks PyPI's own vulnerability service about each package. Behind a mirror of PyPI that has none, nothing could be
+# audited, and `--strict` says so and fails; there `make audit AUDIT="--vulnerability-service osv --osv-url <yours>"`
+# asks a mirror of osv.dev. Wholly offline there is no way: the tool carries no list of its own.
+AUDIT ?=
 audit: $(STAMP)dev       ## Hold every pinned package against the known vulnerabilities; needs the network, so CI does without
 	@$(PY) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit==2.10.1
-	@$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
+	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip $(AUDIT) --requirement constraints.txt
 
 unasync: $(STAMP)dev     ## Regenerate the sync client from the async one
 	@$(PY) tools/unasync.py
