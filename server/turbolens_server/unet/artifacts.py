@@ -4,10 +4,11 @@
     <root>/graphs/<key>/                 one entry: its files and manifest.json
     <root>/engines/<key>/
     <root>/packages/<key>/
-    <root>/{graphs,engines,packages}/.<key>-*     being made, or left by a process that was killed
+    <root>/{graphs,engines,packages}/.<key>-*     being made, left by a process that was killed, or found damaged
 
 An entry is made in a partial folder and renamed when its files and its manifest are on the disk, so a reader sees all
 of it or nothing. The manifest holds the key in words and every file's size and SHA-256; both are checked at each load.
+What is damaged is never loaded: it is set aside, told in one line of the log, and made again.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from turbolens_server.files import hash_file, whole_folder
+from turbolens_server.logs import get_logger
 from turbolens_server.unet.backend import BackendError
 
 Kind = Literal["graphs", "engines", "packages"]
@@ -31,7 +34,9 @@ KINDS: Final[tuple[Kind, ...]] = ("graphs", "engines", "packages")
 _FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
 _PARTIAL: Final = "."
-"""What the names of folders that are being made begin with."""
+"""What the names of folders that are no entries begin with."""
+_UNREADABLE: Final = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What JSON that is none, or of another shape, can end in."""
 _GIB: Final = 2**30
 
 
@@ -54,9 +59,23 @@ class Entry:
         return sum(int(file["size"]) for file in self.files.values())
 
 
+def tell_of_waiting() -> None:
+    """A line of the log: another process makes something in the same folder."""
+    get_logger().info("waiting for the cache", why="another process makes an entry, and holds its lock until then")
+
+
 def default_cache() -> Path:
     """`$XDG_CACHE_HOME/turbolens`, or `~/.cache/turbolens`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbolens"
+
+
+class DamagedError(BackendError):
+    """An entry is not what was written; the text says which file and how."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        super().__init__(text)
+        self.folder = folder
+        """The entry's."""
 
 
 class ArtifactCache:
@@ -74,10 +93,10 @@ class ArtifactCache:
         """The entry of a key, checked; None where there is none.
 
         Raises:
-            BackendError: it is damaged.
+            DamagedError: it is damaged.
         """
         folder = self.folder(kind, key)
-        return self.verify(folder) if folder.is_dir() else None
+        return self.verify(folder) if folder.exists() else None
 
     def add(
         self,
@@ -86,9 +105,9 @@ class ArtifactCache:
         make: Callable[[Path], dict[str, Any]],
         *,
         needs_bytes: int = 0,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], None] = tell_of_waiting,
     ) -> Entry:
-        """The entry of a key; made where there is none, by one process at a time.
+        """The entry of a key; made where there is none, or a damaged one, by one process at a time.
 
         Args:
             kind: of entry.
@@ -98,16 +117,26 @@ class ArtifactCache:
             on_wait: called where another process holds the lock, before waiting for it.
 
         Raises:
-            BackendError: the disk is full, the folder cannot be written, or the entry there is damaged.
+            BackendError: the disk is full, or the folder cannot be written.
         """
+        damage = ""
         try:
             # What is there is whole, so reading it needs no lock: the folder may be one that cannot be written.
-            if (entry := self.find(kind, key)) is not None:
-                return entry
-            with self._lock(on_wait):
+            try:
                 if (entry := self.find(kind, key)) is not None:
                     return entry
+            except DamagedError as error:
+                damage = f"{error}; "
+            with self._lock(on_wait):
                 self._remove_partial()
+                try:
+                    if (entry := self.find(kind, key)) is not None:
+                        return entry
+                except DamagedError as error:
+                    self.set_aside(kind, key)
+                    get_logger().warning("cache entry set aside", why=str(error), then="made again")
+                if shutil.disk_usage(self.root).free < needs_bytes:
+                    self._remove_partial()  # what was just set aside, too
                 if (free := shutil.disk_usage(self.root).free) < needs_bytes:
                     raise BackendError(
                         f"{self.root}: {free / _GIB:.1f} GiB free, about {needs_bytes / _GIB:.1f} GiB needed; "
@@ -118,14 +147,17 @@ class ArtifactCache:
                 return self.verify(self.folder(kind, key))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise BackendError(f"{self.root}: no space left; free some, or name another by --cache") from error
-            raise BackendError(f"{self.root}: cannot be written ({error}); name another folder by --cache") from error
+                raise BackendError(
+                    f"{damage}{self.root}: no space left; free some, or name another by --cache"
+                ) from error
+            text = f"{damage}{self.root}: cannot be written ({error}); name another folder by --cache"
+            raise BackendError(text) from error
 
     def set_aside(self, kind: Kind, key: Mapping[str, Any]) -> None:
         """Take a damaged entry out of the way, so that it is made anew; it goes when the next one is made."""
         folder = self.folder(kind, key)
         with contextlib.suppress(OSError):  # another process may have been first
-            folder.rename(folder.with_name(f"{_PARTIAL}{folder.name}-{os.getpid()}-damaged"))
+            folder.rename(folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}-damaged"))
 
     def entries(self) -> Iterator[Path]:
         """Folders of all entries, damaged ones included."""
@@ -139,32 +171,34 @@ class ArtifactCache:
             manifest = json.loads((folder / _MANIFEST).read_text())
             kind, key = manifest["kind"], manifest["key"]
             return key if self.folder(kind, key).name == folder.name else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *_UNREADABLE):
             return None
 
     def verify(self, folder: Path, *, contents: bool = True) -> Entry:
         """An entry, with every file's size and (with `contents`) hash checked.
 
         Raises:
-            BackendError: it is damaged; the text says which file and how.
+            DamagedError: it is damaged; the text says which file and how.
         """
-        again = "remove it by `turbolens engine prune` and build it again"
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
             if manifest["format"] != _FORMAT:
-                raise BackendError(f"{folder}: format {manifest['format']}, this version reads {_FORMAT}; {again}")
+                raise DamagedError(folder, f"{folder}: format {manifest['format']}, this version reads {_FORMAT}")
             entry = Entry(manifest["kind"], folder, manifest["key"], manifest["files"], manifest["notes"])
             sizes = {name: (int(file["size"]), str(file["sha256"])) for name, file in entry.files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{folder}: {_MANIFEST} is missing or unreadable; {again}") from error
+            own = self.folder(entry.kind, entry.key)
+        except (OSError, *_UNREADABLE) as error:
+            raise DamagedError(folder, f"{folder}: {_MANIFEST} is missing or unreadable") from error
+        if own.name != folder.name:
+            raise DamagedError(folder, f"{folder}: its {_MANIFEST} is that of {own.name}")
         for name, (size, sha256) in sizes.items():
             path = folder / name
             if not path.is_file():
-                raise BackendError(f"{path}: missing; {again}")
+                raise DamagedError(folder, f"{path}: missing")
             if (found := path.stat().st_size) != size:
-                raise BackendError(f"{path}: {found} bytes, {size} were written; {again}")
+                raise DamagedError(folder, f"{path}: {found} bytes, {size} were written")
             if contents and hash_file(path) != sha256:
-                raise BackendError(f"{path}: its content has changed since it was written; {again}")
+                raise DamagedError(folder, f"{path}: its content has changed since it was written")
         return entry
 
     def prune(self, *, everything: bool = False) -> list[Path]:
@@ -176,10 +210,10 @@ class ArtifactCache:
             for folder in self.entries():
                 try:
                     keep = not everything and self.verify(folder) is not None
-                except BackendError:
+                except DamagedError:
                     keep = False
                 if not keep:
-                    shutil.rmtree(folder)
+                    _remove(folder)
                     removed.append(folder)
             return removed
 
@@ -187,7 +221,7 @@ class ArtifactCache:
         """What is partial while we hold the lock, nobody is making."""
         left = [folder for kind in KINDS for folder in (self.root / kind).glob(f"{_PARTIAL}*")]
         for folder in left:
-            shutil.rmtree(folder)
+            _remove(folder)
         return left
 
     @contextlib.contextmanager
@@ -204,6 +238,14 @@ class ArtifactCache:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a file where a folder should be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _complete(folder: Path, kind: Kind, key: Mapping[str, Any], notes: dict[str, Any]) -> None:

@@ -7,13 +7,14 @@ from typing import Final, Literal, get_args
 import torch
 from diffusers import UNet2DConditionModel
 
-from turbolens_server.unet.artifacts import ArtifactCache
+from turbolens_server.unet.artifacts import ArtifactCache, DamagedError, Entry
 from turbolens_server.unet.backend import BackendError, UNetBackend, need
 from turbolens_server.unet.export import GRAPH_FILE, ensure_graph, graph_key
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.graph import GraphSpec, GraphUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
-from turbolens_server.unet.tensorrt_api import current_target, find_tensorrt
+from turbolens_server.unet.tensorrt_api import TensorRT, current_target, find_tensorrt
+from turbolens_server.unet.tensorrt_build import Bucket, ensure_engine
 from turbolens_server.unet.tensorrt_unet import TensorRTRunner, find_engine
 from turbolens_server.unet.torch_unet import GraphedUNet, TorchUNet
 
@@ -73,8 +74,29 @@ def open_backend(
                 raise BackendError(f"TensorRT engines run on a GPU, not on {device}")
             tensorrt = find_tensorrt()
             dtype = next(unet.parameters()).dtype
-            engine = find_engine(cache, graph_key(unet, spec, model_hash, dtype), tensorrt, target, latent)
+            engine = _whole_engine(cache, unet, spec, model_hash, tensorrt, target, latent)
             unet.to("meta")
             compiled = TensorRTRunner(tensorrt, engine, spec, device, dtype)
             return GraphUNet("tensorrt", spec, compiled), reason, {tensorrt.flavour: tensorrt.version}
     raise BackendError(f"no such backend; use {', '.join(get_args(BackendName))}")
+
+
+def _whole_engine(
+    cache: ArtifactCache,
+    unet: UNet2DConditionModel,
+    spec: GraphSpec,
+    model_hash: str,
+    tensorrt: TensorRT,
+    target: str,
+    latent: tuple[int, int],
+) -> Entry:
+    """The engine that was built ahead; a damaged one is built again, for the same buckets."""
+    try:
+        key = graph_key(unet, spec, model_hash, next(unet.parameters()).dtype)
+        return find_engine(cache, key, tensorrt, target, latent)
+    except DamagedError as error:
+        if (known := cache.key_of(error.folder)) is None:
+            raise
+        graph = ensure_graph(cache, unet, spec, model_hash)
+        buckets = [Bucket(*shape) for shape in known["buckets"]]
+        return ensure_engine(cache, graph, spec, tensorrt, target, buckets)

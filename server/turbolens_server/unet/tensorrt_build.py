@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from turbolens_server.files import available_host_bytes
-from turbolens_server.unet.artifacts import ArtifactCache, Entry
+from turbolens_server.unet.artifacts import ArtifactCache, Entry, tell_of_waiting
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE
 from turbolens_server.unet.graph import GraphSpec
@@ -45,7 +45,7 @@ def ensure_engine(
     tensorrt: TensorRT,
     target: str,
     buckets: Sequence[Bucket],
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] = tell_of_waiting,
 ) -> Entry:
     """The engine of a graph for a target such as "sm89", from the cache or built now.
 

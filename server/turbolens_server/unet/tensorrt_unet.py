@@ -26,7 +26,8 @@ def find_engine(
     wanted.
 
     Raises:
-        BackendError: there is none (the text tells those for other versions, GPUs and sizes), or it is damaged.
+        DamagedError: it is damaged.
+        BackendError: there is none; the text tells those for other versions, GPUs and sizes.
     """
     wanted = engine_key(graph_key, tensorrt, target)
     fitting: list[tuple[int, Path]] = []

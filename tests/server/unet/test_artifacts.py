@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.backend import BackendError
@@ -61,15 +66,60 @@ def test_an_entry_comes_back_as_it_was_added(cache):
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )
-def test_damage_is_told_and_pruned(cache, damage, says):
+def test_damage_is_told_and_pruned_or_made_again(cache, damage, says, caplog):
     good = cache.add("engines", KEY | {"version": "2"}, make).folder
     bad = cache.add("engines", KEY, make).folder
     damage(bad)
-    for call in (cache.find, lambda *key: cache.add(*key, make)):
-        assert says in refused(call, "engines", KEY)
+    assert says in refused(cache.find, "engines", KEY)
     assert cache.prune() == [bad]
     assert list(cache.entries()) == [good]
     assert cache.add("engines", KEY, make).folder == bad
+    assert not caplog.records
+    damage(bad)
+    again = cache.add("engines", KEY, make)
+    assert again == cache.find("engines", KEY)
+    (line,) = caplog.records
+    assert says in line.msg["why"]
+    aside = cache.root / "engines"
+    assert len(list(aside.glob(".*-damaged"))) == 1
+    cache.add("engines", KEY | {"version": "3"}, make)
+    assert not list(aside.glob(".*-damaged")), "what is set aside goes when the next is made"
+
+
+@given(st.data())
+def test_no_damage_is_ever_loaded_and_any_is_mended(data):
+    """Truncated and random bytes, in any file of an entry, and other things in the place of files and folders."""
+    with tempfile.TemporaryDirectory() as root:
+        cache = ArtifactCache(Path(root))
+        whole = cache.add("graphs", KEY, make)
+        path = whole.folder / data.draw(st.sampled_from(["unet.plan", "manifest.json", "."]))
+        before = b"" if path.is_dir() else path.read_bytes()
+        match how := data.draw(st.sampled_from(["cut", "random", "nested", "folder", "gone", "file"])):
+            case "cut" if path.is_file():
+                path.write_bytes(before[: data.draw(st.integers(0, len(before) - 1))])
+            case "random" if path.is_file():
+                path.write_bytes(data.draw(st.binary(max_size=200)))
+            case "nested" if path.is_file():
+                path.write_bytes(b"[" * 200_000)
+            case "folder" if path.is_file():
+                path.unlink()
+                path.mkdir()
+            case _ if path == whole.folder:
+                shutil.rmtree(path)
+                if how == "file":
+                    path.write_bytes(b"not a folder")
+            case _:
+                path.unlink()
+        assert cache.add("graphs", KEY, make) == whole
+        assert cache.find("graphs", KEY) == whole
+        assert (whole.folder / "unet.plan").read_bytes() == b"plan" * 1000
+
+
+def test_an_entry_in_the_place_of_another_is_not_taken(cache):
+    other = cache.add("graphs", KEY | {"version": "2"}, make).folder
+    shutil.copytree(other, cache.folder("graphs", KEY))
+    assert "is that of" in refused(cache.find, "graphs", KEY)
+    assert cache.add("graphs", KEY, make).key == KEY
 
 
 def test_what_cannot_be_made_leaves_nothing(cache):
@@ -102,6 +152,10 @@ def test_what_is_there_is_found_in_a_folder_that_cannot_be_written(cache, monkey
     monkeypatch.setattr(cache, "_lock", read_only)
     assert cache.add("graphs", KEY, lambda folder: pytest.fail("it is there")) == added
     assert "cannot be written" in refused(cache.add, "graphs", KEY | {"version": "2"}, make)
+    (added.folder / "unet.plan").write_bytes(b"plan")
+    told = refused(cache.add, "graphs", KEY, make)
+    assert "4 bytes, 4000 were written" in told
+    assert "cannot be written" in told
 
 
 KILLED = """

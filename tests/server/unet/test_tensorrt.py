@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbolens_server.loading.engine_cli import main
-from turbolens_server.unet import tensorrt_build
+from turbolens_server.loading.load import load_engine
+from turbolens_server.unet import choose, tensorrt_build
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE
@@ -117,6 +118,27 @@ def test_damage_to_an_engine_that_is_not_wanted_does_not_matter(tmp_path):
     (wanted.folder / PLAN_FILE).write_bytes(b"nalp")
     with pytest.raises(BackendError, match="has changed"):
         find_engine(cache, GRAPH, ANY, TARGET, LATENT)
+
+
+def test_a_damaged_engine_is_built_again_for_the_same_shapes(small_model, half_graph, tmp_path, monkeypatch, caplog):
+    """As a start does it; the GPU and its library are played."""
+    model = load_engine(model=str(small_model[0]), backend="torch", dtype="float16")
+    unet, model_hash = model.components.unet, model.info.model_hash
+    spec, graph = half_graph
+    cache = ArtifactCache(tmp_path)
+    shutil.copytree(graph.folder, cache.folder("graphs", graph.key))
+    whole = kept(cache, graph.key, ((1, 16, 16), (8, 16, 16)))
+    (whole.folder / PLAN_FILE).write_bytes(b"nalp")
+    ran = []
+    monkeypatch.setattr(choose, "find_tensorrt", lambda: ANY)
+    monkeypatch.setattr(choose, "current_target", lambda _: TARGET)
+    monkeypatch.setattr(choose, "TensorRTRunner", lambda _, engine, *__: ran.append(engine))
+    monkeypatch.setattr(tensorrt_build, "build_plan", lambda *given: memoryview(b"plan"))
+    choose.open_backend("tensorrt", unet, spec, model_hash, torch.device("cuda"), cache, LATENT)
+    assert [(engine.folder, engine.key) for engine in ran] == [(whole.folder, whole.key)]
+    assert (whole.folder / PLAN_FILE).read_bytes() == b"plan"
+    (line,) = [record for record in caplog.records if record.name == "turbolens"]
+    assert line.msg["event"] == "cache entry set aside"
 
 
 def _write(folder, data):
