@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbolens_server.sae.bundle import Bundle, BundleError
+from turbolens_server.sae.bundle import Bundle, BundleError, Nesting
 from turbolens_server.sae.formats.read import read_sae
 from turbolens_server.sae.sae import Sae
 
@@ -113,6 +113,8 @@ def test_sae_lens_saved_for_inference(architecture, settings, folder):
     sae_lens_trained(architecture, **settings).save_inference_model(str(folder))
     theirs = SAE.load_from_disk(str(folder))
     same(folder, theirs.encode, theirs.decode)
+    if "matryoshka_widths" in settings:
+        assert read_sae(folder, hook_point="mid.0").nesting == Nesting(None, (24, D_SAE))
 
 
 @pytest.mark.parametrize("factor", [None, 0.4])

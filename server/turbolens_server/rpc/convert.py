@@ -204,7 +204,7 @@ def saes(info: EngineInfo, labels: Mapping[str, int]) -> list[model_service_pb2.
                 labels=labels.get(sae.name, 0),
                 provenance_json=json.dumps(_without_places(sae.bundle.provenance)),
                 forced=sae.forced,
-                k_max=sae.bundle.nesting.k_max if sae.bundle.nesting else 0,
+                k_max=(sae.bundle.nesting.k_max or 0) if sae.bundle.nesting else 0,
                 prefixes=sae.bundle.nesting.prefixes if sae.bundle.nesting else (),
                 steps=sae.bundle.steps or 0,
             )

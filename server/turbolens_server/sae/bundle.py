@@ -101,8 +101,8 @@ class FeatureStats:
 class Nesting:
     """How much smaller than itself a Matryoshka SAE may be served."""
 
-    k_max: int
-    """Largest k it was trained at; every k up to it may be served."""
+    k_max: int | None
+    """Largest k it was trained at; every k up to it may be served. None for JumpReLU, which has no k."""
     prefixes: tuple[int, ...]
     """Numbers of first features that are an SAE of their own, rising; the last is the whole."""
 
@@ -163,7 +163,7 @@ class Bundle:
         None is the SAE's own.
         """
         found, nesting = {}, self.nesting
-        if k not in (None, self.k) and not (nesting and 1 <= k <= nesting.k_max):
+        if k not in (None, self.k) and not (nesting and nesting.k_max and 1 <= k <= nesting.k_max):
             allowed = f"allows {f'1 to {nesting.k_max}' if nesting else f'only {self.k}'}"
             found["k"] = "has no k" if self.k is None else allowed
         if prefix not in (None, self.d_sae) and not (nesting and prefix in nesting.prefixes):
@@ -258,8 +258,10 @@ def save_bundle(
     }
     if k is not None:
         config |= {"k": k, "rescale_acts_by_decoder_norm": False}
-    if nesting is not None:
+    if nesting is not None and nesting.k_max is not None:
         config |= dataclasses.asdict(nesting)
+    elif nesting is not None:  # among what SAELens keeps without reading: to it the bundle is a JumpReLU
+        config["metadata"]["turbolens"]["prefixes"] = list(nesting.prefixes)
     if weights.scales is not None:
         config |= {"steps": len(weights.scales)}
     with whole_folder(folder, replace=True) as whole:
@@ -367,8 +369,12 @@ def load_bundle(folder: Path) -> Bundle:
     k = None if architecture == "jumprelu" else config.get("k")
     if architecture != "jumprelu" and not (_whole(k) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
-    nesting = _read_nesting(config, folder, weights.W_enc.shape[1]) if architecture == "turbolens-matryoshka" else None
     ours = _object(_object(config, "metadata", folder), "turbolens", folder)
+    nesting = None
+    if architecture == "turbolens-matryoshka":
+        nesting = _read_nesting(config, folder, weights.W_enc.shape[1])
+    elif architecture == "jumprelu" and "prefixes" in ours:
+        nesting = Nesting(None, _prefixes(ours["prefixes"], folder, weights.W_enc.shape[1]))
     called, hook_point, model_hash = ours.get("name"), ours.get("hook_point"), ours.get("model_hash")
     if not hook_point:
         raise BundleError(f"{folder}: cfg.json does not say where it sits (metadata.turbolens.hook_point)")
@@ -403,15 +409,19 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _read_nesting(config: dict[str, Any], folder: Path, d_sae: int) -> Nesting:
-    k, k_max, prefixes = config["k"], config.get("k_max"), config.get("prefixes")
+    k, k_max = config["k"], config.get("k_max")
     if not (_whole(k_max) and k <= k_max <= d_sae):
         raise BundleError(f"{folder}: cfg.json has k_max={k_max!r}, expected {k} to {d_sae}")
-    widths = [width for width in prefixes if _whole(width)] if isinstance(prefixes, list) else []
-    if not (widths and widths == prefixes == sorted({*widths}) and widths[-1] == d_sae and widths[0] >= k_max):
+    return Nesting(k_max, _prefixes(config.get("prefixes"), folder, d_sae, k_max))
+
+
+def _prefixes(given: object, folder: Path, d_sae: int, least: int = 1) -> tuple[int, ...]:
+    widths = [width for width in given if _whole(width)] if isinstance(given, list) else []
+    if not (widths and widths == given == sorted({*widths}) and widths[-1] == d_sae and widths[0] >= least):
         raise BundleError(
-            f"{folder}: cfg.json has prefixes={prefixes!r}, expected rising sizes from at least {k_max} up to {d_sae}"
+            f"{folder}: cfg.json has prefixes={given!r}, expected rising sizes from at least {least} up to {d_sae}"
         )
-    return Nesting(k_max, tuple(widths))
+    return tuple(widths)
 
 
 def _load_stats(folder: Path, d_sae: int) -> FeatureStats | None:

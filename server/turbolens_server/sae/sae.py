@@ -75,7 +75,7 @@ class Sae:
 
         Args:
             x: updates.
-            k: of a Matryoshka, 1 to `nesting.k_max`; None: the bundle's own.
+            k: of a Matryoshka TopK, 1 to `nesting.k_max`; None: the bundle's own.
             prefix: of a Matryoshka, one of `nesting.prefixes`: only so many first features exist. None: all.
 
         Raises:
@@ -99,7 +99,7 @@ class Sae:
         if self.threshold is None:
             width = k or d_sae
         else:
-            pre = pre * (pre > self.threshold)
+            pre = pre * (pre > self.threshold[:d_sae])
             width = max(1, int((pre > 0).sum(-1).max()))
         values, indices = pre.topk(width, dim=-1)
         shape = (*x.shape[:-1], width)

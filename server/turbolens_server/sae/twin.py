@@ -20,7 +20,8 @@ def encode_dense(bundle: Bundle, x: Tensor, k: int | None = None, prefix: int | 
     w = bundle.weights
     pre = (x.float() - w.b_dec) @ w.W_enc + w.b_enc
     if w.threshold is not None:
-        return torch.where(pre > w.threshold, pre, 0).relu()
+        within = torch.arange(pre.shape[-1]) < (prefix or bundle.d_sae)
+        return torch.where((pre > w.threshold) & within, pre, 0).relu()
     k = k or bundle.k
     if k is None:
         raise ValueError("a TopK bundle has a k")

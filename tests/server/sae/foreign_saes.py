@@ -249,6 +249,15 @@ def saelens(seed: int, architecture: str, *, centred: bool = True, rescaled: boo
     )
 
 
+def saelens_matryoshka(seed: int, widths: Any = (4, 9)) -> Foreign:
+    """Saved for inference it is a JumpReLU, and its widths are told beside."""
+    theirs = saelens(seed, "jumprelu")
+    config = theirs.files["cfg.json"]
+    told = {"training_architecture_details": {"matryoshka_widths": list(widths), "k": K}}
+    files = {**theirs.files, "cfg.json": {**config, "metadata": {**config["metadata"], **told}}}
+    return dataclasses.replace(theirs, files=files)
+
+
 def saelens_gated(seed: int, *, centred: bool = True) -> Foreign:
     theirs = saelens(seed, "standard", centred=centred)
     tensors, config = theirs.files["sae_weights.safetensors"], theirs.files["cfg.json"]
@@ -418,6 +427,7 @@ KINDS: dict[str, Callable[[int], Foreign]] = {
     "saelens topk, rescaled, not centred": lambda seed: saelens(seed, "topk", rescaled=True, centred=False),
     "saelens jumprelu": lambda seed: saelens(seed, "jumprelu"),
     "saelens jumprelu, not centred": lambda seed: saelens(seed, "jumprelu", centred=False),
+    "saelens Matryoshka": saelens_matryoshka,
     "saelens gated": saelens_gated,
     "saelens gated, not centred": lambda seed: saelens_gated(seed, centred=False),
     "saelens checkpoint of BatchTopK": saelens_checkpoint,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from turbolens_server.sae.bundle import Bundle, BundleError, load_bundle, save_bundle
+from turbolens_server.sae.bundle import Bundle, BundleError, Nesting, load_bundle, save_bundle
 from turbolens_server.sae.formats.read import detect, find_saes, read_sae
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.twin import decode_dense, encode_dense
@@ -65,6 +65,30 @@ def test_a_converted_bundle_is_the_folder_it_came_from(kind, tmp_path):
     )
     assert (ours.stats is None) == (read.stats is None)
     assert read_sae(tmp_path / "ours").name == "down.2.1"
+
+
+def test_the_widths_of_sae_lens_may_be_asked_for(tmp_path):
+    theirs = foreign.saelens_matryoshka(3)
+    bundle = read_sae(theirs.write(tmp_path / "mid.0"))
+    assert bundle.architecture == "jumprelu"
+    assert bundle.nesting == Nesting(None, (4, 9, D_SAE))
+    assert bundle.refused(None, 5) == {"prefix": f"allows 4, 9, {D_SAE}"}
+    x = theirs.clear(2 * foreign.draw(9, 64, D_IN))
+    codes = Sae(bundle, torch.device("cpu")).encode(x, prefix=9)
+    found = torch.zeros(len(x), D_SAE).scatter(1, codes.indices, codes.values)
+    expected = theirs.encode(x)
+    expected[:, 9:] = 0
+    assert (expected > 0).any()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(encode_dense(bundle, x, prefix=9), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("widths", [[9, 4], [0, 4], [4, D_SAE + 1], [4, "9"], "4,9"])
+def test_widths_that_cannot_be_are_refused(widths, tmp_path):
+    theirs = foreign.saelens_matryoshka(3)
+    theirs.files["cfg.json"]["metadata"]["training_architecture_details"]["matryoshka_widths"] = widths
+    with pytest.raises(BundleError, match=r"matryoshka_widths=.* must be rising sizes up to 18"):
+        read_sae(theirs.write(tmp_path / "mid.0"))
 
 
 def test_the_published_means_come_along(tmp_path):

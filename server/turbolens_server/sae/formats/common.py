@@ -35,7 +35,7 @@ class ForeignSae:
     folded: tuple[str, ...] = ()
     """What was folded into the weights, in words."""
     nesting: Nesting | None = None
-    """Of a Matryoshka TopK: the sizes at which it was trained."""
+    """Of a Matryoshka: the sizes at which it was trained."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto
     return Bundle(
         name=block,
         hook_point=block,
-        architecture="turbolens-matryoshka" if sae.nesting else sae.architecture,
+        architecture="turbolens-matryoshka" if sae.nesting and sae.nesting.k_max else sae.architecture,
         k=sae.k,
         weights=sae.weights,
         stats=sae.stats,

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from turbolens_server.sae.bundle import BundleError, SaeWeights
+from turbolens_server.sae.bundle import BundleError, Nesting, SaeWeights
 from turbolens_server.sae.formats.common import (
     ForeignSae,
     check_settings,
@@ -106,7 +106,20 @@ def read_saelens(folder: Path) -> ForeignSae:
         named=tuple(text for key in ("hook_name", "hook_point") if isinstance(text := told.get(key), str)),
         model_name=name if isinstance(name := told.get("model_name"), str) else None,
         folded=tuple(folded),
+        nesting=None if architecture == "topk" else _nesting(config, told, weights.b_enc.shape[0], settings),
     )
+
+
+def _nesting(config: Mapping[str, Any], metadata: Mapping[str, Any], d_sae: int, settings: Path) -> Nesting | None:
+    """The widths that a Matryoshka was trained at: settings of a checkpoint, and afterwards kept among the metadata."""
+    details = metadata.get("training_architecture_details")
+    widths = (details if isinstance(details, dict) else config).get("matryoshka_widths")
+    if not widths:
+        return None
+    whole = isinstance(widths, list) and all(type(width) is int and 0 < width <= d_sae for width in widths)
+    if not whole or widths != sorted({*widths}):
+        raise BundleError(f"{settings}: matryoshka_widths={widths!r} must be rising sizes up to {d_sae}")
+    return Nesting(None, tuple(sorted({*widths, d_sae})))
 
 
 def _before_6(version: object) -> bool:
