@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from turbolens_server.files import write_file
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.sae import Codes, Sae
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
-from turbolens_training.evaluation.plots import plt, save_figure
+from turbolens_training.evaluation.plots import save_figure
 from turbolens_training.evaluation.probes import best_probe, splits
 from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
 from turbolens_training.evaluation.reconstruction import Fit

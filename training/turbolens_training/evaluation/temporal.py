@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
 from turbolens_training.evaluation.nested import ATTRIBUTES
-from turbolens_training.evaluation.plots import plt, save_figure
+from turbolens_training.evaluation.plots import save_figure
 from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
 from turbolens_training.evaluation.reconstruction import Fit
 from turbolens_training.evaluation.variants import trained
@@ -128,7 +129,8 @@ def feature_paths(sae: Sae, rms: Tensor) -> dict[str, Tensor]:
 def judge_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     """The published comparison, row by row: the residuals beside all else."""
     whole = {row["features of"]: row for row in rows if row["steps steered"] == "all"}
-    best, found = whole[RIDGE], []
+    best = whole[RIDGE]
+    found: list[dict[str, object]] = []
     for measure, text, sign in (
         ("explained", "explains more of the updates than", 1),
         ("changes_explained", "explains more of what steps change than", 1),
