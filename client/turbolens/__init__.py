@@ -9,6 +9,7 @@ with tl.connect("localhost:50051") as lens:
 """
 
 from turbolens import aio, steering
+from turbolens._attribution import Attribution, Source
 from turbolens._average import Average, AverageFeature, average
 from turbolens._blocks import BlockFeatures, RunFeatures, TopFeature
 from turbolens._channel import TLS
@@ -67,6 +68,7 @@ from turbolens._table import Table
 
 __all__ = [
     "TLS",
+    "Attribution",
     "Average",
     "AverageFeature",
     "BlockFeatures",
@@ -116,6 +118,7 @@ __all__ = [
     "Run",
     "RunFeatures",
     "Sae",
+    "Source",
     "Step",
     "Sweep",
     "Swept",

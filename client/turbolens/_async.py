@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Unpack, overload
 
 import grpc
 
+from turbolens._attribution import Attribution
 from turbolens._channel import TLS, Connection, Token, async_channel, connection
 from turbolens._contrast import contrast
 from turbolens._edits import FeatureLike, Features, replace, to_ref
@@ -27,18 +28,20 @@ from turbolens._many.prompts import Prompts as ManyPrompts
 from turbolens._many.run import extract_many, generate_many, run_async
 from turbolens._many.tables import Form
 from turbolens._model import Model, Sae
-from turbolens._numbers import seconds, text, whole
+from turbolens._numbers import seconds, text, whole, whole_or_none
 from turbolens._provenance import Provenance
 from turbolens._replay import TOLERANCE, Replay, compare, otherwise, read_manifest
 from turbolens._results import Event, Extraction, Picture, Pictures, event_of, warnings_of
 from turbolens._retry import ATTEMPTS, Attempts, name_request, warn_of_skew
 from turbolens._run import (
+    AttributeOptions,
     Call,
     ExtractOptions,
     GenerateOptions,
     Prompts,
     RunOptions,
     StreamOptions,
+    attribute_call,
     extract_call,
     generate_call,
     takes,
@@ -264,6 +267,38 @@ class AsyncLens:
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
         made = [Extraction(e, call.run, account, warnings, self._labels.of) for e in answer.extractions]
         return made if call.several else made[0]
+
+    @takes(AttributeOptions)
+    async def attribute(
+        self,
+        prompt: str,
+        feature: FeatureLike,
+        *,
+        seed: int | None = None,
+        step: int | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> Attribution:
+        """What made a feature fire in a run: which words, positions and heads, as an exact sum.
+
+        Args:
+            prompt: any text; the empty prompt is one.
+            feature: of an SAE at the z of an attention layer, such as `"up.0.1.attn2.0.z/12"`.
+            seed: of the run; None: the server draws one and the result says which.
+            step: from 0; None: the last.
+            options: those of :meth:`generate` that make the run: with `steer`, a steered run is explained.
+
+        Raises:
+            InvalidRequest: with a violation for every field that cannot be served: the feature's hook point is no z, or
+                the backend does not show attention.
+            TurboLensError: anything else that went wrong.
+        """
+        call, ref = attribute_call(prompt, seed, options), to_ref(feature)
+        request = call.attribute(ref, whole_or_none(step, "step"))
+        services = await self._open()
+        async with self._window:
+            answer = await self._call(services.features.AttributeFeature, request, call.timeout)
+        account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        return Attribution(answer, ref, prompt, account, warnings)
 
     async def replay(self, file: str | Path, *, tolerance: int = TOLERANCE) -> Replay:
         """Make a result again and say whether it is equal, equal within tolerance, or what differs.

@@ -74,8 +74,8 @@ def reference(
     return Reference(text(prompt, "the prompt"), _seed(seed), start_of(image, start_latents, strength))
 
 
-class RunOptions(TypedDict, total=False):
-    """What every call takes beside the prompt and seeds."""
+class AttributeOptions(TypedDict, total=False):
+    """What `attribute` takes beside the prompt, the feature, seed and step: what makes the run."""
 
     image: ImageLike | None
     start_latents: Any
@@ -90,12 +90,17 @@ class RunOptions(TypedDict, total=False):
     steer: Sequence[Edit]
     references: Mapping[str, Reference]
     regions: Regions
-    only: Only
-    float32: bool
     k: PerSae
     prefix: PerSae
     timeout: float | None
     request_id: str
+
+
+class RunOptions(AttributeOptions, total=False):
+    """What every call that returns features takes beside the prompt and seeds."""
+
+    only: Only
+    float32: bool
 
 
 class ExtractOptions(RunOptions, total=False):
@@ -276,6 +281,15 @@ class Call:
         run = self.run.to_proto(labels=labels)
         return feature_service_pb2.StreamFeaturesRequest(request_id=self.request_id, run=run)
 
+    def attribute(self, feature: FeatureRef, step: int | None) -> feature_service_pb2.AttributeFeatureRequest:
+        """The request for what made a feature fire."""
+        return feature_service_pb2.AttributeFeatureRequest(
+            request_id=self.request_id,
+            run=self.run.to_proto(labels=False),
+            feature=steering_pb2.FeatureRef(sae=feature.sae, index=feature.index),
+            step=step,
+        )
+
     def _image(self) -> run_pb2.ImageOptions:
         return run_pb2.ImageOptions(format=FORMATS[self.format], quality=self.quality)
 
@@ -306,6 +320,15 @@ def extract_call(prompt: Prompts, seed: int | None, seeds: Sequence[int] | None,
     saes, only = given.pop("saes", None), given.get("only")
     wanted = True if saes is None and only is None else saes
     return _call("saes", ExtractOptions, prompt, seed, seeds, given, wanted)
+
+
+def attribute_call(prompt: str, seed: int | None, options: AttributeOptions) -> Call:
+    """A call for what made a feature fire.
+
+    Raises:
+        TypeError, ValueError: as for :func:`generate_call`.
+    """
+    return _call("", AttributeOptions, text(prompt, "the prompt"), seed, None, dict(options), None)
 
 
 _DEFAULTS: Final[Mapping[str, Any]] = {

@@ -9,17 +9,17 @@ import turbolens as tl
 
 # What callers may rely on: a change here is a change of the product, and belongs in the changelog.
 NAMES = """
-Average AverageFeature BlockFeatures Cancelled Choice Chosen Closed Coded Comparison Condition DeadlineExceeded
-Difference Done Edit Effect Example Extraction Feature FeatureRef Features FieldViolation Gallery HookPoint
-InternalError InvalidRequest Label Lens Limits Located Manifest ManyReport Mask Match Model Near NotFound Overloaded
-PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Replay Run RunFeatures Sae Step
-Sweep Swept TLS Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented Warning ablate add aio
-average box boxes choose compare connect edits_from_json edits_to_json feature gallery manifest mask patch polygon
-reference replace scale set_to steering transfer where
+Attribution Average AverageFeature BlockFeatures Cancelled Choice Chosen Closed Coded Comparison Condition
+DeadlineExceeded Difference Done Edit Effect Example Extraction Feature FeatureRef Features FieldViolation Gallery
+HookPoint InternalError InvalidRequest Label Lens Limits Located Manifest ManyReport Mask Match Model Near NotFound
+Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Replay Run RunFeatures
+Sae Source Step Sweep Swept TLS Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented Warning
+ablate add aio average box boxes choose compare connect edits_from_json edits_to_json feature gallery manifest mask
+patch polygon reference replace scale set_to steering transfer where
 """
 METHODS = """
-close contrast examples extract extract_many generate generate_many get_feature icon list_features load_saes model
-nearest_features reload_sae replay search_features stream_features stream_generate sweep unload_sae wait_ready
+attribute close contrast examples extract extract_many generate generate_many get_feature icon list_features load_saes
+model nearest_features reload_sae replay search_features stream_features stream_generate sweep unload_sae wait_ready
 """
 
 

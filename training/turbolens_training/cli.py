@@ -15,7 +15,7 @@ import yaml
 from turbolens_training.activations.config import DataConfig, FillCacheConfig, ImportTarsConfig, VerifyCacheConfig
 from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
-from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig
+from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig, WordsConfig
 from turbolens_training.evaluation.variants_config import NestedConfig, TemporalConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
@@ -82,6 +82,7 @@ Command = (
     | Annotated[RieBenchConfig, tyro.conf.subcommand("riebench")]
     | Annotated[NestedConfig, tyro.conf.subcommand("nested")]
     | Annotated[TemporalConfig, tyro.conf.subcommand("temporal")]
+    | Annotated[WordsConfig, tyro.conf.subcommand("words")]
     | Annotated[RebuildConfig, tyro.conf.subcommand("rebuild")]
 )
 
@@ -112,7 +113,7 @@ def _missing(command: object) -> list[str]:
             return missing(model=command.model, prompts=command.prompts, shards=command.shards)
         case DataConfig():
             return missing(model=command.model, prompts=command.prompts)
-        case DoseConfig():
+        case DoseConfig() | WordsConfig():
             return missing(model=command.model, saes=command.saes)
         case EvalConfig():
             return missing(model=command.model, saes=command.saes, prompts=command.prompts)
@@ -200,6 +201,10 @@ def run(command: Command) -> None:
             from turbolens_training.evaluation.evaluate import evaluate
 
             evaluate(command)
+        case WordsConfig():
+            from turbolens_training.evaluation.words import measure_words
+
+            measure_words(command)
         case RegionsConfig():
             from turbolens_training.evaluation.regions import measure_regions
 

@@ -18,6 +18,7 @@ COMMANDS: Final = "turbolens.commands"
 _OWN: Final = {
     "generate": "turbolens.cli.pictures:Generate",
     "extract": "turbolens.cli.pictures:Extract",
+    "attribute": "turbolens.cli.attribute:Attribute",
     "extract-many": "turbolens.cli.many:ExtractMany",
     "generate-many": "turbolens.cli.many:GenerateMany",
     "sweep": "turbolens.cli.many:Sweep",
@@ -48,6 +49,7 @@ _HELP: Final = """turbolens: pictures of SDXL Turbo, the features behind them, a
   turbolens studio                      explore, paint and compare in a browser; with --embedded, on a model of its own
   turbolens generate "a blue ring ..."  make pictures, steered or not
   turbolens extract "a blue ring ..."   show the features behind pictures
+  turbolens attribute PROMPT FEATURE    say which words, positions and heads made a feature fire
   turbolens extract-many FILE OUT       features of very many prompts, as a table; also: generate-many, as pictures
   turbolens sweep PROMPT ...            one picture at many strengths of many features
   turbolens features search blue        find features by words; also: list, show, contrast

@@ -364,6 +364,137 @@ class Extraction(_message.Message):
 Global___Extraction: _TypeAlias = Extraction  # noqa: Y015
 
 @_typing.final
+class AttributeFeatureRequest(_message.Message):
+    """Asks what made a feature fire in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As for ExtractFeatures."""
+    step: _builtins.int
+    """Denoising step, from 0; unset: the last."""
+    @_builtins.property
+    def run(self) -> _run_pb2.Run:
+        """Required. Of at most one seed; `features` is left out."""
+
+    @_builtins.property
+    def feature(self) -> _steering_pb2.FeatureRef:
+        """Required. Of an SAE whose hook point is the z of an attention layer, such as "up.0.1.attn2.0.z"."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run: _run_pb2.Run | None = ...,
+        feature: _steering_pb2.FeatureRef | None = ...,
+        step: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "feature", b"feature", "run", b"run", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "feature", b"feature", "request_id", b"request_id", "run", b"run", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+
+Global___AttributeFeatureRequest: _TypeAlias = AttributeFeatureRequest  # noqa: Y015
+
+@_typing.final
+class AttributeFeatureResponse(_message.Message):
+    """A feature's pre-activation as a sum. At every position p of the grid, before the edits of the feature's own hook point,
+    pre[p] = bias + the sum of by_source[p], and of by_head[p] likewise, up to rounding: the attention pattern is held, and
+    values are counted from the SAE's b_dec.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    PRE_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    BY_SOURCE_FIELD_NUMBER: _builtins.int
+    BY_HEAD_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As asked or made."""
+    seed: _builtins.int
+    """The seed."""
+    step: _builtins.int
+    """0-based denoising step."""
+    height: _builtins.int
+    """Rows of the grid."""
+    width: _builtins.int
+    """Columns of the grid."""
+    bias: _builtins.float
+    """The feature's b_enc."""
+    @_builtins.property
+    def pre(self) -> _run_pb2.Tensor:
+        """[height, width] pre-activations, float32."""
+
+    @_builtins.property
+    def activation(self) -> _run_pb2.Tensor:
+        """[height, width] activations, after selection, float32."""
+
+    @_builtins.property
+    def by_source(self) -> _run_pb2.Tensor:
+        """[height * width, sources], summed over heads, float32. In cross-attention the sources are the tokens, in
+        self-attention the positions of the grid, row-major.
+        """
+
+    @_builtins.property
+    def by_head(self) -> _run_pb2.Tensor:
+        """[height * width, heads], summed over sources, float32."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tokens of a cross-attention, start, end and padding included, then those of each region's phrase; a token that
+        ends a word ends with "</w>". Empty in self-attention.
+        """
+
+    @_builtins.property
+    def provenance(self) -> _run_pb2.Provenance:
+        """How it was made."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Warning]:
+        """What the caller should know."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        step: _builtins.int = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        pre: _run_pb2.Tensor | None = ...,
+        activation: _run_pb2.Tensor | None = ...,
+        bias: _builtins.float = ...,
+        by_source: _run_pb2.Tensor | None = ...,
+        by_head: _run_pb2.Tensor | None = ...,
+        tokens: _abc.Iterable[_builtins.str] | None = ...,
+        provenance: _run_pb2.Provenance | None = ...,
+        warnings: _abc.Iterable[_run_pb2.Warning] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "by_head", b"by_head", "by_source", b"by_source", "pre", b"pre", "provenance", b"provenance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "by_head", b"by_head", "by_source", b"by_source", "height", b"height", "pre", b"pre", "provenance", b"provenance", "request_id", b"request_id", "seed", b"seed", "step", b"step", "tokens", b"tokens", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributeFeatureResponse: _TypeAlias = AttributeFeatureResponse  # noqa: Y015
+
+@_typing.final
 class StreamFeaturesRequest(_message.Message):
     """Asks for the features of a run as they are computed."""
 

@@ -50,6 +50,11 @@ class FeatureServiceStub:
                 request_serializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.SerializeToString,
                 response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.FromString,
                 _registered_method=True)
+        self.AttributeFeature = channel.unary_unary(
+                '/turbolens.v1.FeatureService/AttributeFeature',
+                request_serializer=turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureRequest.SerializeToString,
+                response_deserializer=turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureResponse.FromString,
+                _registered_method=True)
         self.ListFeatures = channel.unary_unary(
                 '/turbolens.v1.FeatureService/ListFeatures',
                 request_serializer=turbolens_dot_v1_dot_feature__service__pb2.ListFeaturesRequest.SerializeToString,
@@ -93,6 +98,13 @@ class FeatureServiceServicer:
     def ExtractFeaturesBatch(self, request_iterator, context):
         """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
         an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AttributeFeature(self, request, context):
+        """Run the model and say what made a feature fire: which words, positions and heads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +155,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
                     servicer.ExtractFeaturesBatch,
                     request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.FromString,
                     response_serializer=turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.SerializeToString,
+            ),
+            'AttributeFeature': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttributeFeature,
+                    request_deserializer=turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureRequest.FromString,
+                    response_serializer=turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureResponse.SerializeToString,
             ),
             'ListFeatures': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFeatures,
@@ -247,6 +264,33 @@ class FeatureService:
             '/turbolens.v1.FeatureService/ExtractFeaturesBatch',
             turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchRequest.SerializeToString,
             turbolens_dot_v1_dot_feature__service__pb2.ExtractFeaturesBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttributeFeature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turbolens.v1.FeatureService/AttributeFeature',
+            turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureRequest.SerializeToString,
+            turbolens_dot_v1_dot_feature__service__pb2.AttributeFeatureResponse.FromString,
             options,
             channel_credentials,
             insecure,

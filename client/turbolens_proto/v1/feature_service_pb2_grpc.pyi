@@ -41,6 +41,8 @@ class FeatureServiceStub:
     """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
     an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
     """
+    AttributeFeature: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.AttributeFeatureRequest, _feature_service_pb2.AttributeFeatureResponse]
+    """Run the model and say what made a feature fire: which words, positions and heads."""
     ListFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.ListFeaturesRequest, _feature_service_pb2.ListFeaturesResponse]
     """The features of an SAE, a page at a time."""
     GetFeature: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.GetFeatureRequest, _feature_service_pb2.GetFeatureResponse]
@@ -63,6 +65,8 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
     an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
     """
+    AttributeFeature: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.AttributeFeatureRequest, _feature_service_pb2.AttributeFeatureResponse]  # type: ignore[assignment]
+    """Run the model and say what made a feature fire: which words, positions and heads."""
     ListFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.ListFeaturesRequest, _feature_service_pb2.ListFeaturesResponse]  # type: ignore[assignment]
     """The features of an SAE, a page at a time."""
     GetFeature: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.GetFeatureRequest, _feature_service_pb2.GetFeatureResponse]  # type: ignore[assignment]
@@ -100,6 +104,14 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         """The same for very many runs over one stream: answers come as runs end, in any order, and what is wrong with one is
         an answer of its own. No further is read than a bounded number of unanswered runs, so send as the stream takes them.
         """
+
+    @_abc_1.abstractmethod
+    def AttributeFeature(
+        self,
+        request: _feature_service_pb2.AttributeFeatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_service_pb2.AttributeFeatureResponse, _abc.Awaitable[_feature_service_pb2.AttributeFeatureResponse]]:
+        """Run the model and say what made a feature fire: which words, positions and heads."""
 
     @_abc_1.abstractmethod
     def ListFeatures(

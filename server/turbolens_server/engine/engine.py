@@ -30,6 +30,7 @@ from turbolens_server.engine.sampler import NOISE, RowStart, Sampler
 from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import EncodedTexts, TextEncoder
 from turbolens_server.engine.types import (
+    Attribution,
     FeaturesReady,
     Guidance,
     Job,
@@ -46,6 +47,7 @@ from turbolens_server.sae.sae import Sae
 from turbolens_server.steering.choice import Chosen
 from turbolens_server.unet.backend import UNetBackend
 from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.points import hears_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,6 +85,8 @@ class Denoised:
     """Of each row, the features that were chosen for it."""
     running: Running
     """What has run it so far, and goes on."""
+    attributions: list[Attribution | None]
+    """Of each row, where asked."""
 
 
 class _FailedFirst(Exception):
@@ -262,6 +266,7 @@ class Engine:
         )
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         features: list[list[SparseCodes]] = [[] for _ in jobs]
+        attributions: list[Attribution | None] = [None] * len(jobs)
         for step, t in enumerate(walk.timesteps):
             live = [alive and not is_cancelled(row) for row, alive in enumerate(live)]
             if not any(live):
@@ -279,13 +284,23 @@ class Engine:
                 if live[row]:
                     features[row].append(codes)
                     emit(FeaturesReady(row, codes))
+            for row, attribution in tap.attributions():
+                attributions[row] = self._named(attribution, jobs[row])
             previews = [row for row, job in enumerate(jobs) if job.previews and step < first.steps - 1]
             shown = {} if estimate is None else dict(decode_rows(running.decoder, estimate, previews, live))
             for row in range(len(jobs)):
                 if live[row]:
                     emit(StepDone(row, step, first.steps, shown.get(row), times))
         cut = [max(text.tokens_cut[lane] for lane in (row, lanes.second.get(row, row))) for row in range(len(jobs))]
-        return Denoised(jobs, walk.latents[: len(jobs)], live, features, tuple(cut), chosen, running)
+        return Denoised(jobs, walk.latents[: len(jobs)], live, features, tuple(cut), chosen, running, attributions)
+
+    def _named(self, attribution: Attribution, job: Job) -> Attribution:
+        """With the tokens that a cross-attention's sources are: the prompt's, then those of each region's phrase."""
+        if job.attribute is None or not hears_text(self.info.saes[job.attribute.sae].hook_point):
+            return attribution
+        texts = [job.prompt, *(region.prompt for region in job.regions)]
+        tokens = tuple(token for text in texts for token in self._parts.text.tokens(text))
+        return dataclasses.replace(attribution, tokens=tokens)
 
     def _read(self, jobs: Sequence[Job], steps: int) -> list[list[SparseCodes]]:
         """The features of jobs over their first steps."""
@@ -336,7 +351,8 @@ class Engine:
                 continue
             kept = tuple(denoised.features[row])
             cut, chosen, made_by = denoised.tokens_cut[row], denoised.chosen[row], denoised.running.unet.name
-            result = Result(row, picture, on_host[row], kept, cut, len(jobs), chosen, made_by)
+            attribution = denoised.attributions[row]
+            result = Result(row, picture, on_host[row], kept, cut, len(jobs), chosen, made_by, attribution)
             results[row] = result
             emit(result)
         return results

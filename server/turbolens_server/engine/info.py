@@ -125,6 +125,8 @@ class EngineInfo:
     """Picture pixels for each cell of the latents, each way."""
     region_strides: tuple[int, ...] = ()
     """Pixels per cell, each way, of the grids on which the text is heard; empty where the backend takes no regions."""
+    opens_attention: bool = True
+    """Whether the backend shows what is within attention layers, which attribution reads."""
     made_for_guidance: bool = False
     """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
     distilled model may have kept them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
-from turbolens_server.engine.types import Job, SaeOptions
+from turbolens_server.engine.types import Attribute, Job, SaeOptions
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps
 from turbolens_server.steering.compose import RowEdits, compose
@@ -64,6 +64,8 @@ class BatchPlan:
         """Updates of the wanted rows at the steps so far, by temporal SAE: each [rows, P, d_model]."""
         self.options: dict[str, dict[int, SaeOptions]] = {}
         """How a row reads an SAE, by SAE and row; where none is named, at its own k and whole."""
+        self.attributed: dict[tuple[str, int], list[tuple[int, Attribute]]] = {}
+        """What to attribute by hook point and step: rows and features."""
         self._info = info
         self._timesteps = timesteps
         self._points = {point.name: point for point in info.hook_points}
@@ -78,6 +80,9 @@ class BatchPlan:
             _check_temporal(job, info)
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
+            if (asked := job.attribute) is not None:
+                at = (info.saes[asked.sae].hook_point, asked.step)
+                self.attributed.setdefault(at, []).append((row, asked))
             for options in job.sae_options:
                 for lane in self.lanes.rows_of(row):
                     self.options.setdefault(options.sae, {})[lane] = options

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from turbolens_server.engine.plan import BatchPlan
-from turbolens_server.engine.types import SaeOptions, SparseCodes
+from turbolens_server.engine.types import Attribute, Attribution, SaeOptions, SparseCodes
 from turbolens_server.kernels import ops
+from turbolens_server.sae.attribution import contributions
 from turbolens_server.sae.sae import Codes, in_one
 from turbolens_server.sae.temporal import side_by_side
 from turbolens_server.steering.compose import PackedEdits, RowEdits, pack
+from turbolens_server.unet.points import inner_names, layer_of, pattern_name, values_name
 
 
 class StepTap:
@@ -26,11 +28,15 @@ class StepTap:
         self._step = step
         self._edits = {point: plan.edits_at(point, step) for point in plan.saes_at}
         self._read: list[tuple[str, tuple[int, int], list[int], Codes]] = []
+        attributed = [point for point, at in plan.attributed if at == step]
+        self._inner = {inner: layer_of(point) for point in attributed for inner in inner_names(layer_of(point))}
+        self._seen: dict[str, Tensor] = {}
+        self._attributions: list[tuple[int, Attribution]] = []
         self.at = frozenset(
             point
             for point, names in plan.saes_at.items()
-            if self._edits[point].by_row or any(plan.wanted.get(name) for name in names)
-        )
+            if self._edits[point].by_row or any(plan.wanted.get(name) for name in names) or point in attributed
+        ) | frozenset(self._inner)
         """Hook points with something to do; where there is none, the U-Net runs as if it had no taps."""
         self.closed = frozenset(point for point, edits in self._edits.items() if edits.closed)
         """Hook points with an edit that depends on the updates of this pass."""
@@ -38,8 +44,13 @@ class StepTap:
         """What was done: hook point, start and end by `time.monotonic`."""
 
     def __call__(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Read and steer the update [B, P, d_model] of one hook point."""
+        """Read and steer the update [B, P, d_model] of one hook point; keep what is within an attention layer."""
+        if point in self._inner:
+            self._seen[point] = update
+            return update
         with self._timed(point):
+            for row, asked in self._plan.attributed.get((point, self._step), ()):
+                self._attributions.append((row, self._attribute(point, update, grid, row, asked)))
             return self._read_and_steer(point, update, grid)
 
     def _read_and_steer(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -63,6 +74,23 @@ class StepTap:
         with self._timed(point):
             for name in self._plan.saes_at[point]:
                 self._read_rows(name, update, grid, [])
+
+    def _attribute(self, point: str, update: Tensor, grid: tuple[int, int], row: int, asked: Attribute) -> Attribution:
+        """What made a feature fire in a row's z, of the update [B, P, d_model]."""
+        sae, layer = self._plan.saes[asked.sae], layer_of(point)
+        weights = sae.bundle.weights
+        column, b_dec = (part.to(update.device) for part in (weights.W_enc[:, asked.index], weights.b_dec))
+        pattern, values = self._seen[pattern_name(layer)][row], self._seen[values_name(layer)][row]
+        parts = contributions(pattern, values, column, b_dec)  # [heads, P, sources]
+        bias = float(weights.b_enc[asked.index])
+        pre = (update[row].float() - b_dec) @ column + bias
+        active = self._encode(asked.sae, update, [row]).of(torch.tensor([asked.index], device=update.device))[0, :, 0]
+        on_host = [part.cpu().numpy() for part in (pre, active, parts.sum(0), parts.sum(2).T.contiguous())]
+        return Attribution(*grid, *on_host[:2], bias, *on_host[2:])
+
+    def attributions(self) -> list[tuple[int, Attribution]]:
+        """What was attributed in this step, by row; without the sources' names."""
+        return self._attributions
 
     @contextlib.contextmanager
     def _timed(self, point: str) -> Iterator[None]:

@@ -79,6 +79,12 @@ class TextEncoder:
         """All that the model's first tokenizer can make of a text."""
         return frozenset(self._tokenizers[0].get_vocab())
 
+    def tokens(self, prompt: str) -> tuple[str, ...]:
+        """The tokens of a prompt as the U-Net hears them, by the first tokenizer, end markers and padding included."""
+        tokenizer = self._tokenizers[0]
+        ids = tokenizer([prompt], truncation=False, verbose=False).input_ids[0]
+        return tuple(tokenizer.convert_ids_to_tokens(_fitted(ids, tokenizer.model_max_length, tokenizer.pad_token_id)))
+
     def encode(self, prompt: str) -> EncodedText:
         """Encode one prompt, of any length and script; tokens past the limit are cut."""
         return self._encode_missing([prompt])[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ import numpy.typing as npt
 from turbolens_server.steering.choice import Chosen
 from turbolens_server.steering.edits import Edit
 from turbolens_server.steering.masks import Mask
+from turbolens_server.unet.points import hears_text
+
+_HEADS: Final = 32
+"""Of an attention layer, about at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +70,15 @@ class Region:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Attribute:
+    """Which feature of an SAE at z to attribute, and at which step."""
+
+    sae: str
+    index: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """One picture to make: a prompt, a seed, and what to do and return on the way.
 
@@ -100,6 +113,8 @@ class Job:
     """Of its picture and of its references; None: none."""
     regions: tuple[Region, ...] = ()
     """Of its picture's lane with the prompt alone."""
+    attribute: Attribute | None = None
+    """What to attribute, in its picture's lane with the prompt; None: nothing."""
 
     @property
     def lanes(self) -> int:
@@ -127,6 +142,32 @@ class SparseCodes:
     """[counts.sum()], features, in falling order of activation within a position."""
     values: npt.NDArray[np.float32]
     """[counts.sum()], activations, all positive."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """What made a feature fire at one step, before the edits of its own hook point; see `sae/attribution.py`."""
+
+    height: int
+    """Of the grid."""
+    width: int
+    pre: npt.NDArray[np.float32]
+    """[P] pre-activation: `bias` and the sum of the contributions."""
+    activation: npt.NDArray[np.float32]
+    """[P] after selection."""
+    bias: float
+    """b_enc of the feature, the same everywhere."""
+    by_source: npt.NDArray[np.float32]
+    """[P, sources], summed over heads."""
+    by_head: npt.NDArray[np.float32]
+    """[P, heads], summed over sources."""
+    tokens: tuple[str, ...] = ()
+    """The sources of a cross-attention; empty where they are the grid's positions."""
+
+
+def attribution_values(point: str, positions: int, tokens: int) -> int:
+    """About how many numbers an attribution holds; `tokens` of the text with its regions' phrases."""
+    return positions * (_HEADS + (tokens if hears_text(point) else positions))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,6 +220,8 @@ class Result:
     """Features of its edits that were chosen here."""
     backend: str = ""
     """What ran the U-Net."""
+    attribution: Attribution | None = None
+    """Where asked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -199,6 +199,7 @@ def load_engine(
             vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
             region_strides=tuple(sorted({point.downscale for point in points.values()})) if runner.takes_bias else (),
+            opens_attention=runner.takes_bias,  # both where the layers run as written, and not as a graph of old
             other_points=tuple(point for point in points.values() if point not in tapped),
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder

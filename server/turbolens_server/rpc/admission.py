@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from turbolens_server.engine.info import EngineInfo
-from turbolens_server.engine.types import Job
+from turbolens_server.engine.types import Job, attribution_values
 from turbolens_server.rpc.callers import Caller
 from turbolens_server.rpc.errors import RpcError, Violation, invalid, overloaded
 
@@ -135,6 +135,11 @@ def _result_bytes(job: Job, info: EngineInfo) -> int:
         rows, columns = points[info.saes[name].hook_point].grid(job.height, job.width)
         k = info.saes[name].bundle.k or _UNBOUNDED_K
         total += job.steps * rows * columns * k * _ENTRY_BYTES
+    if job.attribute is not None:
+        point = info.saes[job.attribute.sae].hook_point
+        rows, columns = points[point].grid(job.height, job.width)
+        values = attribution_values(point, rows * columns, info.max_prompt_tokens * (1 + len(job.regions)))
+        total += 8 * values  # in the engine's form and in the message's
     return total
 
 

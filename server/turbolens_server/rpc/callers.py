@@ -14,6 +14,7 @@ _NEEDS: Final[dict[str, Scope | None]] = {
     "turbolens.v1.FeatureService/ExtractFeatures": "extract",
     "turbolens.v1.FeatureService/StreamFeatures": "extract",
     "turbolens.v1.FeatureService/ExtractFeaturesBatch": "extract",
+    "turbolens.v1.FeatureService/AttributeFeature": "extract",
     "turbolens.v1.AdminService/LoadSaes": "admin",
     "turbolens.v1.AdminService/UnloadSae": "admin",
     "turbolens.v1.AdminService/ReloadSae": "admin",

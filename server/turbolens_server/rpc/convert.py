@@ -123,6 +123,29 @@ def extraction(result: Result, request: ValidRequest, pack: Packer) -> feature_s
     )
 
 
+def attribution(
+    result: Result, request: ValidRequest, info: EngineInfo
+) -> feature_service_pb2.AttributeFeatureResponse:
+    """What made a feature fire; without the call's own fields."""
+    (job,), found = request.jobs, result.attribution
+    if found is None or job.attribute is None:
+        raise AssertionError("what was asked for is attributed")
+    grid = (found.height, found.width)
+    return feature_service_pb2.AttributeFeatureResponse(
+        seed=job.seed,
+        step=job.attribute.step,
+        height=found.height,
+        width=found.width,
+        pre=tensor(found.pre.reshape(grid)),
+        activation=tensor(found.activation.reshape(grid)),
+        bias=found.bias,
+        by_source=tensor(found.by_source),
+        by_head=tensor(found.by_head),
+        tokens=found.tokens,
+        provenance=provenance(request, info, [result]),
+    )
+
+
 def image(picture: npt.NDArray[np.uint8], request: ValidRequest) -> run_pb2.Image:
     """A picture in the format asked for."""
     return encode_image(picture, request.image_format, request.image_quality)

@@ -39,6 +39,7 @@ from turbolens_server.rpc.transport import MAX_MESSAGE_BYTES
 from turbolens_server.rpc.validation import (
     RequestLimits,
     ValidRequest,
+    validate_attribute,
     validate_extract,
     validate_generate,
 )
@@ -197,6 +198,18 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                 warnings=warnings(valid.jobs, results, ready.engine.info),
             )
         )
+
+    async def AttributeFeature(  # noqa: N802
+        self, request: features.AttributeFeatureRequest, context: Context
+    ) -> features.AttributeFeatureResponse:
+        ready = self._readiness.get()
+        valid = await self._readiness.valid(ready, validate_attribute, request)
+        results = await ready.run(valid.jobs)
+        info = ready.engine.info
+        answer = await _coded(ready, convert.attribution, results[0], valid, info)
+        answer.request_id = current_request_id()
+        answer.warnings.extend(warnings(valid.jobs, results, info))
+        return _one_message(answer)
 
     async def StreamFeatures(  # noqa: N802
         self, request: features.StreamFeaturesRequest, context: Context

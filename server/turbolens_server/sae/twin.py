@@ -41,6 +41,35 @@ def steer_dense(
     return move_dense(x, encode_dense(bundle, x, k, prefix), bundle.weights.W_dec, edits)
 
 
+def contributions_by_ablation(pattern: Tensor, values: Tensor, bundle: Bundle, feature: int) -> Tensor:
+    """What a feature's pre-activation loses when one head hears b_dec in place of one source, its pattern held.
+
+    Args:
+        pattern: [heads, P, sources].
+        values: [sources, d_model].
+        bundle: of an SAE at z.
+        feature: its index.
+
+    Returns:
+        [heads, P, sources].
+    """
+    w, heads = bundle.weights, len(pattern)
+    width = values.shape[1] // heads
+
+    def pre(heard: Tensor) -> Tensor:  # of values [heads, sources, width]
+        z = torch.cat([pattern[head] @ heard[head] for head in range(heads)], dim=-1)
+        return (z - w.b_dec) @ w.W_enc[:, feature] + w.b_enc[feature]
+
+    own = torch.stack([values[:, head * width : (head + 1) * width] for head in range(heads)])
+    lost = torch.zeros_like(pattern)
+    for head in range(heads):
+        for source in range(len(values)):
+            without = own.clone()
+            without[head, source] = w.b_dec[head * width : (head + 1) * width]
+            lost[head, :, source] = pre(own) - pre(without)
+    return lost
+
+
 def encode_run_dense(bundle: Bundle, updates: Tensor) -> Tensor:
     """Dense activations [N, d_sae] of a temporal SAE for the updates of whole runs [T, N, d_model]."""
     w, scales = bundle.weights, _scales(bundle)

@@ -16,7 +16,16 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
-from turbolens_server.unet.points import ATTENTIONS, HookPoint, attention_name, module_of, z_name
+from turbolens_server.unet.points import (
+    ATTENTIONS,
+    HookPoint,
+    attention_name,
+    inner_names,
+    module_of,
+    pattern_name,
+    values_name,
+    z_name,
+)
 
 Tap = Callable[[str, Tensor], Tensor]
 """(hook point, update [B, P, width]) -> the update to add instead."""
@@ -92,20 +101,24 @@ def _attend(
     at: frozenset[str],
 ) -> Tensor:
     """An attention layer's update; `context` is what it attends to, None for the tokens themselves."""
-    if z_name(point) not in at:
+    if at.isdisjoint((z_name(point), *inner_names(point))):
         whole: Tensor = attention(tokens, encoder_hidden_states=context, attention_mask=bias)
         return whole
     heard = tokens if context is None else context
-    query, key, value = (
-        part.view(len(part), part.shape[1], attention.heads, -1).transpose(1, 2)
-        for part in (attention.to_q(tokens), attention.to_k(heard), attention.to_v(heard))
-    )
+    of_heads = attention.to_q(tokens), attention.to_k(heard), attention.to_v(heard)
+    query, key, value = (part.view(len(part), part.shape[1], attention.heads, -1).transpose(1, 2) for part in of_heads)
     if bias is not None:
         bias = attention.prepare_attention_mask(bias, heard.shape[1], len(heard))
         bias = bias.view(len(heard), attention.heads, -1, bias.shape[-1])
+    if values_name(point) in at:
+        tap(values_name(point), of_heads[2])
+    if pattern_name(point) in at:
+        logits = query.float() @ key.float().transpose(2, 3) / query.shape[-1] ** 0.5
+        tap(pattern_name(point), (logits if bias is None else logits + bias.float()).softmax(-1))
     z = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    z = z.to(query.dtype)
     projection, dropout = attention.to_out
-    update: Tensor = dropout(projection(tap(z_name(point), z.to(query.dtype))))
+    update: Tensor = dropout(projection(tap(z_name(point), z) if z_name(point) in at else z))
     return update
 
 

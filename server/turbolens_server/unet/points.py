@@ -62,6 +62,22 @@ def z_name(layer: str) -> str:
     return f"{layer}.z"
 
 
+def pattern_name(layer: str) -> str:
+    """The name under which a tap is shown an attention layer's pattern, [B, heads, P, sources] float32; it is no hook
+    point."""
+    return f"{layer}.pattern"
+
+
+def values_name(layer: str) -> str:
+    """The name under which a tap is shown its values, [B, sources, d_model]; it is no hook point."""
+    return f"{layer}.v"
+
+
+def inner_names(layer: str) -> tuple[str, str]:
+    """Both."""
+    return pattern_name(layer), values_name(layer)
+
+
 def is_point(text: str) -> bool:
     """Whether a text is the name of a hook point; a model need not have it."""
     return _NAME.fullmatch(text) is not None
@@ -80,6 +96,11 @@ def is_attention(point: str) -> bool:
 def is_z(point: str) -> bool:
     """Whether a hook point is what goes into the output projection of an attention layer."""
     return point.endswith(".z")
+
+
+def hears_text(point: str) -> bool:
+    """Whether a hook point is a cross-attention, or in one."""
+    return ".attn2." in point
 
 
 def layer_of(point: str) -> str:
@@ -131,5 +152,5 @@ def _name(parsed: re.Match[str]) -> str:
     block = f"mid.{mid}" if mid else f"{side}.{i}.{j}"
     if not attention:
         return block
-    name = attention_name(block, attention, int(layer))
+    name = f"{block}.{attention}.{layer}"
     return z_name(name) if z else name

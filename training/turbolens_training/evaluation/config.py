@@ -1,4 +1,4 @@
-"""Settings of `turbolens train dose`, `eval`, `regions` and `riebench`; the docstrings are the commands' help."""
+"""Settings of `turbolens train dose`, `eval`, `regions`, `riebench`, `words`; the docstrings are the commands' help."""
 
 from __future__ import annotations
 
@@ -162,6 +162,42 @@ class RegionsConfig(Telling):
     def __post_init__(self) -> None:
         """Refuse what nothing can be measured with."""
         refuse(counts_below_one(self, "scenes", "batch", "examples"))
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """Folders that the command writes to."""
+        return (self.out,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordsConfig(Telling):
+    """Ask of features at the z of a cross-attention which word made them fire, and whether it is the right one, on
+    scenes whose truth is known.
+
+    One half of the scenes says what each feature stands for; the other is asked. Features of one attribute alone count:
+    at least 0.9 of their activation is in scenes with one value, and below 0.8 in those with any of another attribute.
+    """
+
+    model: str = "mini"
+    """Model: `mini`, or a `diffusers` folder of its kind."""
+    saes: Annotated[Path, tyro.conf.arg(aliases=["--sae"])] = Path("runs/sae/bundles")
+    """Folder of SAEs; those at the z of a cross-attention are asked."""
+    out: Path = Path("runs/words")
+    """Folder of the table."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU when there is one."""
+    seed: int = 0
+    """Seed of the scenes."""
+    scenes: int = 240
+    """Scenes of each half, of one thing each."""
+    cases: int = 2000
+    """Features in scenes that have their value, at most, of each SAE."""
+    batch: int = 8
+    """Pictures of a batch."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be measured with."""
+        refuse(counts_below_one(self, "scenes", "cases", "batch"))
 
     @property
     def writes(self) -> tuple[Path, ...]:

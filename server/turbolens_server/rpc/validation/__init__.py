@@ -8,7 +8,12 @@ from turbolens_server.rpc.validation.checks import (
     MAX_REQUEST_ID_CHARS,
     RequestLimits,
 )
-from turbolens_server.rpc.validation.requests import ValidRequest, validate_extract, validate_generate
+from turbolens_server.rpc.validation.requests import (
+    ValidRequest,
+    validate_attribute,
+    validate_extract,
+    validate_generate,
+)
 from turbolens_server.rpc.validation.selection import Selection
 
 __all__ = [
@@ -17,6 +22,7 @@ __all__ = [
     "RequestLimits",
     "Selection",
     "ValidRequest",
+    "validate_attribute",
     "validate_extract",
     "validate_generate",
 ]

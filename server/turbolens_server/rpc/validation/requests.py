@@ -9,6 +9,7 @@ from turbolens_server.engine.choosing import OWN
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.types import Job, Reference
 from turbolens_server.rpc.validation.answer import check_answer
+from turbolens_server.rpc.validation.attributions import check_attribute
 from turbolens_server.rpc.validation.bounds import check_bounds
 from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks, RequestLimits
 from turbolens_server.rpc.validation.choices import chooses
@@ -87,6 +88,33 @@ def validate_extract(request: ExtractLike, info: EngineInfo, limits: RequestLimi
         check_answer(checks, valid.jobs, valid.selection, raw=False, latents=False)
         checks.refuse()
     return valid
+
+
+def validate_attribute(
+    request: feature_service_pb2.AttributeFeatureRequest, info: EngineInfo, limits: RequestLimits
+) -> ValidRequest:
+    """A request for what made a feature fire, ready to run.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT with a violation for every field that is wrong.
+    """
+    checks = Checks(info, limits)
+    check_bounds(checks, "run", request.run)
+    _check_request_id(checks, request.request_id)
+    if request.run.HasField("features"):
+        checks.wrong("run.features", "is for runs that return features; leave it out")
+    valid = _run(checks, request.run, picture=False, previews=False)
+    if len(valid.jobs) > 1:
+        field = "run.seeds" if len(request.run.seeds) > 1 else "run.source.prompt"
+        checks.bad(field, f"{len(valid.jobs)} runs", "one run is attributed at a time")
+    checks.refuse()
+    (job,) = valid.jobs
+    asked = check_attribute(checks, request, job)
+    checks.refuse()
+    saes = saes_edited(request.run.edits, info) | {asked.sae}
+    return dataclasses.replace(
+        valid, jobs=(dataclasses.replace(job, saes=(), attribute=asked),), selection=None, saes=frozenset(saes)
+    )
 
 
 def _check_request_id(checks: Checks, value: str) -> None:
