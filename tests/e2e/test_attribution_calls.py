@@ -45,7 +45,7 @@ def test_words_positions_and_heads_sum_to_the_pre_activation(lens):
         rows = found.sources(at=at)
         assert sum(row.contribution for row in rows) + found.bias == pytest.approx(found.pre[at], abs=1e-4)
         speak_for = any(row.contribution > 0 for row in rows)
-        assert sum(row.share for row in rows) == pytest.approx(speak_for)
+        assert sum(row.share for row in rows) == pytest.approx(float(speak_for))
         assert found.heads(at=at).sum() + found.bias == pytest.approx(found.pre[at], abs=1e-4)
         assert sum(found.map(row)[at] for row in rows) + found.bias == pytest.approx(found.pre[at], abs=1e-4)
 
