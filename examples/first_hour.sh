@@ -47,7 +47,7 @@ train() {
         --reservoir 8192 --held-out-chunks 2 --out saes --work work
 }
 
-label() { turbolens catalog build --sae saes --images 256 --effect-scenes 2 --work work; }
+label() { turbolens catalog build --sae saes --images 256 --effect-scenes 0 --work work; }
 
 serve() {
     turbolens serve --sae saes --port 0 --log-format json >served.log 2>&1 &
