@@ -150,10 +150,11 @@ rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs
 
 bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/performance.md
 	@$(PY) -m benchmarks.nothing_asked
-	@$(VENV)/bin/turbolens bench --device cpu --out benchmarks/results/mini-cpu.json
+	@$(VENV)/bin/turbolens bench --device cpu --backend torch-compile --out benchmarks/results/mini-cpu.json
 	@$(PY) -m benchmarks.many_callers
 	@$(PY) -m benchmarks.served
 	@$(PY) -m benchmarks.references
+	@$(PY) -m benchmarks.start
 	@$(PY) -m benchmarks.report
 
 from-pictures: $(STAMP)dev  ## Features of finished pictures beside those of the runs that drew them

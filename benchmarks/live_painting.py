@@ -55,7 +55,9 @@ def main(rounds: int = 60, out: Path = RESULTS / "live_painting.json") -> None:
     engine = load_engine()
     jobs = Work(1, 1, *engine.info.default_size).jobs()
     server, address = _start(
-        ["serve", "--port", "0", "--threads", str(threads), "--log-format", "json"], r'"address": "([^"]+)"', '"ready"'
+        ["serve", "--port", "0", "--threads", str(threads), "--backend", "torch", "--log-format", "json"],
+        r'"address": "([^"]+)"',
+        '"ready"',
     )
     studio, page_address = _start(["studio", "--server", address, "--no-open"], r"(http://\S+)", "http")
     try:

@@ -104,12 +104,12 @@ def run(
     grids = {point.name: point.grid(*info.default_size) for point in info.hook_points}
     calls = calls_of(list(info.saes), callers)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(start(model, device=device))
+        server = stack.enter_context(start(model, device=device, backend="torch-compile"))
         lenses = [stack.enter_context(tl.connect(server.target)) for _ in calls]
         pool = stack.enter_context(ThreadPoolExecutor(callers))
         everyone = Callers(calls, reference, lenses, grids, pool)
-        aim = Aim(0.5 if where.type == "cpu" else 0.25)
-        cases = [_measure_case(everyone, count, rounds, aim) for count in steps]
+        aims = {count: Aim((1 / 3.2 if count == 1 else 1 / 3.4) if where.type == "cpu" else 0.25) for count in steps}
+        cases = [_measure_case(everyone, count, rounds, aims[count]) for count in steps]
     return assemble("many_callers", rounds, cases, model=info.model, model_hash=info.model_hash)
 
 

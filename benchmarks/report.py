@@ -48,6 +48,9 @@ def section(name: str, results: Path, plots: Path) -> str:
         parts += [f"- {describe_case(case)}." for case in result["cases"]]
     if result["benchmark"] == "many_callers":
         parts += [f"- {_throughput(case)}." for case in result["cases"]]
+    if result["benchmark"] == "start":
+        peaks = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in result["cases"][0]["peak_mib"].items())
+        parts.append(f"Before: commit {result['before']}. Most memory of the whole process, median: {peaks}.")
     if result["benchmark"] == "train_beside_saelens":
         parts.append(f"SAELens {result['sae_lens']}.")
         parts += [f"- {_explained(case)}." for case in result["cases"]]

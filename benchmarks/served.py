@@ -16,6 +16,7 @@ from turbolens_server.bench import contenders as make
 from turbolens_server.bench.contenders import Work
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, measure
+from turbolens_server.embedded import start
 from turbolens_server.loading.load import load_engine
 
 AIM = Aim(ratio=1.05, added_ms=3.0)
@@ -23,10 +24,10 @@ AIM = Aim(ratio=1.05, added_ms=3.0)
 
 def run(rounds: int) -> dict[str, Any]:
     """Measure one picture in one step: where the engine takes least, the rest weighs most."""
-    engine = load_engine()
+    engine = load_engine(backend="torch-compile")
     work = Work(1, 1, *engine.info.default_size)
     plain, features = work.jobs(), work.jobs(saes=tuple(engine.info.saes))
-    with tl.connect("embedded") as lens:
+    with start(backend="torch-compile") as server, tl.connect(server.target) as lens:
         contenders = [
             Contender("engine", lambda: engine.run(plain)),
             Contender("server, raw", lambda: lens.generate(make.PROMPT, seed=0, format="raw"), {"engine": AIM}),

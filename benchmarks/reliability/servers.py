@@ -62,7 +62,8 @@ def started(*flags: str, metrics_port: int = 0, environment: Mapping[str, str] |
     command = [str(Path(sys.prefix) / "bin" / "turbolens"), "serve", "--port", "0", "--log-format", "json", *flags]
     if metrics_port:
         command += ["--metrics-port", str(metrics_port)]
-    variables = {**os.environ, **(environment or {})}
+    # Pinned, so that nothing is compiled beside what is measured.
+    variables = {"TURBOLENS_BACKEND": "torch", **os.environ, **(environment or {})}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     server = Server(process, "", metrics_port)
     ready = threading.Event()

@@ -83,7 +83,7 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
     difference = make.largest_difference(make.pictures(engine, plain), bare.run(work, **text))
     contenders = [
         Contender("diffusers", lambda: bare.run(work, **text)),
-        Contender("nothing asked", lambda: engine.run(plain), {"diffusers": Aim(1.0)}),
+        Contender("nothing asked", lambda: engine.run(plain), {"diffusers": Aim(_picture_aim(engine, work))}),
         Contender(
             "all features",
             lambda: engine.run(extract),
@@ -121,9 +121,16 @@ def measure_case(engine: Engine, bare: BarePipeline, work: Work, speed: Speed, r
     }
 
 
+def _picture_aim(engine: Engine, work: Work) -> float:
+    """How many times the bare pipeline's time a picture may take: less where its operations are compiled for a CPU."""
+    if engine.device.type == "cpu" and engine.info.backend == "torch-compile":
+        return 0.6 if work.batch == 1 else 0.65
+    return 1.0
+
+
 def _extraction_aim(engine: Engine, share: float) -> float:
     """How often a time it may take to extract features: 3 % more, or on a small model 1.5 times their arithmetic."""
-    return 1.03 if min(engine.info.default_size) >= 512 else 1 + 1.5 * share
+    return 1.03 if min(engine.info.default_size) >= 512 else max(1.015, 1 + 1.5 * share)
 
 
 def _hopper_limits(engine: Engine, work: Work, floor: float) -> dict[str, float]:
