@@ -17,8 +17,7 @@ class PictureEncoder:
     def __init__(self, vae: Any) -> None:
         """`vae`: an `AutoencoderKL` or `AutoencoderTiny`, on its device."""
         self.config, self._given = vae.config, vae.dtype
-        upcast = vae.dtype in (torch.float16, torch.bfloat16) and getattr(vae.config, "force_upcast", False)
-        self._vae = _encoder_alone(vae).float() if upcast else vae
+        self._vae = encoder_alone(vae).float() if upcasts(vae) else vae
 
     @property
     def own_weights(self) -> bool:
@@ -52,7 +51,12 @@ class PictureEncoder:
         return scaled
 
 
-def _encoder_alone(vae: Any) -> Any:
+def upcasts(vae: Any) -> bool:
+    """Whether half precision is not enough for a VAE that is in it: its encoder is then copied in float32."""
+    return bool(vae.dtype in (torch.float16, torch.bfloat16) and getattr(vae.config, "force_upcast", False))
+
+
+def encoder_alone(vae: Any) -> Any:
     """A copy of a VAE that cannot decode, so that the decoder is not copied."""
     decoder, vae.decoder = vae.decoder, None
     try:

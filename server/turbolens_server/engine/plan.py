@@ -175,7 +175,8 @@ class BatchPlan:
 def _check_temporal(job: Job, info: EngineInfo) -> None:
     """Raise ValueError where a temporal SAE cannot do what a job asks of it."""
     edited = {(feature.sae, edit.kind, edit.reference) for edit in job.edits for feature in edit.features}
-    refusals = [refuse_steps(info.saes[name].bundle, job.steps) for name in {*job.saes, *(sae for sae, *_ in edited)}]
+    used = {*job.saes, *(sae for sae, *_ in edited)}
+    refusals = [refuse_steps(info.saes[name].bundle, job.steps, job.skipped) for name in used]
     refusals += [refuse_edit(info.saes[name].bundle, kind, reference) for name, kind, reference in edited]
     if reason := next(filter(None, refusals), None):
         raise ValueError(reason)

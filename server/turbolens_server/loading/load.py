@@ -142,6 +142,7 @@ def load_engine(
         runs=[math.prod(points[s.hook_point].grid(*largest)) * s.bundle.d_in for s in served if s.bundle.steps],
         max_batch=max_batch,
         latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
+        picture_size=largest,
         tokens=parts.pipeline.tokenizer.model_max_length,
         pipelined=pipelined_on(on),
         available=available,

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from turbolens_server.engine.encode import encoder_alone, upcasts
 from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
@@ -104,6 +105,17 @@ def vae_bytes(vae: Any, batch: int, height: int, width: int) -> int:
     return peak_bytes(lambda: twin.decode(latents), twin.parameters())
 
 
+def encoder_bytes(vae: Any, height: int, width: int) -> tuple[int, int]:
+    """What reading a picture of so many pixels takes: the weights that the encoder copies, and activations."""
+    twin = encoder_alone(_twin(vae))
+    copied = 0
+    if upcasts(vae):
+        twin = twin.float()
+        copied = sum(map(size_of, twin.parameters()))
+    pixels = torch.empty(1, vae.config.in_channels, height, width, dtype=twin.dtype, device="meta")
+    return copied, peak_bytes(lambda: twin.encode(pixels), twin.parameters())
+
+
 def text_bytes(unet: Any, dtype: torch.dtype, prompts: int, tokens: int) -> int:
     """Encoded prompts of `tokens` each: hidden states and pooled text."""
     config = unet.config
@@ -135,6 +147,7 @@ def memory_need(
     runs: Iterable[int],
     max_batch: int,
     latent_size: tuple[int, int],
+    picture_size: tuple[int, int],
     tokens: int,
     pipelined: bool,
     available: int | None,
@@ -150,17 +163,19 @@ def memory_need(
         runs: values of the updates that each temporal SAE keeps of a picture until its last step.
         max_batch: pictures of a batch.
         latent_size: (height, width) of the largest latents.
+        picture_size: of their pictures.
         tokens: text tokens of a prompt.
         pipelined: whether a batch is decoded while the next is denoised.
         available: bytes that were free before anything was loaded.
     """
     height, width = latent_size
     encoding = encoding_bytes(dictionaries, runs, max_batch)
-    denoising = unet_bytes(unet, max_batch, height, width, tokens) + encoding
+    copied, reading = encoder_bytes(vae, *picture_size)  # one by one, before their walk begins
+    denoising = max(unet_bytes(unet, max_batch, height, width, tokens) + encoding, reading)
     decoding = vae_bytes(vae, 1, height, width)  # pictures are decoded one by one
     activations = denoising + decoding if pipelined else max(denoising, decoding)
     return MemoryNeed(
-        weights=sum(size_of(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
+        weights=copied + sum(size_of(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
         saes=sum(size_of(tensor) for tensors in saes for tensor in tensors),
         activations=slack(activations) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
         available=available,

@@ -22,11 +22,12 @@ from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.steering.kinds import KINDS, EditKind
 
 
-def refuse_steps(bundle: Bundle, steps: int) -> str | None:
-    """Why an SAE cannot serve a run of so many steps; None where it can."""
-    if bundle.steps in (None, steps):
+def refuse_steps(bundle: Bundle, steps: int, skipped: int = 0) -> str | None:
+    """Why an SAE cannot serve a run of so many steps, with so many skipped before them; None where it can."""
+    if bundle.steps is None or (bundle.steps == steps and not skipped):
         return None
-    return f"the temporal SAE {bundle.name} serves runs of {bundle.steps} steps alone"
+    whole = ", from the first on; those of a strength below 1 begin later" if skipped else ""
+    return f"the temporal SAE {bundle.name} serves runs of {bundle.steps} steps alone{whole}"
 
 
 def refuse_edit(bundle: Bundle, kind: EditKind, reference: str | None = None) -> str | None:

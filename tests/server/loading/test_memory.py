@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+from turbolens_server.engine.encode import PictureEncoder
 from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
 from turbolens_server.loading import load, memory
-from turbolens_server.loading.memory import peak_bytes, text_bytes, unet_bytes, vae_bytes
+from turbolens_server.loading.memory import encoder_bytes, memory_need, peak_bytes, text_bytes, unet_bytes, vae_bytes
 
 
 def test_the_count_is_that_of_a_real_run(engine):
@@ -30,6 +32,37 @@ def test_the_count_is_that_of_a_real_run(engine):
     with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
         vae.decode(torch.randn(2, vae.config.latent_channels, 16, 16))
     assert vae_bytes(vae, 2, 16, 16) == pytest.approx(counted.peak, rel=0.05)
+    with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
+        vae.encode(torch.randn(1, 3, 128, 128))
+    assert encoder_bytes(vae, 128, 128) == (0, pytest.approx(counted.peak, rel=0.05))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_encoders_own_copy_is_counted(engine, dtype):
+    half = copy.deepcopy(engine.components.vae).to(dtype)
+    half.register_to_config(force_upcast=True)
+    encoder = PictureEncoder(half)
+    assert encoder.own_weights
+    weights = sum(weight.nbytes for weight in encoder._vae.parameters())
+    assert encoder_bytes(half, 64, 64)[0] == weights > 2**18
+    assert encoder_bytes(half, 64, 64)[1] == encoder_bytes(engine.components.vae, 64, 64)[1]  # it runs in float32
+    half.register_to_config(force_upcast=False)
+    assert encoder_bytes(half, 64, 64)[0] == 0
+    assert half.decoder is not None
+
+
+def test_reading_a_picture_counts_where_it_takes_more_than_a_walk(engine):
+    """Of the same model and batch, at pictures so large that the encoder takes more than the U-Net at small latents."""
+    parts = engine.components
+    told = {
+        "unet": parts.unet, "vae": parts.vae, "texts": [parts.unet], "saes": [], "dictionaries": [], "runs": [],
+        "max_batch": 1, "latent_size": (8, 8), "tokens": 8, "pipelined": True, "available": None,
+    }  # fmt: skip
+    small = memory_need(**told, picture_size=(16, 16))
+    large = memory_need(**told, picture_size=(256, 256))
+    assert large.activations - small.activations == pytest.approx(
+        memory.slack(encoder_bytes(parts.vae, 256, 256)[1]) - memory.slack(unet_bytes(parts.unet, 1, 8, 8, 8)), abs=2
+    )
 
 
 def test_the_prompts_that_are_kept_are_counted(engine):

@@ -440,6 +440,25 @@ def test_a_temporal_sae_is_asked_for_its_own_steps_and_open_edits_alone():
     assert validate_generate(allowed, temporal_info(), LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
 
 
+def test_a_temporal_sae_reads_whole_runs_and_not_the_last_steps_of_one():
+    """Three of six steps from a picture are as many as it reads, and others: what changed before them is not there."""
+    noise = run.Tensor(shape=[4, 8, 8], type=run.VALUE_TYPE_FLOAT32, data=np.zeros((4, 8, 8), "<f4").tobytes())
+
+    def request(strength, steps, **features):
+        source = {"latents": {"latents": noise, **({} if strength is None else {"strength": strength})}}
+        return messages.generate(source=source, seeds=[1], sampling={"steps": steps}, features=features)
+
+    info = dataclasses.replace(temporal_info(), max_steps=6)
+    with pytest.raises(RpcError) as caught:
+        validate_generate(request(0.5, 6, saes=["mid.0"]), info, LIMITS)
+    (violation,) = caught.value.violations
+    assert violation.field == "run.sampling.steps"
+    assert "serves runs of 3 steps alone, from the first on" in violation.description
+    assert validate_generate(request(0.5, 6), info, LIMITS).jobs[0].saes == ("up.0.1",)  # who names none
+    for whole in (None, 1.0):
+        assert validate_generate(request(whole, 3), info, LIMITS).jobs[0].saes == ("mid.0", "up.0.1")
+
+
 def test_who_names_no_sae_gets_those_that_the_steps_allow():
     assert validate_generate(a_request(features={}), temporal_info(), LIMITS).jobs[0].saes == ("up.0.1",)
     alone = dataclasses.replace(temporal_info(), saes={"mid.0": temporal_info().saes["mid.0"]})

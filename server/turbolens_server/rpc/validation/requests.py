@@ -150,7 +150,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     edits = EditChecks(
         checks, masks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
     ).edits("run.edits", run.edits)
-    selection = check_selection(checks, "run.features", run.features, steps) if reads else None
+    selection = check_selection(checks, "run.features", run.features, steps, skipped) if reads else None
     choosing = any(map(chooses, run.edits))
 
     def own(prompt: str) -> dict[str, Beside]:
@@ -159,7 +159,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     lanes_field = "run.sampling.guidance_scale" if guidance else "run.references"
     check_lanes(checks, lanes_field, len(references) + choosing, guidance)
     used = edited | set(selection.saes if selection else ())
-    check_steps_of(checks, "run.sampling.steps", used, steps)
+    check_steps_of(checks, "run.sampling.steps", used, steps, skipped)
     jobs = tuple(
         Job(
             prompt=prompt,

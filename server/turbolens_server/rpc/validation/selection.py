@@ -55,8 +55,10 @@ def check_sae_options(
     return tuple(found.values())
 
 
-def check_selection(checks: Checks, field: str, selection: run_pb2.FeatureSelection, steps: int) -> Selection:
-    """Which features come back."""
+def check_selection(
+    checks: Checks, field: str, selection: run_pb2.FeatureSelection, steps: int, skipped: int
+) -> Selection:
+    """Which features come back of a run of so many steps, with so many skipped before them."""
     served = checks.info.saes
     names = []
     for i, name in enumerate(selection.saes):
@@ -64,7 +66,7 @@ def check_selection(checks: Checks, field: str, selection: run_pb2.FeatureSelect
             names.append(name)
     if not selection.saes:
         # Those that these steps allow; where there are none, all, so that the refusal names what is allowed.
-        fitting = [name for name, sae in served.items() if sae.bundle.steps in (None, steps)]
+        fitting = [name for name, sae in served.items() if refuse_steps(sae.bundle, steps, skipped) is None]
         names = fitting or list(served)
         if not names:
             checks.wrong(field, "this server has no SAE; start it with --sae")
@@ -82,8 +84,8 @@ def check_selection(checks: Checks, field: str, selection: run_pb2.FeatureSelect
     return Selection(tuple(name for name in served if name in names), wanted, value_type, selection.labels)
 
 
-def check_steps_of(checks: Checks, field: str, used: Collection[str], steps: int) -> None:
-    """Whether every SAE in use serves runs of so many steps."""
+def check_steps_of(checks: Checks, field: str, used: Collection[str], steps: int, skipped: int) -> None:
+    """Whether every SAE in use serves runs of so many steps, with so many skipped before them."""
     for name, sae in checks.info.saes.items():
-        if name in used and (reason := refuse_steps(sae.bundle, steps)):
+        if name in used and (reason := refuse_steps(sae.bundle, steps, skipped)):
             checks.bad(field, steps, reason)
