@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,7 @@ from turbolens_training.evaluation.reconstruction import Fit
 from turbolens_training.evaluation.variants import trained
 from turbolens_training.evaluation.variants_config import NestedConfig, VariantsConfig
 from turbolens_training.measures.concepts import Concept, check_truth
-from turbolens_training.measures.report import markdown_table, write_table
+from turbolens_training.measures.report import markdown_table
 from turbolens_training.sae.shipped import NESTED
 
 ATTRIBUTES: Final = ("shape", "color", "texture", "size")
@@ -103,7 +104,7 @@ def measure_nested(config: NestedConfig) -> None:
     folder = config.out / "nested"
     claims = judge_claims(rows, coarse)
     for name, table in (("curve", rows), ("coarse", coarse), ("claims", claims)):
-        write_table(folder / name, table)
+        write_file(folder / f"{name}.json", json.dumps(table, indent=1) + "\n")
     draw(folder / "nested.png", rows, coarse)
     write_file(folder / "README.md", "\n".join(_page(rows, coarse, claims, config)))
     config.tell(folder / "README.md", report=folder / "README.md", claims=claims)
@@ -120,7 +121,14 @@ def judge_claims(rows: Sequence[Mapping[str, Any]], coarse: Sequence[Mapping[str
     def claim(text: str, measure: str, least: float, pairs: Sequence[tuple[Any, Any]]) -> None:
         gaps = [at[mine][measure] - at[other][measure] for mine, other in pairs]
         names = [f"k {mine[1]}, {mine[2]}: {gap:+.3f}" for (mine, _), gap in zip(pairs, gaps, strict=True)]
-        found.append({"claim": text, "holds": "yes" if min(gaps) >= least else "no", "by how much": "; ".join(names)})
+        holds = "yes" if min(gaps) >= least else "no"
+        if f"{measure}_95" in at[pairs[0][0]]:
+            ends = [(at[mine][f"{measure}_95"], at[other][f"{measure}_95"]) for mine, other in pairs]
+            worse = any(mine[1] < other[0] for mine, other in ends)
+            better = all(mine[0] > other[1] for mine, other in ends)
+            if (holds == "no" and not worse) or (least == 0 and holds == "yes" and not better):
+                holds = "not told apart"
+        found.append({"claim": text, "holds": holds, "by how much": "; ".join(names)})
 
     for kind in (UNIFORM, REVERSE):
         how = kind.partition(", ")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ from turbolens_training.evaluation.reconstruction import Fit
 from turbolens_training.evaluation.variants import trained
 from turbolens_training.evaluation.variants_config import TemporalConfig
 from turbolens_training.measures.concepts import Concept, check_truth
-from turbolens_training.measures.report import markdown_table, write_table
+from turbolens_training.measures.report import markdown_table
 from turbolens_training.sae.shipped import NESTED, TEMPORAL
 
 STEPS: Final = int(TEMPORAL["run_steps"])
@@ -88,7 +89,7 @@ def measure_temporal(config: TemporalConfig) -> None:
     bundle = load_bundle(path if (path / "cfg.json").exists() else path / config.block)
     claims = judge_claims(rows)
     for name, table in (("comparison", rows), ("claims", claims)):
-        write_table(folder / name, table)
+        write_file(folder / f"{name}.json", json.dumps(table, indent=1) + "\n")
     paths = feature_paths(Sae(bundle, torch.device("cpu")), choice.rms())
     draw(folder / "temporal.png", rows, paths, None if bundle.stats is None else torch.from_numpy(bundle.stats.mean))
     page = [

@@ -71,5 +71,7 @@ class TemporalConfig(VariantsConfig):
     """Compare SAEs of whole runs of four steps, by what each takes from a step, with SAEs of single steps: what is
     explained at equal L0, what steers at equal length; and draw the path of features over the steps."""
 
+    pictures: int = 96
+    choice_pictures: int = 128
     sae: str = "mini-temporal"
     """Temporal SAE whose features' paths are drawn: a bundle, a folder of one, or the name of one that ships."""
