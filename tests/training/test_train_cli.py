@@ -18,6 +18,7 @@ from turbolens_server.engine.walk import Walk
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import embedded_model, embedded_saes
 from turbolens_server.loading.load import load_engine
+from turbolens_server.loading.places import EMBEDDED_SAES
 from turbolens_training import cli
 from turbolens_training.activations import sources
 from turbolens_training.catalog import cli as catalog
@@ -290,6 +291,16 @@ def test_a_rebuild_checks_all_of_its_steps_before_the_first(
     folders = [part for name in ("saes", "work", "docs") for part in (f"--{name}", str(tmp_path / name))]
     with pytest.raises(SystemExit, match="scenes=0, expected at least 1"):
         cli.main(["rebuild", "--model", str(tiny_folder), "--scenes", "0", *folders])
+
+
+def test_a_rebuild_makes_every_set_that_ships(tmp_path: Path) -> None:
+    config = cli.RebuildConfig(saes=tmp_path / "models/mini-saes", work=tmp_path / "work", steps=2000)
+    made = cli.beside(config, config.work)
+    assert [training.out.name for training, _ in made] == list(EMBEDDED_SAES[1:])
+    for training, catalog_of_set in made:
+        assert training.out == catalog_of_set.saes == tmp_path / "models" / training.out.name
+        assert training.overwrite
+        assert training.steps <= 2000
 
 
 def test_folders_of_other_seeds_are_looked_for_before_the_first_part(tmp_path: Path, monkeypatch) -> None:

@@ -225,20 +225,21 @@ def run(command: Command) -> None:
             rebuild(command)
 
 
-def rebuild_beside(config: RebuildConfig, name: str, settings: Mapping[str, Any], work: Path) -> None:
-    """One of the sets of SAEs that ship beside `mini-saes`, and its catalog without what features move."""
-    from turbolens_training.catalog.build import build
-
-    resume = (work / "state.pt").exists()
+def beside(config: RebuildConfig, work: Path) -> list[tuple[SaeConfig, BuildConfig]]:
+    """How each set of SAEs beside `mini-saes` is trained, and its catalog made, without what features move."""
     told: dict[str, Any] = {"model": config.model, "seed": config.seed, "device": config.device, "json": config.json}
-    folder = config.saes.parent / name
-    scaled = {**settings, "steps": min(config.steps, settings.get("steps", config.steps))}
-    training = SaeConfig(
-        **told, **scaled, out=folder, work=work, allow_below_gates=config.allow_below_gates, resume=resume,
-        overwrite=not resume,
-    )  # fmt: skip
-    run(training)
-    build(BuildConfig(**told, saes=folder, work=work, images=min(config.images, BESIDE_IMAGES), effect_scenes=0))
+    found = []
+    for name, settings in BESIDE.items():
+        folder, own = config.saes.parent / name, work / name
+        resume = (own / "state.pt").exists()
+        scaled = {**settings, "steps": min(config.steps, settings.get("steps", config.steps))}
+        training = SaeConfig(
+            **told, **scaled, out=folder, work=own, allow_below_gates=config.allow_below_gates, resume=resume,
+            overwrite=not resume,
+        )  # fmt: skip
+        images = min(config.images, BESIDE_IMAGES)
+        found.append((training, BuildConfig(**told, saes=folder, work=own, images=images, effect_scenes=0)))
+    return found
 
 
 def rebuild(config: RebuildConfig) -> None:
@@ -251,7 +252,8 @@ def rebuild(config: RebuildConfig) -> None:
     model, seed, device, saes = config.model, config.seed, config.device, config.saes
     allow, steps = config.allow_below_gates, config.steps
     resume = (work / "state.pt").exists()
-    # All three are made, and so checked, before the first runs.
+    # All are made, and so checked, before the first runs.
+    sets = beside(config, work)
     training = SaeConfig(
         model, out=saes, work=work, seed=seed, device=device, steps=steps, allow_below_gates=allow,
         resume=resume, overwrite=not resume, json=config.json,
@@ -263,8 +265,9 @@ def rebuild(config: RebuildConfig) -> None:
     run(training)
     build(catalog)
     run(dose)
-    for name, settings in BESIDE.items():
-        rebuild_beside(config, name, settings, work / name)
+    for training_of_set, catalog_of_set in sets:
+        run(training_of_set)
+        build(catalog_of_set)
     from turbolens_training.evaluation.summary import summarize
     from turbolens_training.mini.report import write_report
 

@@ -15,7 +15,8 @@ from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.evaluation.nested import judge_claims, told
 from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
 from turbolens_training.evaluation.reconstruction import Fit
-from turbolens_training.evaluation.temporal import encode, feature_paths
+from turbolens_training.evaluation.temporal import RIDGE, encode, feature_paths
+from turbolens_training.evaluation.temporal import judge_claims as temporal_claims
 from turbolens_training.measures.concepts import Concept
 from turbolens_training.sae.shipped import NESTED
 
@@ -109,3 +110,21 @@ def test_a_claim_that_fails_at_one_setting_does_not_hold() -> None:
     assert holds["reverse: one SAE explains as much at each k as a TopK trained at it, within 0.01"] == "yes"
     assert holds["reverse weighting explains more at the smallest k than uniform"] == "yes"
     assert list(holds.values())[-1] == "shape, texture, size"
+
+
+def test_what_intervals_do_not_tell_apart_is_no_claim() -> None:
+    def row(name: str, explained: float, nearest: float) -> dict[str, object]:
+        shares: dict[str, object] = {"explained": explained, "changes_explained": 0.5, "nearest": nearest,
+                                     "others_right": 0.8}  # fmt: skip
+        ends = {f"{key}_95": [value - 0.05, value + 0.05] for key, value in shares.items()}  # type: ignore[operator]
+        ends["others_95"] = [0.7, 0.9]
+        return {"features of": name, "steps steered": "all", **shares, **ends, "change": 0.5, "harm_per_change": 0.4,
+                "nearest_per_change": nearest / 0.5}  # fmt: skip
+
+    claims = temporal_claims([row(RIDGE, 0.9, 0.9), row("near", 0.92, 0.88), row("far", 0.7, 0.99)])
+    holds = {(str(claim["claim"]).rpartition(" than ")[2], str(claim["claim"]).split(" ridge ")[1].split(" than")[0]):
+             claim["holds"] for claim in claims}  # fmt: skip
+    assert holds["near", "explains more of the updates"] == "not told apart"
+    assert holds["far", "explains more of the updates"] == "yes"
+    assert holds["far", "steers more pictures"] == "not told apart"
+    assert {told for (_, what), told in holds.items() if what.startswith("harms")} == {"not told apart"}

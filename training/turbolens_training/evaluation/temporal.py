@@ -78,7 +78,8 @@ def measure_temporal(config: TemporalConfig) -> None:
         pushes = make_pushes(sae, choice, seen, concepts, config.features)
         fit = Fit.of(held_out.movedim(0, 2).flatten(1, 2), made.movedim(0, 2).flatten(1, 2))
         told = {"features of": name, "L0 of a run": round(l0, 1), **fit.row()}
-        told |= {"changes_explained": round(changed.explained, 3)}
+        told["changes_explained"] = round(changed.explained, 3)
+        told["changes_explained_95"] = [round(end, 3) for end in changed.interval()]
         rows.append({**told, "steps steered": "all", **bench.best(pushes, config.lengths).row()})
         if name == RIDGE:
             for window in ((0, 1), (1, STEPS)):
@@ -142,34 +143,48 @@ def judge_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         for name, row in whole.items():
             if name != RIDGE:
                 gap = best[measure] - row[measure]
-                holds = "yes" if sign * gap > 0 else "no"
+                (low, high), (other_low, other_high) = _ends(best, measure), _ends(row, measure)
+                apart = low > other_high or high < other_low
+                holds = ("yes" if sign * gap > 0 else "no") if apart else "not told apart"
                 claim = f"at equal L0, {RIDGE} {text} {name}"
                 found.append({"claim": claim, "holds": holds, "by how much": f"{gap:+.3f}"})
     return found
 
 
+def _ends(row: Mapping[str, Any], measure: str) -> tuple[float, float]:
+    """The interval of a measure at 95 %; of those by change, that of the share that they are made of."""
+    if measure == "nearest_per_change":
+        low, high = (end / row["change"] for end in row["nearest_95"])
+    elif measure == "harm_per_change":
+        before = row["harm_per_change"] * row["change"] + row["others_right"]
+        high, low = ((before - end) / row["change"] for end in row["others_95"])
+    else:
+        low, high = row[f"{measure}_95"]
+    return low, high
+
+
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], paths: Mapping[str, Tensor], means: Tensor | None) -> None:
-    """The comparison as bars; below, the paths of the features that reach furthest, and of all."""
+    """The comparison as bars; below, the paths of features at their mean activations `means`."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
     whole = [row for row in rows if row["steps steered"] == "all"]
     names = [row["features of"] for row in whole]
     for axis, measure in zip(axes[0], ("explained", "nearest", "harm_per_change"), strict=True):
         values = [row[measure] for row in whole]
         axis.barh(names, values, color=[f"C{at}" for at in range(len(names))])
-        if f"{measure}_95" in whole[0]:
-            for at, row in enumerate(whole):
-                axis.plot(row[f"{measure}_95"], [at, at], color="black")
+        for at, row in enumerate(whole):
+            axis.plot(_ends(row, measure), [at, at], color="black")
         if measure == "explained":
             axis.set_xlim(min(values) - 0.05, 1)
         axis.invert_yaxis()
         axis.set_title(f"{measure} at equal L0")
-    reach = paths["norm"].amax(0) if means is None else paths["norm"].amax(0) * means
-    shown = reach.argsort(descending=True)[:_PATHS].tolist()
+    sizes = torch.ones(paths["norm"].shape[1]) if means is None else means
+    paths = {**paths, "norm": paths["norm"] * sizes, "added": paths["added"] * sizes}
+    half = _PATHS // 2  # those that do most, and those that do most after the first step
+    most = [paths["norm"].amax(0), paths["added"][1:].amax(0)]
+    shown = [feature for each in most for feature in each.argsort(descending=True)[:half].tolist()]
     steps = list(range(len(paths["norm"])))
-    for axis, measure, text in zip(
-        axes[1], ("norm", "cosine", "added"),
-        ("length of its direction", "cosine with its first direction", "what a step adds by itself"), strict=True,
-    ):  # fmt: skip
+    told = ("its direction, in norms of the update", "cosine with its first direction", "what a step adds by itself")
+    for axis, measure, text in zip(axes[1], ("norm", "cosine", "added"), told, strict=True):
         low, middle, high = paths[measure].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1).tolist()
         axis.fill_between(steps, low, high, color="0.85", label="80 % of all features")
         axis.plot(steps, middle, color="0.4", lw=2, label="median")
