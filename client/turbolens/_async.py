@@ -312,7 +312,7 @@ class AsyncLens:
             TurboLensError: the server did not answer; a refusal is told in the result.
         """
         before = read_manifest(Path(file))
-        differs = otherwise(before.provenance, await self.model())
+        model = await self.model()
         call, services, at = before.call(), await self._open(), before.place
         try:
             async with self._window:
@@ -321,8 +321,9 @@ class AsyncLens:
                 else:
                     answer = await self._call(services.features.ExtractFeatures, call.extract(labels=False), None)
         except InvalidRequest as error:
-            return Replay("refused", differs, str(error), None)
+            return Replay("refused", otherwise(before.provenance, model, model.backend), str(error), None)
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        differs = otherwise(before.provenance, model, account.backend)
         call.check(len(answer.generations if before.kind == "picture" else answer.extractions))
         about = (call.run, account, warnings, self._labels.of)
         made: Picture | Extraction

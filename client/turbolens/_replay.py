@@ -164,8 +164,8 @@ def _of_json(file: Path) -> Manifest:
         raise ValueError(f"{file}: neither a PNG that TurboLens saved nor a manifest ({error})") from None
 
 
-def otherwise(account: Provenance, model: Model) -> tuple[str, ...]:
-    """What a server has otherwise than a result was made with."""
+def otherwise(account: Provenance, model: Model, backend: str) -> tuple[str, ...]:
+    """What a server has otherwise than a result was made with; `backend` is what runs there now, which may change."""
     saes = {sae.name: sae.hash for sae in model.saes}
     pairs: list[tuple[str, object, object]] = [
         ("model", account.model, model.name),
@@ -177,7 +177,7 @@ def otherwise(account: Provenance, model: Model) -> tuple[str, ...]:
             (f"version of {name}", had, model.versions.get(name, "none"))
             for name, had in sorted(account.versions.items())
         ),
-        ("backend", account.backend, model.backend),
+        ("backend", account.backend, backend),
         ("device", account.device, model.device),
         ("dtype", account.dtype, model.dtype),
     ]

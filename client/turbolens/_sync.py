@@ -306,7 +306,7 @@ class Lens:
             TurboLensError: the server did not answer; a refusal is told in the result.
         """
         before = read_manifest(Path(file))
-        differs = otherwise(before.provenance, self.model())
+        model = self.model()
         call, services, at = before.call(), self._open(), before.place
         try:
             with self._window:
@@ -315,8 +315,9 @@ class Lens:
                 else:
                     answer = self._call(services.features.ExtractFeatures, call.extract(labels=False), None)
         except InvalidRequest as error:
-            return Replay("refused", differs, str(error), None)
+            return Replay("refused", otherwise(before.provenance, model, model.backend), str(error), None)
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
+        differs = otherwise(before.provenance, model, account.backend)
         call.check(len(answer.generations if before.kind == "picture" else answer.extractions))
         about = (call.run, account, warnings, self._labels.of)
         made: Picture | Extraction

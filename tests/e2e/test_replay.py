@@ -13,6 +13,7 @@ import turbolens as tl
 from turbolens._png import with_text
 from turbolens.cli import main
 from turbolens_server.embedded import start
+from turbolens_server.unet.torch_unet import TorchUNet
 
 PROMPT = "a big red star on the left, night background"
 OTHER = {"other": tl.reference("a blue ring", seed=3)}
@@ -183,3 +184,19 @@ def test_files_of_others_are_refused(lens, tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x: "):
         lens.replay(tmp_path / "x")
+
+
+def test_a_result_of_another_backend_is_equal_within_tolerance_and_says_so(tmp_path):
+    class Other(TorchUNet):
+        def predict(self, *given):
+            return super().predict(*given) * 1.001
+
+    with start() as running, tl.connect(running.target) as one:
+        one.generate(PROMPT, seed=7).save(tmp_path / "a.png")
+        engine = running._serving._readiness.ready.engine
+        unet = Other(engine.components.unet, name="torch-compile")
+        engine.use(dataclasses.replace(engine.running, unet=unet, reason="by hand"))
+        again = one.replay(tmp_path / "a.png")
+        assert one.generate(PROMPT, seed=7).provenance.backend == "torch-compile"
+    assert again.verdict == "equal within tolerance"
+    assert again.differs == ("backend: torch then, torch-compile now",)
