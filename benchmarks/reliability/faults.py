@@ -22,7 +22,7 @@ _METRICS_PORT: Final = 52091
 
 async def told_to_stop(server: Server, callers: int) -> dict[str, Any]:
     """SIGTERM while calls run and wait: each is answered, or told at once to go elsewhere."""
-    async with Caller(server) as warm:
+    async with Caller(server.target) as warm:
         await warm.call(request([0], 4))
     asked = asyncio.Event()
 
@@ -32,7 +32,7 @@ async def told_to_stop(server: Server, callers: int) -> dict[str, Any]:
             if asked.is_set():
                 return
 
-    every = [Caller(server) for _ in range(callers)]
+    every = [Caller(server.target) for _ in range(callers)]
     calls = [asyncio.create_task(one(caller, number)) for number, caller in enumerate(every)]
     await asyncio.sleep(3.0)
     start = time.monotonic()
@@ -84,7 +84,7 @@ async def one_of_two_killed(first: Server, second: Server, callers: int, seconds
 async def repeated(server: Server, requests: int) -> dict[str, Any]:
     """Each request sent three times under one id, two of them while the first one runs."""
     made = 'turbolens_unet_steps_total{fate="used"}'
-    async with Caller(server) as caller:
+    async with Caller(server.target) as caller:
         await caller.call(request([0]))
         before = server.metric(made)
         same = 0

@@ -20,7 +20,7 @@ from turbolens_server.files import write_file
 
 _LINES: Final = {
     "overload": ("ten times too many calls for {seconds:.0f} s", [
-        ("accepted and lost", "0", "{accepted_and_lost} of {served}"),
+        ("accepted and lost", "0", "{accepted_and_lost} of {served}; {turned_back} turned back before they were read"),
         ("refusals p99", "< 50 ms", "{refusal_ms_p99} ms"),
         ("health", "< 200 ms", "p99 {health_ms_p99} ms, most {health_ms_most} ms"),
         ("throughput", "≥ 0.9 of the best", "{throughput_of_best}"),
@@ -66,6 +66,7 @@ def _derived(result: dict[str, Any]) -> dict[str, Any]:
     more: dict[str, Any] = {}
     codes = result.get("codes", {})
     more["served"], more["answered"] = codes.get("OK", 0), sum(codes.values())
+    more["turned_back"] = result.get("refused_before_a_handler", 0)
     if "survivors" in result:
         more["others_lost"] = result["survivors_expected"] - result["survivors"]
     if "server_alive" in result:

@@ -46,10 +46,17 @@ class Server:
 
     def metric(self, line: str) -> float:
         """A number of `/metrics`, by its name with labels; 0 where it is not there."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as page:
-            text = page.read().decode()
-        found = re.search(rf"^{re.escape(line)} (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^{re.escape(line)} (\S+)$", self._metrics(), re.MULTILINE)
         return float(found[1]) if found else 0.0
+
+    def handled(self, method: str) -> int:
+        """Calls of a method that came to a handler of ours, however they ended."""
+        line = rf'^turbolens_requests_total{{[^}}]*method="[^"]*{method}"[^}}]*}} (\S+)$'
+        return sum(int(float(count)) for count in re.findall(line, self._metrics(), re.MULTILINE))
+
+    def _metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as page:
+            return str(page.read().decode())
 
     def send(self, sign: signal.Signals) -> None:
         """Send a signal."""

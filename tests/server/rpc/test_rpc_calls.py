@@ -251,6 +251,26 @@ def test_a_program_told_to_stop_while_it_loads_stops_at_once():
         assert list(events) == ["stopping", "stopped"]
 
 
+SLOW_STOP = """
+import asyncio, time
+from turbolens_server import app, serving
+serving.load_from = lambda config: time.sleep(60)
+serving.Serving.stop = lambda self, grace_s: asyncio.sleep(60)
+app.main(["--port", "0", "--log-format", "json"])
+"""
+
+
+def test_a_second_signal_ends_a_program_at_once():
+    with subprocess.Popen([sys.executable, "-c", SLOW_STOP], stderr=subprocess.PIPE, text=True) as program:
+        events = (json.loads(line)["event"] for line in program.stderr if line.startswith("{"))
+        assert next(events) == "listening"
+        program.send_signal(signal.SIGTERM)
+        assert next(events) == "stopping"
+        program.send_signal(signal.SIGINT)
+        assert program.wait(10) == 128 + signal.SIGINT
+        assert list(events) == ["ended"]
+
+
 async def test_a_taken_port_is_one_clear_line(running):
     port = int(running.address.rpartition(":")[2])
     with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1:{port}"):

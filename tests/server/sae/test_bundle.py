@@ -80,3 +80,14 @@ def test_a_frequency_is_a_share(bundle: Path) -> None:
     save_file({**tensors, "frequency": 100 * tensors["frequency"] + 1.5}, file)
     with pytest.raises(BundleError, match=r"feature_stats.safetensors: frequency holds values above 1"):
         load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("{", "unreadable"), ("[]", "holds a list"), ("[" * 200_000, "unreadable")],
+    ids=["cut", "list", "deep"],
+)
+def test_a_broken_provenance_names_its_file(bundle: Path, text: str, line: str) -> None:
+    (bundle / "provenance.json").write_text(text)
+    with pytest.raises(BundleError, match=rf"provenance.json: {line}"):
+        load_bundle(bundle)
