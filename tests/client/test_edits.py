@@ -84,6 +84,15 @@ def test_where_and_when():
     assert len(tl.polygon((0, 0), (1, 0), (0, 1)).message.polygons.polygons[0].points) == 3
 
 
+@pytest.mark.parametrize(
+    "corners", [(0.5, 0, 0.5, 1), (0.6, 0, 0.4, 1), (0, 0.9, 1, 0.1), (0, 0, 1.01, 1), (-0.1, 0, 1, 1), (0, 0, 64, 64)]
+)
+def test_a_box_whose_corners_are_not_in_order_or_not_in_the_picture_is_refused(corners):
+    for make in (lambda: tl.box(*corners), lambda: tl.boxes((0, 0, 1, 1), corners)):
+        with pytest.raises(ValueError, match=r"a box is \(left, top, right, bottom\), in \[0, 1\], left < right"):
+            make()
+
+
 def test_masks_from_pictures_agree():
     values = np.linspace(0, 1, 16).reshape(4, 4)
     image = Image.fromarray(np.round(values * 255).astype(np.uint8))

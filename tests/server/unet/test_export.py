@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 
+from turbolens_server.unet import export
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE, TOLERANCE, check_graph, ensure_graph, graph_key
 from turbolens_server.unet.onnx_unet import OnnxRunner
 
 onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def dimensions(value) -> list[str | int]:
@@ -33,6 +35,24 @@ def test_inputs_and_outputs_have_names_and_named_dimensions(half_graph):
     assert outputs["update.mid.0"][0] == "batch"
     assert outputs["update.mid.0"][2] == 64
     assert {node.op_type for node in graph.node} >= {"Attention"}, "half precision takes attention as one node"
+
+
+def test_groups_far_from_zero_keep_their_precision(half_graph, tmp_path):
+    """As real activations have them; random normal ones would hide it."""
+    _, entry = half_graph
+    graph = onnx.load(entry.folder / GRAPH_FILE, load_external_data=False).graph
+    assert "GroupNormalization" not in {node.op_type for node in graph.node}
+    norm = torch.nn.GroupNorm(2, 8).eval()
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0)) + 1000
+    path = tmp_path / "norm.onnx"
+    torch.onnx.export(
+        norm, (x,), dynamo=True, opset_version=23, verbose=False,
+        custom_translation_table={torch.ops.aten.group_norm.default: export._group_norm},
+    ).save(path)  # fmt: skip
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = norm.double()(x.double()).float()
+    assert (torch.from_numpy(found) - expected).abs().max() < 5e-3
 
 
 def test_the_measured_differences_are_kept(half_graph):

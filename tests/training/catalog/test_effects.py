@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.types import Job
 from turbolens_training.catalog import effects as module
-from turbolens_training.catalog.effects import contrasts, measure_effects
+from turbolens_training.catalog.effects import contrasts, measure_effects, measure_icons
 from turbolens_training.catalog.labels import GroundTruth
 from turbolens_training.measures.concepts import Concept, Scenes
 from turbolens_training.measures.ranking import Active
@@ -50,3 +54,28 @@ def test_a_group_grows_by_what_moves_most_until_nothing_helps(engine: Engine, mo
     assert {index for index, _ in by_rank.values()} == {3, 5}
     assert [by_rank[rank][1].moved for rank in (1, 2)] == [0.5, 1.0]
     assert {3, 5, 7} in asked
+
+
+def test_an_icon_is_shown_at_the_least_strength_that_draws_something() -> None:
+    """Feature 0 shows from 8 on, 1 never, 2 at once, 3 was never active, and 4 changes a single pixel."""
+    tried: list[tuple[int, float]] = []
+
+    def draw(job: Job) -> SimpleNamespace:
+        (edit,) = job.edits
+        (index,) = (feature.index for feature in edit.features)
+        assert (job.prompt, job.seed, job.steps, edit.kind) == ("", 0, 1, "replace")
+        tried.append((index, edit.amount))
+        picture = np.full((16, 16, 3), 100, np.uint8)
+        if edit.amount and {0: edit.amount >= 8, 2: True}.get(index):
+            picture[4:8, 4:8, 1] = 200
+        if edit.amount and index == 4:
+            picture[0, 0] = 255
+        return SimpleNamespace(picture=picture)
+
+    bundle = SimpleNamespace(d_sae=5, stats=SimpleNamespace(mean=np.array([1.0, 1.0, 1.0, 0.0, 1.0])))
+    model = SimpleNamespace(
+        info=SimpleNamespace(saes={"mid.0": SimpleNamespace(bundle=bundle)}, default_size=(16, 16)),
+        run=lambda jobs: [draw(job) for job in jobs],
+    )
+    assert measure_icons(model, "mid.0", 2) == {0: 8.0, 2: 4.0}  # type: ignore[arg-type]
+    assert not {(3, 4.0), (2, 8.0), (0, 16.0)} & set(tried), "what shows, or never fires, is not tried on"
