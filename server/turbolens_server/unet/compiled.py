@@ -233,9 +233,10 @@ class _Chain:
             # The list is emptied by the call, so that what nobody needs any more is freed in the middle of it.
             out = link.module([values[name] for name in link.takes])
             values.update(zip(link.gives, out, strict=True))
+            end: Tensor = out[-1]
             if link.point is None:
-                return out[-1]
-            steered = tap(link.point, out[-1], link.grid) if link.point in at else out[-1]
+                return end
+            steered = tap(link.point, end, link.grid) if link.point in at else end
             if link.point == stop:
                 return None
             values[STEERED] = steered.contiguous()

@@ -94,7 +94,7 @@ def cut_at_points(
     segments = []
     for number in range(len(marks) + 1):
         mark = marks[number] if number < len(marks) else None
-        last = prediction if mark is None else mark.args[0]
+        last: Any = prediction if mark is None else mark.args[0]
         own = [node for node in nodes if segment_of.get(node) == number]
         gives = [
             node
