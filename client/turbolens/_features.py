@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,13 @@ import numpy.typing as npt
 from turbolens._edits import FeatureRef
 from turbolens._table import Table, card
 from turbolens_proto.v1 import feature_service_pb2
+
+Nearness = Literal["decoder", "co-firing"]
+"""What makes two features near: that they write alike, or that they fire together."""
+NEARNESS: Final[dict[Nearness, feature_service_pb2.Nearness.ValueType]] = {
+    "decoder": feature_service_pb2.NEARNESS_DECODER,
+    "co-firing": feature_service_pb2.NEARNESS_CO_FIRING,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,6 +147,14 @@ class Near:
     feature: Feature
     cosine: float
     """Of the two decoder directions, -1 to 1."""
+    jaccard: float | None = None
+    """Positions where both are active as a share of those where either is; None where that was not asked for."""
+
+    @classmethod
+    def from_proto(cls, message: feature_service_pb2.NearFeature) -> Near:
+        """From the server's message."""
+        jaccard = message.jaccard if message.HasField("jaccard") else None
+        return cls(Feature.from_proto(message.feature), message.cosine, jaccard)
 
     @property
     def ref(self) -> FeatureRef:

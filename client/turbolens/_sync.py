@@ -18,7 +18,7 @@ from turbolens._contrast import contrast
 from turbolens._edits import FeatureLike, Features, replace, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
-from turbolens._features import Feature, Match, Near
+from turbolens._features import NEARNESS, Feature, Match, Near, Nearness
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
 from turbolens._many.options import ExtractManyOptions, GenerateManyOptions
@@ -494,27 +494,32 @@ class Lens:
         matches = [Match(Feature.from_proto(m.feature), m.score, m.reason) for m in answer.matches]
         return Table(matches, ("ref", "feature.label", "score", "reason"), answer.hint)
 
-    def nearest_features(self, feature: FeatureLike, *, limit: int = 10) -> Table:
-        """The features of the same SAE that write most alike, nearest first.
+    def nearest_features(self, feature: FeatureLike, *, limit: int = 10, by: Nearness = "decoder") -> Table:
+        """The features of the same SAE that write most alike, or that fire together most, nearest first.
 
         Args:
             feature: in any of its forms, such as `"up.0.1/202"`.
-            limit: at most so many, up to 100.
+            limit: at most so many, up to 100; of what fires together a catalog keeps the first 16.
+            by: "decoder": the cosine of their decoder directions; "co-firing": positions where both are active, as a
+                share of those where either is (Jaccard), as counted when the catalog was made.
 
         Returns:
             A list of :class:`Near`.
 
         Raises:
             NotFound: there is no such SAE or feature.
+            InvalidRequest: nobody counted what fires together.
         """
+        if by not in NEARNESS:
+            raise ValueError(f"by {by!r}; use one of {', '.join(NEARNESS)}")
         ref = to_ref(feature)
         request = feature_service_pb2.NearestFeaturesRequest(
-            name=f"saes/{ref.sae}/features/{ref.index}", page_size=whole(limit, "limit")
+            name=f"saes/{ref.sae}/features/{ref.index}", page_size=whole(limit, "limit"), by=NEARNESS[by]
         )
         services = self._open()
         answer = self._call(services.features.NearestFeatures, request, None)
-        near = [Near(Feature.from_proto(one.feature), one.cosine) for one in answer.features]
-        return Table(near, ("ref", "feature.label", "cosine"))
+        near = [Near.from_proto(one) for one in answer.features]
+        return Table(near, ("ref", "feature.label", *(("jaccard",) if by == "co-firing" else ()), "cosine"))
 
     def get_feature(self, feature: FeatureLike, index: int | None = None) -> Feature:
         """What is known of one feature, top examples included: `get_feature("up.0.1", 202)`, or any form of a feature.

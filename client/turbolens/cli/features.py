@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -117,9 +117,30 @@ class Contrast(Calls):
         self.show(rows_of(found), found)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nearest(Calls):
+    """List the features of the same SAE that are nearest to one.
+
+    Example: turbolens features nearest up.0.1/202 --by co-firing
+    """
+
+    feature: Positional[str]
+    """BLOCK/INDEX."""
+    by: Literal["decoder", "co-firing"] = "decoder"
+    """What makes them near: that they write alike, or that they fire together."""
+    limit: int = 10
+    """At most so many."""
+
+    def run(self) -> None:
+        with self.connect() as lens:
+            found = lens.nearest_features(self.feature, limit=self.limit, by=self.by)
+        self.show(rows_of(found), found)
+
+
 FeatureCommands = Annotated[
     Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Nearest, tyro.conf.subcommand("nearest")]
     | Annotated[Contrast, tyro.conf.subcommand("contrast")]
     | Annotated[Show, tyro.conf.subcommand("show")],
     tyro.conf.subcommand("features", description="Find and look up features."),

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from turbolens_server.catalog.co_firing import read_co_firing
 from turbolens_server.catalog.labels import Effect, FeatureLabels, Label, read_labels
 from turbolens_server.catalog.query import Feature
 from turbolens_server.catalog.search import Nearness, commonness, cosines, nearness, sureness, words_of
@@ -45,6 +46,8 @@ class Near:
     feature: Feature
     cosine: float
     """Of the two decoder directions."""
+    jaccard: float | None = None
+    """Of the positions where they are active; None where that was not asked for."""
 
 
 class Catalog:
@@ -54,7 +57,7 @@ class Catalog:
         """Read the labels of every bundle; `embed` is the model's text encoder, asked once for the labels' words.
 
         Raises:
-            BundleError: a labels file or a bundle's synonyms are malformed.
+            BundleError: a file of what is known of features, or a bundle's synonyms, are malformed.
         """
         labels = {name: read_labels(s.bundle.folder, s.bundle.d_sae) for name, s in saes.items()}
         self._features = {name: _features(sae, labels[name]) for name, sae in saes.items()}
@@ -81,6 +84,7 @@ class Catalog:
         }
         """What some group of features moves pictures to."""
         self._decoders = {name: sae.bundle.weights.W_dec for name, sae in saes.items()}
+        self._together = {name: read_co_firing(sae.bundle.folder, sae.bundle.d_sae) for name, sae in saes.items()}
         self._common = {name: _common(sae) for name, sae in saes.items()}
         """By SAE and feature: how far it can be relied on to be there, 1 where nobody measured."""
         values = sorted(set().union(*self._values.values()))
@@ -116,12 +120,23 @@ class Catalog:
 
     def nearest(self, sae: str, index: int, most: int) -> list[Near]:
         """The features of an SAE by the cosine of their decoder direction with one feature's, nearest first."""
-        directions = self._decoders[sae].float()
-        cosines = torch.nn.functional.cosine_similarity(directions, directions[index], dim=1)
+        cosines = self._cosines(sae, index)
         cosines[index] = -torch.inf
         best = torch.topk(cosines, min(most, len(cosines) - 1))
         features = self._features[sae]
         return [Near(features[int(i)], float(cosine)) for cosine, i in zip(best.values, best.indices, strict=True)]
+
+    def co_firing(self, sae: str, index: int, most: int) -> list[Near] | None:
+        """The features of an SAE that fire with one most, the first first; None where nobody counted."""
+        found = self._together[sae]
+        if found is None:
+            return None
+        cosines, features = self._cosines(sae, index), self._features[sae]
+        return [Near(features[i], float(cosines[i]), share) for i, share in found.of(index)[:most]]
+
+    def _cosines(self, sae: str, index: int) -> torch.Tensor:
+        directions = self._decoders[sae].float()
+        return torch.nn.functional.cosine_similarity(directions, directions[index], dim=1)
 
     def search(self, words: str, saes: Iterable[str], most: int, embedded: npt.NDArray[np.float32]) -> list[Match]:
         """Features for words, best first.

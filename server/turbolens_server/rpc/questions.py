@@ -110,19 +110,26 @@ def search(
 
 
 def nearest(catalog: Catalog, request: pb.NearestFeaturesRequest) -> pb.NearestFeaturesResponse:
-    """The features of the same SAE that write most alike.
+    """The features of the same SAE that write most alike, or that fire together most.
 
     Raises:
-        RpcError: NOT_FOUND for the feature, INVALID_ARGUMENT for the size.
+        RpcError: NOT_FOUND for the feature, INVALID_ARGUMENT for the size, or where nobody counted what is asked for.
     """
     feature = _feature_of(catalog, request.name)
-    if violations := _page_size(request.page_size):
+    violations = _page_size(request.page_size)
+    if request.by not in pb.Nearness.values():
+        violations.append(Violation("by", f"got {request.by}; must be one of {', '.join(pb.Nearness.keys())}"))
+    if violations:
         raise invalid(violations)
     most = min(request.page_size or _SEARCH_DEFAULT, MAX_FOUND)
+    by = catalog.co_firing if request.by == pb.NEARNESS_CO_FIRING else catalog.nearest
+    found = by(feature.sae, feature.index, most)
+    if found is None:
+        told = f"the catalog of {feature.sae} has no counts of what fires together; turbolens catalog build makes them"
+        raise invalid([Violation("by", told)])
     return pb.NearestFeaturesResponse(
         features=[
-            pb.NearFeature(feature=_message(near.feature), cosine=near.cosine)
-            for near in catalog.nearest(feature.sae, feature.index, most)
+            pb.NearFeature(feature=_message(near.feature), cosine=near.cosine, jaccard=near.jaccard) for near in found
         ]
     )
 

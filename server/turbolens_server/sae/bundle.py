@@ -11,6 +11,7 @@ sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d
                              predicted to be as the one before, predictors [steps - 1, d_model, d_model]
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
 features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
+co_firing.safetensors        which features fire together, likewise                      (optional)
 provenance.json              recipe, data, measured quality                              (optional)
 """
 
@@ -43,6 +44,8 @@ _MEANINGS: Final = {
 """What the weights of every bundle mean; other meanings are folded when a bundle is made."""
 FEATURES_FILE: Final = "features.parquet"
 """Written and read by `turbolens_server.catalog.labels`."""
+CO_FIRING_FILE: Final = "co_firing.safetensors"
+"""Likewise by `turbolens_server.catalog.co_firing`."""
 _STATS_FILE: Final = "feature_stats.safetensors"
 _WEIGHTS_FILE: Final = "sae_weights.safetensors"
 _PROVENANCE_FILE: Final = "provenance.json"
@@ -279,7 +282,7 @@ def _keep_others(folder: Path, whole: Path) -> None:
     before = folder / _WEIGHTS_FILE
     same = before.is_file() and hash_file(before) == hash_file(whole / _WEIGHTS_FILE)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if (whole / path.name).exists() or (path.name in (FEATURES_FILE, _STATS_FILE) and not same):
+        if (whole / path.name).exists() or (path.name in (FEATURES_FILE, CO_FIRING_FILE, _STATS_FILE) and not same):
             continue
         if path.is_dir():
             shutil.copytree(path, whole / path.name)

@@ -11,10 +11,11 @@ import pytest
 import turbolens as tl
 from turbolens_proto.v1 import feature_service_pb2 as pb
 from turbolens_server.catalog.catalog import Catalog
+from turbolens_server.catalog.co_firing import read_co_firing
 from turbolens_server.catalog.labels import Effect, FeatureLabels, Label, read_labels, write_labels
 from turbolens_server.catalog.query import QueryError, parse_filter, parse_order
 from turbolens_server.rpc.errors import RpcError
-from turbolens_server.rpc.questions import get_feature, list_features
+from turbolens_server.rpc.questions import get_feature, list_features, nearest
 from turbolens_server.sae.bundle import BundleError, load_bundle
 
 
@@ -46,6 +47,34 @@ def test_the_nearest_features_are_those_of_the_largest_cosine(lens, engine):
     assert near[0].feature == dataclasses.replace(lens.get_feature(near[0]), examples=())
     assert len(lens.nearest_features("up.0.0/0", limit=1000)) == 100
     assert len(lens.nearest_features(("up.0.0", 255))) == 10
+
+
+def test_what_fires_together_is_as_it_was_counted(lens, engine):
+    bundle = engine.info.saes["up.0.0"].bundle
+    counted = read_co_firing(bundle.folder, bundle.d_sae)
+    often = int(bundle.stats.frequency.argmax())
+    near = lens.nearest_features(("up.0.0", often), limit=100, by="co-firing")
+    assert [(one.ref.index, one.jaccard) for one in near] == counted.of(often)
+    assert 1 <= len(near) <= 16
+    by_decoder = {one.ref: one.cosine for one in lens.nearest_features(("up.0.0", often), limit=100)}
+    assert all(one.cosine == pytest.approx(by_decoder.get(one.ref, one.cosine)) for one in near)
+    assert lens.nearest_features(("up.0.0", often), limit=3, by="co-firing") == near[:3]
+    with pytest.raises(ValueError, match="use one of decoder, co-firing"):
+        lens.nearest_features("up.0.0/1", by="cosine")
+
+
+def test_a_catalog_without_counts_says_what_makes_them(engine, tmp_path):
+    info = engine.info.saes["mid.0"]
+    folder = tmp_path / "mid.0"
+    shutil.copytree(info.bundle.folder, folder)
+    (folder / "co_firing.safetensors").unlink()
+    old = Catalog({"mid.0": dataclasses.replace(info, bundle=load_bundle(folder))}, engine.embed_text)
+    request = pb.NearestFeaturesRequest(name="saes/mid.0/features/1", by=pb.NEARNESS_CO_FIRING)
+    with pytest.raises(RpcError, match="no counts of what fires together; turbolens catalog build makes them"):
+        nearest(old, request)
+    with pytest.raises(RpcError, match="must be one of NEARNESS_UNSPECIFIED"):
+        nearest(old, pb.NearestFeaturesRequest(name="saes/mid.0/features/1", by=7))
+    assert len(nearest(old, pb.NearestFeaturesRequest(name="saes/mid.0/features/1")).features) == 10
 
 
 @pytest.mark.parametrize(("name", "error"), [("up.0.0/256", tl.NotFound), ("elsewhere/0", tl.NotFound)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Final, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
+from turbolens_server.catalog.co_firing import write_co_firing
 from turbolens_server.catalog.labels import Example, FeatureLabels, read_labels, write_labels
 from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.load import load_engine
@@ -25,6 +27,7 @@ from turbolens_training.activations.stream import (
     Updates,
     prompt_updates,
 )
+from turbolens_training.catalog.co_firing import MOST, CoFiringCounts
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.catalog.effects import STRENGTH, contrasts, measure_effects, measure_icons
 from turbolens_training.catalog.examples import TopExamples
@@ -70,35 +73,42 @@ def build(config: BuildConfig) -> None:
     contrast: dict[str, dict[Concept, Tensor]] = {}
     for steps in dict.fromkeys(sae.bundle.steps for sae in saes.values()):
         alike = {block: sae for block, sae in saes.items() if sae.bundle.steps == steps}
-        if prompts is None:
+        if config.co_firing_only:
+            _count_alone(config, engine, alike, steps, prompts)
+        elif prompts is None:
             rows, found = _from_scenes(config, engine, alike, steps)
             table, contrast = table + rows, contrast | found
         else:
             _from_prompts(config, engine, alike, steps, prompts, namer)
     if table:
         write_table(config.work / "labels", table)
-    if contrast or config.icons:
+    if (contrast or config.icons) and not config.co_firing_only:
         _write_effects(config, contrast)
     for info in engine.info.saes.values():
         known = read_labels(_folder(info.bundle), info.bundle.d_sae)
         named = sum(bool(feature.label) for feature in known.values())
-        line = f"{_folder(info.bundle)}: statistics and examples of {info.bundle.d_sae} features, {named} of them named"
+        what = "what fires together" if config.co_firing_only else "statistics and examples"
+        line = f"{_folder(info.bundle)}: {what} of {info.bundle.d_sae} features, {named} of them named"
         config.tell(line, bundle=_folder(info.bundle), features=info.bundle.d_sae, labelled=named)
 
 
 class Seen:
-    """What the pictures looked at show of one SAE's features: statistics and top examples, of the same passes."""
+    """What the pictures looked at show of one SAE's features: statistics, top examples and what fires together, of the
+    same passes."""
 
     def __init__(self, config: BuildConfig, engine: Engine, sae: Sae) -> None:
         grids = {point.name: point.grid(*engine.info.default_size) for point in engine.info.hook_points}
         self.sae = sae
         self._measured = SaeMeasurement.of(sae)
         self._top = TopExamples(sae.bundle.d_sae, config.examples, grids[sae.bundle.hook_point])
+        self.together = _counts(sae)
 
     def add(self, updates: Updates) -> list[Codes]:
         """Take in a batch's updates; returns their codes, see :meth:`SaeMeasurement.look`."""
         codes = self._measured.look(self.sae, updates)
         self._top.add(updates, codes)
+        if self.together is not None:
+            self.together.add(codes)
         return codes
 
     def examples(self) -> list[tuple[Example, ...]]:
@@ -122,6 +132,56 @@ def has_published_means(bundle: Bundle) -> bool:
     return bundle.measured is None or dict(bundle.provenance.get("catalog") or {}).get("means") == PUBLISHED
 
 
+def _scenes(config: BuildConfig, engine: Engine, steps: int | None) -> tuple[SceneStream, SceneStream]:
+    """Pictures whose captions name every value, for labels, and others of every number of steps."""
+    named = SceneStream(
+        engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True,
+        one_step_share=0.0, multi_steps=(steps or 1,),
+    )  # fmt: skip
+    mix = config.steps if steps is None else (steps,)
+    share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
+    mixed = SceneStream(
+        engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
+    )
+    return named, mixed
+
+
+def _counts(sae: Sae) -> CoFiringCounts | None:
+    if sae.bundle.d_sae <= MOST:
+        return CoFiringCounts(sae.bundle.d_sae)
+    told = (
+        f"{sae.bundle.name}: what fires together is not counted; it has {sae.bundle.d_sae} features, more than {MOST}"
+    )
+    print(told, file=sys.stderr)
+    return None
+
+
+def _count_alone(
+    config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None, prompts: list[str] | None
+) -> None:
+    """Count what fires together on the pictures that the whole catalog is made of, and write nothing else."""
+    counts = {block: found for block, sae in saes.items() if (found := _counts(sae)) is not None}
+    if prompts is None:
+        each = range(-(-config.images // config.batch))
+        batches, pictures = 2 * len(each), 2 * len(each) * config.batch
+        looks = itertools.product(_scenes(config, engine, steps), each)
+        data: Iterable[Updates] = itertools.starmap(SceneStream.updates, looks)
+    else:
+        batches, pictures = -(-len(prompts) // config.batch), len(prompts)
+        mix = config.steps if steps is None else (steps,)
+        data = prompt_updates(engine, prompts, seed=config.seed, images=config.batch, steps=mix)
+    for updates in _progress(data, "pictures", batches):
+        for block, one in counts.items():
+            one.add(SaeMeasurement.of(saes[block]).look(saes[block], updates))
+    for block, one in counts.items():
+        write_co_firing(_folder(saes[block].bundle), one.most(), **_made(config, pictures))
+
+
+def _made(config: BuildConfig, pictures: int) -> dict[str, object]:
+    made_from = "captioned scenes" if config.prompts is None else Path(config.prompts).name
+    return {"prompts": made_from, "pictures": pictures, "seed": config.seed}
+
+
 def _from_scenes(
     config: BuildConfig, engine: Engine, saes: dict[str, Sae], steps: int | None
 ) -> tuple[list[dict[str, object]], dict[str, dict[Concept, Tensor]]]:
@@ -136,20 +196,12 @@ def _from_scenes(
     Returns:
         The rows of the table of what was labelled, and by SAE the contrasts by which effects are looked for.
     """
-    stream = SceneStream(
-        engine, seed=config.seed, split=LABELLING, images=config.batch, complete=True,
-        one_step_share=0.0, multi_steps=(steps or 1,),
-    )  # fmt: skip
+    stream, mixed = _scenes(config, engine, steps)
     batches = -(-config.images // config.batch)
     truths = Observations()
     seen = {block: Seen(config, engine, sae) for block, sae in saes.items()}
     for chunk in _progress((stream.chunk(index) for index in range(batches)), "labels", batches):
         truths.add(chunk, {block: one.add(chunk.updates)[0] for block, one in seen.items()})
-    mix = config.steps if steps is None else (steps,)
-    share, many = mix.count(1) / len(mix), tuple(number for number in mix if number > 1)
-    mixed = SceneStream(
-        engine, seed=config.seed, split=HELD_OUT, images=config.batch, one_step_share=share, multi_steps=many
-    )
     for updates in _progress((mixed.chunk(index).updates for index in range(batches)), "pictures", batches):
         for one in seen.values():
             one.add(updates)
@@ -195,8 +247,7 @@ def _write(
     entries: Mapping[str, object | None],
 ) -> None:  # fmt: skip
     bundle, examples = seen.sae.bundle, seen.examples()
-    made_from = "captioned scenes" if config.prompts is None else Path(config.prompts).name
-    made = {"prompts": made_from, "pictures": pictures, "seed": config.seed}
+    made = _made(config, pictures)
     if has_published_means(bundle):
         made["means"] = PUBLISHED
     if engine.info.saes[bundle.name].forced:
@@ -204,6 +255,8 @@ def _write(
     shown = [dataclasses.replace(row, examples=examples[row.index]) for row in rows]
     save_stats(_folder(bundle), seen.stats())
     write_labels(_folder(bundle), shown, catalog=made, **entries)
+    if seen.together is not None:
+        write_co_firing(_folder(bundle), seen.together.most(), **_made(config, pictures))
 
 
 def _write_effects(config: BuildConfig, contrast: Mapping[str, Mapping[Concept, Tensor]]) -> None:

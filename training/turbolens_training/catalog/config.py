@@ -17,7 +17,8 @@ LEAST_CROPS: Final = 3
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig(Telling):
-    """Measure and name the features of bundles: statistics and top examples, of the same pictures, and labels.
+    """Measure and name the features of bundles: statistics, top examples and what fires together, of the same pictures,
+    and labels.
 
     Means that were published with an SAE stay, as strengths are told in them; others are measured anew.
 
@@ -69,6 +70,9 @@ class BuildConfig(Telling):
     icons: bool = False
     """Find the strength at which each feature draws something by itself (`replace` on the empty prompt): up to four
     pictures of every feature."""
+    co_firing_only: bool = False
+    """Count which features fire together, on the same pictures, and leave all else of the catalog as it is: for bundles
+    whose catalog was made before that was counted."""
     least_score: float = 0.6
     """Lowest selectivity that makes a label; a feature without one has an empty label."""
     least_z: float = 5.0
