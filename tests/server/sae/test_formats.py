@@ -346,6 +346,14 @@ def bundle_format(kind: str) -> str:
     return kind.split(maxsplit=1)[0].rstrip(",")
 
 
+def test_vit_prisma_is_refused_by_its_reason(tmp_path):
+    (tmp_path / "config.json").write_text('{"normalize_activations": "layer_norm"}')
+    (tmp_path / "weights.pt").write_bytes(b"")
+    assert find_saes(tmp_path) == [tmp_path]
+    with pytest.raises(BundleError, match=r"weights\.pt: of vit-prisma, which normalises each input.*layer_norm"):
+        read_sae(tmp_path, "mid.0")
+
+
 def test_a_folder_with_the_weights_of_two_formats_is_refused(tmp_path):
     foreign.sparsify(0).write(tmp_path / "down.2.1")
     with pytest.raises(BundleError, match="several"):

@@ -45,6 +45,10 @@ _BY_WEIGHTS: Final = {
 }
 
 
+_VIT_PRISMA: Final = "weights.pt"
+"""Known to be refused by its reason, and not as a folder without weights."""
+
+
 def find_saes(root: Path) -> list[Path]:
     """Every folder at or below `root` that holds an SAE of some format, whole or not, in order of path.
 
@@ -55,9 +59,14 @@ def find_saes(root: Path) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for folder in sorted(_folders(root, frozenset()), key=lambda path: (_through_link(root, path), path)):
-        if any((folder / name).exists() for name in ("cfg.json", *_BY_WEIGHTS)):
+        if any((folder / name).exists() for name in ("cfg.json", *_BY_WEIGHTS)) or _is_vit_prisma(folder):
             found.setdefault(folder.resolve(), folder)
     return sorted(found.values())
+
+
+def _is_vit_prisma(folder: Path) -> bool:
+    settings = folder / "config.json"
+    return (folder / _VIT_PRISMA).is_file() and settings.is_file() and "normalize_activations" in read_json(settings)
 
 
 def _folders(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
@@ -89,6 +98,11 @@ def detect(folder: Path) -> str:
     found = [name for name in _BY_WEIGHTS if (folder / name).is_file()]
     if len(found) > 1:
         raise BundleError(f"{folder}: holds the weights of several SAEs ({', '.join(found)}); keep one of them")
+    if not found and _is_vit_prisma(folder):
+        raise BundleError(
+            f"{folder / _VIT_PRISMA}: of vit-prisma, which normalises each input by its own mean and deviation "
+            "(layer_norm, its default): not supported"
+        )
     if not found:
         raise BundleError(f"{folder}: the weights are missing; formats keep them in {', '.join(_BY_WEIGHTS)}")
     kind = _BY_WEIGHTS[found[0]]
