@@ -147,6 +147,7 @@ chart: $(STAMP)dev       ## Tell the Helm chart's schema of the server's setting
 
 rebuild: $(STAMP)dev     ## Rebuild all that depends on the embedded model: SAEs, labels, dose table, expectations
 	@$(VENV)/bin/turbolens train rebuild
+	@$(VENV)/bin/turbolens train gates --out server/turbolens_server/models/mini-gates --overwrite
 
 bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/performance.md
 	@$(PY) -m benchmarks.nothing_asked

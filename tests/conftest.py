@@ -53,6 +53,33 @@ def engine():
     return load_engine()
 
 
+@pytest.fixture(scope="session")
+def gate_folder(engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random gates of `mini`, about half of them closed: one head for the outer blocks, one for the middle."""
+    from turbolens_server.gating.bundle import GateBundle, save_gates
+    from turbolens_server.gating.maths import GateHead, GateMlp
+
+    rng, hidden, text = torch.Generator().manual_seed(5), 8, engine.components.unet.config.cross_attention_dim
+
+    def mlp(d: int) -> GateMlp:
+        shapes = ((d,), (d,), (hidden, d), (hidden,), (hidden, hidden), (hidden,))
+        return GateMlp(*(torch.randn(shape, generator=rng) for shape in shapes))
+
+    blocks = {"outer": ("down.2.0", "down.2.1", "up.0.0", "up.0.1", "up.0.2"), "mid": ("mid.0",)}
+    heads = {name: GateHead(mlp(128), mlp(text), torch.tensor(0.1)) for name in blocks}
+    folder = tmp_path_factory.mktemp("gates")
+    save_gates(folder, GateBundle(heads, blocks, 0.5, -1e4, engine.info.model_hash, {"recipe": "random"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gated_engine(gate_folder: Path):
+    """The embedded model with its own SAEs and random gates."""
+    from turbolens_server.loading.load import load_engine
+
+    return load_engine(gate=str(gate_folder))
+
+
 def save_random_model(folder: Path, unet, scheduler) -> None:
     """A `diffusers` folder of a U-Net and a scheduler beside `mini`'s untrained other parts."""
     from diffusers import StableDiffusionXLPipeline

@@ -178,6 +178,7 @@ class AsyncLens:
                 steer: edits, such as `add(match, 8, mask=box(0, 0, .5, 1))`.
                 references: other runs that edits read, by names of your own: `{"other": reference("a blue ring")}`.
                 regions: phrases heard under masks, beside the prompt: `[(box(0, 0, .5, 1), "a red ring")]`.
+                gate: hear the text through the server's learned region gates.
                 features: features to return: True for all, or SAEs by name.
                 only: of these, only the ones named, one or several; without `features`, from the SAEs that they belong
                     to.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from turbolens._edits import UNIT_NAMES, Unit
@@ -148,6 +149,29 @@ class Sae:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class Gate:
+    """Learned region gates as served."""
+
+    hash: str
+    layers: tuple[str, ...]
+    """The cross-attentions that have one."""
+    threshold: float
+    closed: float
+    """What is added to the logits of a token that is not heard."""
+    provenance_json: str
+    forced: bool
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where they come from: recipe, data and measured quality."""
+        told: dict[str, Any] = json.loads(self.provenance_json or "{}")
+        return told
+
+    def __repr__(self) -> str:
+        return f"Gate({self.hash[:12]!r}, layers={list(self.layers)})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Model:
     """The model as served."""
 
@@ -171,6 +195,8 @@ class Model:
     loras: tuple[Lora, ...]
     other_hook_points: tuple[HookPoint, ...]
     """Where else in the U-Net an SAE could sit; this server neither reads nor steers there."""
+    gate: Gate | None
+    """What `gate=True` hears the text through; None where none is served."""
     message: model_service_pb2.Model = dataclasses.field(compare=False)
     """The server's own words."""
 
@@ -204,6 +230,8 @@ def _value(kind: type[T], message: Any) -> T:
 def _field(hint: Any, message: Any, name: str) -> Any:
     if name == "message":
         return message
+    if isinstance(hint, UnionType):  # with None
+        return _field(get_args(hint)[0], message, name) if message.HasField(name) else None
     held = getattr(message, name)
     if dataclasses.is_dataclass(hint):
         return _value(hint, held)  # type: ignore[arg-type]  # a class, which mypy cannot see
@@ -214,6 +242,4 @@ def _field(hint: Any, message: Any, name: str) -> Any:
         return tuple(UNIT_NAMES.get(one, str(one)) for one in held) if inner == Unit else tuple(held)
     if get_origin(hint) is Mapping:
         return dict(held)
-    if hint == int | None:
-        return held if message.HasField(name) else None
     return held

@@ -65,3 +65,14 @@ def text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{what} is {value!r}; give a text")
     return value
+
+
+def switch(value: Any, what: str) -> bool:
+    """Whether something is wanted; `what` names it in the error.
+
+    Raises:
+        TypeError: it is no truth value: "off" and 0.5 would count as on.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{what} is {value!r}; give True or False")
+    return bool(value)

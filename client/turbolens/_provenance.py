@@ -88,6 +88,10 @@ class Provenance:
     """What was fused into the model's weights, in order."""
     chosen: tuple[Chosen, ...] = ()
     """What the server chose, where an edit left it the choice."""
+    gate_hash: str = ""
+    """Of the learned region gates, where the run heard through them."""
+    forced_gate: bool = False
+    """They were trained on another model than the one served, and the operator forced them."""
 
     @classmethod
     def from_proto(cls, message: run_pb2.Provenance) -> Provenance:
@@ -109,6 +113,8 @@ class Provenance:
             dtype=message.dtype,
             loras=tuple(Lora(lora.name, lora.weight, lora.hash) for lora in message.loras),
             chosen=tuple(Chosen.from_proto(chosen) for chosen in message.chosen),
+            gate_hash=message.gate_hash,
+            forced_gate=message.forced_gate,
         )
 
     def to_proto(self) -> run_pb2.Provenance:
@@ -126,6 +132,8 @@ class Provenance:
             dtype=self.dtype,
             loras=[run_pb2.Lora(name=lora.name, weight=lora.weight, hash=lora.hash) for lora in self.loras],
             chosen=[chosen.to_proto() for chosen in self.chosen],
+            gate_hash=self.gate_hash,
+            forced_gate=self.forced_gate,
         )
 
     def chosen_for(self, seed: int, prompt_index: int = 0) -> tuple[Chosen, ...]:

@@ -173,6 +173,7 @@ def otherwise(account: Provenance, model: Model, backend: str) -> tuple[str, ...
         ("what draws beside it", account.components_hash, model.components_hash),
         ("LoRAs", _loras(account), _loras(model)),
         *((f"SAE {name}", hash, saes.get(name, "not served")) for name, hash in sorted(account.sae_hashes.items())),
+        ("learned gates", account.gate_hash, account.gate_hash and (model.gate.hash if model.gate else "none")),
         *(
             (f"version of {name}", had, model.versions.get(name, "none"))
             for name, had in sorted(account.versions.items())

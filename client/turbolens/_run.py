@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, Mask, to_refs
 from turbolens._errors import Unimplemented
-from turbolens._numbers import number, seconds, text, whole, whole_or_none
+from turbolens._numbers import number, seconds, switch, text, whole, whole_or_none
 from turbolens._start import ImageLike, Start, prompt_of, source_of, start_of
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, run_pb2, steering_pb2
 
@@ -90,6 +90,7 @@ class AttributeOptions(TypedDict, total=False):
     steer: Sequence[Edit]
     references: Mapping[str, Reference]
     regions: Regions
+    gate: bool
     k: PerSae
     prefix: PerSae
     timeout: float | None
@@ -147,6 +148,8 @@ class Run:
     steer: tuple[Edit, ...] = ()
     references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
     regions: tuple[tuple[Mask, str], ...] = ()
+    gate: bool = False
+    """Hear the text through the server's learned region gates."""
     features: tuple[str, ...] | None = None
     """SAEs whose features come back, empty for all of them; None: no features."""
     only: tuple[FeatureRef, ...] = ()
@@ -177,6 +180,7 @@ class Run:
             steer=tuple(Edit.from_proto(edit) for edit in message.edits),
             references={name: Reference.from_proto(one) for name, one in message.references.items()},
             regions=tuple((Mask(region.mask), region.prompt) for region in message.regions),
+            gate=message.gate,
             features=tuple(selection.saes) if message.HasField("features") else None,
             only=tuple(FeatureRef(ref.sae, ref.index) for ref in selection.only),
             float32=selection.value_type == run_pb2.VALUE_TYPE_FLOAT32,
@@ -207,6 +211,7 @@ class Run:
             ],
             references={name: one.to_proto() for name, one in self.references.items()},
             regions=[run_pb2.Region(mask=mask.message, prompt=phrase) for mask, phrase in self.regions],
+            gate=self.gate,
         )
 
     @property
@@ -333,7 +338,7 @@ def attribute_call(prompt: str, seed: int | None, options: AttributeOptions) -> 
 
 _DEFAULTS: Final[Mapping[str, Any]] = {
     "timesteps": (), "guidance_scale": 0.0, "guidance_rescale": 0.0, "steer": (), "references": {}, "regions": (),
-    "float32": False,
+    "gate": False, "float32": False,
     "format": "png", "latents": False, "previews": False, "request_id": "",
 }  # fmt: skip
 """Of options that are not None where they are left out."""
@@ -395,6 +400,7 @@ def _call(
         steer=tuple(given.pop("steer", ())),
         references=_references(given.pop("references", {})),
         regions=_regions(given.pop("regions", ())),
+        gate=switch(given.pop("gate", False), "gate"),
         features=saes,
         only=refs,
         float32=float32,

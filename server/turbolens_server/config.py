@@ -34,6 +34,11 @@ class ServerConfig:
     of one block are served. `mini` brings its own, `mini-saes`, and beside them `mini-nested` and `mini-temporal`."""
     force_sae: bool = False
     """Serve an SAE on a model that it was not trained on; every result says so."""
+    gate: str = ""
+    """Learned region gates, which requests switch on: a folder that `turbolens train gates` wrote, a hub id, or `mini`,
+    the embedded model's own; empty: none."""
+    force_gate: bool = False
+    """Serve gates on a model that they were not trained on; every result says so."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: str = "auto"

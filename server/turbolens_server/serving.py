@@ -74,6 +74,8 @@ def load_from(config: ServerConfig) -> Engine:
         vae=config.vae,
         saes=config.sae or None,
         force_sae=config.force_sae,
+        gate=config.gate or None,
+        force_gate=config.force_gate,
         max_steps=config.max_steps,
         max_batch=config.max_batch,
         size=config.size or None,

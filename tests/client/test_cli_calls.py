@@ -79,6 +79,13 @@ def test_regions(turbolens, fake, tmp_path, monkeypatch):
     assert (left.prompt, left.mask.boxes.boxes[0].right, right.prompt) == ("a red ring", 0.5, "a = b")
 
 
+def test_gates_are_off_unless_asked_for(turbolens, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in ((), ("--gate",)):
+        turbolens("generate", "two rings", *flags)
+        assert fake.last(gs.GenerateRequest).run.gate == bool(flags)
+
+
 def test_guidance_and_the_side_of_edits(turbolens, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turbolens(

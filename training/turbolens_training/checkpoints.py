@@ -7,8 +7,10 @@ log.jsonl            lines of what was measured, each with its step
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,22 @@ from turbolens_server.files import WriteError, add_lines, first_line, whole_file
 
 class CheckpointError(ValueError):
     """No checkpoint can be read; the text is one line that names the files."""
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM does not end the process; what is yielded says whether it came."""
+    received = False
+
+    def receive(*_: object) -> None:
+        nonlocal received
+        received = True
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield lambda: received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def previous(path: Path) -> Path:

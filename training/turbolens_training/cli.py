@@ -17,6 +17,7 @@ from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig, WordsConfig
 from turbolens_training.evaluation.variants_config import NestedConfig, TemporalConfig
+from turbolens_training.gating.config import GateConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.shipped import BESIDE, BESIDE_IMAGES
@@ -74,6 +75,7 @@ class CacheConfig:
 Command = (
     Annotated[MiniConfig, tyro.conf.subcommand("mini")]
     | Annotated[SaeConfig, tyro.conf.subcommand("sae")]
+    | Annotated[GateConfig, tyro.conf.subcommand("gates")]
     | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
     | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoseConfig, tyro.conf.subcommand("dose")]
@@ -119,7 +121,7 @@ def _missing(command: object) -> list[str]:
             return missing(model=command.model, saes=command.saes, prompts=command.prompts)
         case RieBenchConfig():
             return missing(model=command.model, saes=command.saes, items=command.items, masks=command.masks)
-        case RebuildConfig() | RegionsConfig() | NestedConfig() | TemporalConfig():
+        case RebuildConfig() | RegionsConfig() | GateConfig() | NestedConfig() | TemporalConfig():
             return missing(model=command.model)
         case VerifyCacheConfig() | ImportTarsConfig():
             return missing(path=command.path)
@@ -177,6 +179,10 @@ def run(command: Command) -> None:
             from turbolens_training.sae.train import train_saes
 
             train_saes(command)
+        case GateConfig():
+            from turbolens_training.gating.train import train_gates
+
+            train_gates(command)
         case SweepConfig():
             from turbolens_training.sae.sweep.sweep import sweep
 

@@ -48,6 +48,8 @@ class _OfARun(Calls):
     region: Repeated = ()
     """LEFT,TOP,RIGHT,BOTTOM=PHRASE: a box, in fractions of the picture, where a phrase is heard beside the prompt; may
     be repeated."""
+    gate: bool = False
+    """Hear the prompt through the server's learned region gates."""
     add: Repeated = ()
     """Edit BLOCK/INDEX=STRENGTH, such as up.0.1/202=8, in the unit, or one for each step: 8,4,0; may be
     repeated."""
@@ -147,6 +149,7 @@ class _OfARun(Calls):
             "regions": [
                 (_box(edges, "region"), phrase) for edges, phrase in pairs("region", self.region, "BOX=PHRASE")
             ],
+            "gate": self.gate,
             "k": numbers("k", self.k, "SAE"),
             "prefix": numbers("prefix", self.prefix, "SAE"),
         }

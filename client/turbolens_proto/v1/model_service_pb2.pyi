@@ -65,6 +65,7 @@ class Model(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     OTHER_HOOK_POINTS_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name or hub id."""
     hash: _builtins.str
@@ -129,6 +130,10 @@ class Model(_message.Message):
         order of execution. It would with an SAE there.
         """
 
+    @_builtins.property
+    def gate(self) -> Global___Gate:
+        """The learned region gates that a run may hear its text through; unset where none are served."""
+
     def __init__(
         self,
         *,
@@ -151,14 +156,59 @@ class Model(_message.Message):
         scheduler: Global___Scheduler | None = ...,
         loras: _abc.Iterable[_run_pb2.Lora] | None = ...,
         other_hook_points: _abc.Iterable[Global___HookPoint] | None = ...,
+        gate: Global___Gate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "memory", b"memory", "scheduler", b"scheduler"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "gate", b"gate", "limits", b"limits", "memory", b"memory", "scheduler", b"scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "loras", b"loras", "memory", b"memory", "name", b"name", "other_hook_points", b"other_hook_points", "saes", b"saes", "scheduler", b"scheduler", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "components_hash", b"components_hash", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "edit_kinds", b"edit_kinds", "gate", b"gate", "hash", b"hash", "hook_points", b"hook_points", "limits", b"limits", "load_seconds", b"load_seconds", "loras", b"loras", "memory", b"memory", "name", b"name", "other_hook_points", b"other_hook_points", "saes", b"saes", "scheduler", b"scheduler", "sources", b"sources", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Gate(_message.Message):
+    """Learned region gates: which tokens of the text each position of a cross-attention hears (arXiv 2509.15357)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    PROVENANCE_JSON_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
+    hash: _builtins.str
+    """SHA-256 of their configuration and weights."""
+    threshold: _builtins.float
+    """A token is heard where its gate is above this, of 0 to 1."""
+    closed: _builtins.float
+    """What is added to the logits of a token that is not heard."""
+    provenance_json: _builtins.str
+    """Where they come from: recipe, data and measured quality, as JSON."""
+    forced: _builtins.bool
+    """True where they were trained on another model and the operator forced them."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The cross-attentions that have one, by their hook points, in order of execution."""
+
+    def __init__(
+        self,
+        *,
+        hash: _builtins.str = ...,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
+        threshold: _builtins.float = ...,
+        closed: _builtins.float = ...,
+        provenance_json: _builtins.str = ...,
+        forced: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "forced", b"forced", "hash", b"hash", "layers", b"layers", "provenance_json", b"provenance_json", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gate: _TypeAlias = Gate  # noqa: Y015
 
 @_typing.final
 class Scheduler(_message.Message):

@@ -115,7 +115,12 @@ class Run(_message.Message):
     SAE_OPTIONS_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
     MORE_PROMPTS_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
+    gate: _builtins.bool
+    """Hear the text through the learned region gates that are served, in every lane: the picture's, its references' and the
+    prediction without the prompt. Refused where Model.gate is unset.
+    """
     @_builtins.property
     def source(self) -> Global___Source:
         """Required."""
@@ -173,11 +178,12 @@ class Run(_message.Message):
         sae_options: _abc.Iterable[Global___SaeOptions] | None = ...,
         references: _abc.Mapping[_builtins.str, Global___Reference] | None = ...,
         more_prompts: _abc.Iterable[_builtins.str] | None = ...,
+        gate: _builtins.bool = ...,
         regions: _abc.Iterable[Global___Region] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "more_prompts", b"more_prompts", "references", b"references", "regions", b"regions", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "features", b"features", "gate", b"gate", "more_prompts", b"more_prompts", "references", b"references", "regions", b"regions", "sae_options", b"sae_options", "sampling", b"sampling", "seeds", b"seeds", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -766,6 +772,8 @@ class Provenance(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
+    GATE_HASH_FIELD_NUMBER: _builtins.int
+    FORCED_GATE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     model_hash: _builtins.str
@@ -782,6 +790,10 @@ class Provenance(_message.Message):
     """Where."""
     dtype: _builtins.str
     """In which precision."""
+    gate_hash: _builtins.str
+    """SHA-256 of the learned region gates, where the run heard through them."""
+    forced_gate: _builtins.bool
+    """True where they were trained on another model than the one served and the operator forced them."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run as received, with its seeds and every default filled in: sent again, it makes the same again."""
@@ -817,10 +829,12 @@ class Provenance(_message.Message):
         dtype: _builtins.str = ...,
         loras: _abc.Iterable[Global___Lora] | None = ...,
         chosen: _abc.Iterable[Global___ChosenFeatures] | None = ...,
+        gate_hash: _builtins.str = ...,
+        forced_gate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chosen", b"chosen", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_sae", b"forced_sae", "loras", b"loras", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chosen", b"chosen", "components_hash", b"components_hash", "device", b"device", "dtype", b"dtype", "forced_gate", b"forced_gate", "forced_sae", b"forced_sae", "gate_hash", b"gate_hash", "loras", b"loras", "model", b"model", "model_hash", b"model_hash", "run", b"run", "sae_hashes", b"sae_hashes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

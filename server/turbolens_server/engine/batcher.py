@@ -48,11 +48,13 @@ class BatchKey(NamedTuple):
     skipped: int
     regions: int
     """With them the text is longer and the attention another kernel, which mates without any must not notice."""
+    gate: bool
+    """Likewise."""
 
 
 def batch_key(job: Job) -> BatchKey:
     """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
-    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped, len(job.regions))
+    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped, len(job.regions), job.gate)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

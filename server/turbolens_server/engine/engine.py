@@ -136,6 +136,7 @@ class Engine:
         self._parts = components
         self._seat = Seat(Running(unet, components.decoder, info.backend_reason))
         self._device = device
+        self._gates = None if info.gate is None else info.gate.gates.to(device)
         operands = components.unet.dtype
         self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
         self._sampler = Sampler(components.scheduler, device, info.timesteps)
@@ -242,7 +243,7 @@ class Engine:
     ) -> Denoised:
         """The first stage: encode the prompts and walk from noise to latents; arguments as for `run`."""
         if len({batch_key(job) for job in jobs}) != 1:
-            raise ValueError("jobs of one batch share steps, height, width and the number of regions")
+            raise ValueError("jobs of one batch share steps, height, width, the number of regions and gates")
         emit, is_cancelled = on_event or _silent, cancelled or _never
         parts, first, running = self._parts, jobs[0], self._seat.running
         live = [not is_cancelled(row) for row in range(len(jobs))]
@@ -262,7 +263,16 @@ class Engine:
         size = (first.height, first.width)
         text, bias = hear_regions(text, jobs, lanes, parts.text, self.info.region_strides)
         walk = self.begin(
-            text, lanes.seeds, first.steps, size, first.timesteps, lanes.guidance, first.skipped, lanes.starts, bias
+            text,
+            lanes.seeds,
+            first.steps,
+            size,
+            first.timesteps,
+            lanes.guidance,
+            first.skipped,
+            lanes.starts,
+            bias,
+            gate=first.gate,
         )
         plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
         features: list[list[SparseCodes]] = [[] for _ in jobs]
@@ -275,6 +285,8 @@ class Engine:
             estimate = walk.step(t, tap)
             # Reading this waits for the device: a step that is told of has been taken.
             finite = torch.isfinite(walk.latents).flatten(1).all(1).tolist()
+            if walk.conditions.gating is not None:
+                walk.conditions.gating.check(step + 1)
             times = StepTimes(started, time.monotonic(), tuple(tap.times))
             whole = [all(finite[walk] for walk in lanes.walks_of(row)) for row in range(len(jobs))]
             for row in [row for row, alive in enumerate(live) if alive and not whole[row]]:
@@ -410,6 +422,8 @@ class Engine:
         skipped: int = 0,
         starts: Sequence[Start | None] = (),
         bias: Mapping[tuple[int, int], Tensor] | None = None,
+        *,
+        gate: bool = False,
     ) -> Walk:
         """A batch before its first step, a walk for each seed; in the thread of `denoise`.
 
@@ -423,6 +437,10 @@ class Engine:
             skipped: steps before those of the walks, which then start from pictures or latents.
             starts: of each walk; empty: noise.
             bias: of regions, see :class:`Conditions`; None: none.
+            gate: through the learned region gates.
+
+        Raises:
+            ValueError: there are no gates.
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
@@ -433,7 +451,10 @@ class Engine:
         coded = {start: self._row_start(start, dtype) for start in starts if start is not None}
         rows = [NOISE if start is None else coded[start] for start in starts]
         state = self._sampler.start(steps, seeds, shape, dtype, timesteps, skipped, rows)
-        conditions = Conditions(text.hidden, text.pooled, time_ids, embedded, bias=bias or {})
+        if gate and self._gates is None:
+            raise ValueError("no learned region gates are served")
+        gating = self._gates.of(text.hidden) if gate and self._gates is not None else None
+        conditions = Conditions(text.hidden, text.pooled, time_ids, embedded, bias=bias or {}, gating=gating)
         return Walk(self.unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
 
     def _row_start(self, start: Start, dtype: torch.dtype) -> RowStart:

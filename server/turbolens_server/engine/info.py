@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
+from turbolens_server.gating.bundle import GateBundle
+from turbolens_server.gating.gates import Gates
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.unet.points import HookPoint
 
@@ -72,6 +74,19 @@ class SaeInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateInfo:
+    """Learned region gates as served."""
+
+    bundle: GateBundle
+    gates: Gates
+    """Ready to run, on the CPU."""
+    forced: bool
+    """Trained on another model than the one served, and the operator insisted."""
+    source: str = ""
+    """What `--gate` said."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineInfo:
     """What an engine serves."""
 
@@ -132,3 +147,5 @@ class EngineInfo:
     distilled model may have kept them."""
     other_points: tuple[HookPoint, ...] = ()
     """Where else in the U-Net an SAE could sit, in order of execution."""
+    gate: GateInfo | None = None
+    """None: no learned region gates are served."""

@@ -115,6 +115,8 @@ class Job:
     """Of its picture's lane with the prompt alone."""
     attribute: Attribute | None = None
     """What to attribute, in its picture's lane with the prompt; None: nothing."""
+    gate: bool = False
+    """Hear the text through the learned region gates that are served, in all of its lanes."""
 
     @property
     def lanes(self) -> int:

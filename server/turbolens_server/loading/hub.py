@@ -39,6 +39,11 @@ def embedded_saes(name: str = EMBEDDED_SAES[0]) -> Path:
     return Path(str(files("turbolens_server.models").joinpath(name)))
 
 
+def embedded_gates() -> Path:
+    """Folder of the embedded model's learned region gates."""
+    return Path(str(files("turbolens_server.models").joinpath("mini-gates")))
+
+
 def model_folder(model: str, variant: str | None = None) -> Path:
     """The `diffusers` folder of a model: the embedded one's, a local one, or the snapshot of a hub id.
 

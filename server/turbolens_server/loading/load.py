@@ -22,6 +22,7 @@ from turbolens_server.files import hash_file
 from turbolens_server.loading.compiled import cannot_compile, ensure_compiled
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
 from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.gates import open_gates
 from turbolens_server.loading.hashes import hash_components
 from turbolens_server.loading.hub import config_folder, embedded_saes, file_of, resolve
 from turbolens_server.loading.lora import Fused, fuse_loras
@@ -68,6 +69,8 @@ def load_engine(
     embedded_guidance: float = 8.0,
     loras: Sequence[str] = (),
     model_config: str | None = None,
+    gate: str | None = None,
+    force_gate: bool = False,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -96,6 +99,8 @@ def load_engine(
         loras: each `PATH` or `PATH=WEIGHT`, fused into the model; SAEs of the model without them need `force_sae`.
         model_config: folder or hub id of a model of the same kind as one in a single file, whose configurations,
             scheduler and vocabularies it gets; None: SDXL base.
+        gate: learned region gates, a folder or a hub id, or "mini", the embedded model's own; None: none.
+        force_gate: serve gates on a model that they were not trained on.
 
     Raises:
         LoadError: with one clear line.
@@ -127,6 +132,10 @@ def load_engine(
     points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
     changed = "unet" in parts.fused.parts
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
+    gates = None
+    if gate is not None:
+        width = parts.unet.config.cross_attention_dim
+        gates = open_gates(gate, points, width, parts.hash, force=force_gate, fused=changed)
     tapped = _tapped_points(model, hook_points, served, points)
     edge = parts.edge(size)
     sizes = tuple(dict.fromkeys([(edge, edge), *map(parts.size, more_sizes)]))
@@ -138,6 +147,7 @@ def load_engine(
         vae=parts.vae,
         texts=parts.encoders,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
+        gates=() if gates is None else gates.bundle.tensors().values(),
         dictionaries=[(math.prod(points[sae.hook_point].grid(*largest)), sae.bundle.d_sae) for sae in served],
         runs=[math.prod(points[s.hook_point].grid(*largest)) * s.bundle.d_in for s in served if s.bundle.steps],
         max_batch=max_batch,
@@ -167,6 +177,8 @@ def load_engine(
             )
         except BackendError as error:
             raise LoadError(f"--backend {backend}: {error}") from error
+        if gates is not None and not runner.takes_bias:
+            raise LoadError(f"--gate {gate}: the backend {runner.name} takes no gates; use --backend torch")
         info = EngineInfo(
             model=model,
             model_hash=parts.hash,
@@ -201,6 +213,7 @@ def load_engine(
             made_for_guidance=made_for_guidance,
             region_strides=tuple(sorted({point.downscale for point in points.values()})) if runner.takes_bias else (),
             opens_attention=runner.takes_bias,  # both where the layers run as written, and not as a graph of old
+            gate=gates,
             other_points=tuple(point for point in points.values() if point not in tapped),
         )
         pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder

@@ -143,6 +143,7 @@ def memory_need(
     vae: Any,
     texts: Sequence[Any],
     saes: Iterable[Iterable[Tensor]],
+    gates: Iterable[Tensor] = (),
     dictionaries: Iterable[tuple[int, int]],
     runs: Iterable[int],
     max_batch: int,
@@ -159,6 +160,7 @@ def memory_need(
         vae: the loaded VAE.
         texts: the loaded text encoders.
         saes: the tensors of each SAE.
+        gates: the tensors of learned region gates.
         dictionaries: (positions, d_sae) of each SAE at that size.
         runs: values of the updates that each temporal SAE keeps of a picture until its last step.
         max_batch: pictures of a batch.
@@ -175,7 +177,7 @@ def memory_need(
     decoding = vae_bytes(vae, 1, height, width)  # pictures are decoded one by one
     activations = denoising + decoding if pipelined else max(denoising, decoding)
     return MemoryNeed(
-        weights=copied + sum(size_of(tensor) for part in (unet, vae, *texts) for tensor in part.parameters()),
+        weights=copied + sum(map(size_of, (*gates, *(t for part in (unet, vae, *texts) for t in part.parameters())))),
         saes=sum(size_of(tensor) for tensors in saes for tensor in tensors),
         activations=slack(activations) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
         available=available,

@@ -40,6 +40,7 @@ def local(name: str, flag: str) -> Path | None:
 def problems(config: ServerConfig) -> list[str]:
     """All that is wrong with where a server is to look and listen, a line each."""
     more = [("--vae", config.vae)] if config.vae is not None else []
+    more += [("--gate", config.gate)] if config.gate not in ("", EMBEDDED) else []
     more += [("--model-config", config.model_config)] if config.model_config is not None else []
     more += [("--lora", source.rpartition("=")[0] or source) for source in config.lora]
     found = nowhere(config.model, config.sae, more)

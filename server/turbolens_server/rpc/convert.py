@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
 from turbolens_server.catalog.query import MAX_CHARS
-from turbolens_server.engine.info import EngineInfo
+from turbolens_server.engine.info import EngineInfo, GateInfo
 from turbolens_server.engine.types import Result, SparseCodes
 from turbolens_server.images import encode_image
 from turbolens_server.rpc.errors import RpcError
@@ -172,6 +172,8 @@ def provenance(request: ValidRequest, info: EngineInfo, results: Sequence[Result
         dtype=info.dtype,
         loras=_loras(info),
         chosen=[_chosen(what, request, result.job) for result in results for what in result.chosen],
+        gate_hash=info.gate.bundle.hash if info.gate and request.run.gate else "",
+        forced_gate=bool(info.gate and request.run.gate and info.gate.forced),
     )
 
 
@@ -233,6 +235,18 @@ def saes(info: EngineInfo, labels: Mapping[str, int]) -> list[model_service_pb2.
             )
         )
     return told
+
+
+def gate(served: GateInfo) -> model_service_pb2.Gate:
+    """The learned region gates served."""
+    return model_service_pb2.Gate(
+        hash=served.bundle.hash,
+        layers=served.gates.layers,
+        threshold=served.bundle.threshold,
+        closed=served.bundle.closed,
+        provenance_json=json.dumps(_without_places(dict(served.bundle.provenance))),
+        forced=served.forced,
+    )
 
 
 def model(
@@ -312,4 +326,5 @@ def model(
             embedded_guidance=info.embedded_guidance,
         ),
         loras=_loras(info),
+        gate=gate(info.gate) if info.gate else None,
     )

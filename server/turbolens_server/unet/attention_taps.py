@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
+from turbolens_server.gating.gates import Gating
 from turbolens_server.unet.points import (
     ATTENTIONS,
     HookPoint,
@@ -54,6 +55,11 @@ def is_tapped(name: str, number: int, at: frozenset[str]) -> bool:
     return any(point in layers or point.rpartition(".")[0] in layers for point in at)
 
 
+def is_gated(name: str, number: int, gating: Gating | None) -> bool:
+    """Whether the cross-attention of transformer layer `number` in block `name` has a learned gate."""
+    return gating is not None and attention_name(name, "attn2", number) in gating
+
+
 def run_layer(
     name: str,
     number: int,
@@ -63,6 +69,7 @@ def run_layer(
     bias: Tensor | None,
     tap: Tap,
     at: frozenset[str],
+    gating: Gating | None = None,
 ) -> Tensor:
     """One transformer layer of a block.
 
@@ -75,17 +82,19 @@ def run_layer(
         bias: added to the logits of the cross-attention, [B, P, tokens]; None: nothing.
         tap: (hook point, update [B, P, width]) -> the update to add instead.
         at: names of the hook points that are tapped.
+        gating: learned region gates, of the cross-attentions that have them; None: none.
 
     Returns:
         [B, P, width].
     """
-    if not is_tapped(name, number, at):
+    if not is_tapped(name, number, at) and not is_gated(name, number, gating):
         whole: Tensor = layer(tokens, encoder_hidden_states=text, encoder_attention_mask=bias)
         return whole
     parts = ((layer.attn1, layer.norm1, None, None), (layer.attn2, layer.norm2, text, bias))
     for kind, (attention, norm, context, added) in zip(ATTENTIONS, parts, strict=True):
-        point = attention_name(name, kind, number)
-        update = _attend(point, attention, norm(tokens), context, added, tap, at)
+        point, normed = attention_name(name, kind, number), norm(tokens)
+        logits = added if gating is None or point not in gating else gating.bias(point, normed, added)
+        update = _attend(point, attention, normed, context, logits, tap, at)
         tokens = (tap(point, update) if point in at else update) + tokens
     fed: Tensor = layer.ff(layer.norm3(tokens)) + tokens
     return fed

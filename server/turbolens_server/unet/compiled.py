@@ -298,8 +298,8 @@ class CompiledParts:
 
 
 class CompiledUNet:
-    """The U-Net by its packages; what they were not compiled for, the eager walk runs: regions, further sizes, points
-    that the server did not serve when it was compiled."""
+    """The U-Net by its packages; what they were not compiled for, the eager walk runs: regions, gates, further sizes,
+    points that the server did not serve when it was compiled."""
 
     takes_bias = True
 
@@ -328,7 +328,7 @@ class CompiledUNet:
 
     def _fits(self, sample: Tensor, conditions: Conditions, tap: Tap) -> bool:
         return (
-            not conditions.bias
+            conditions.plain
             and tuple(sample.shape[1:]) == self._shape
             and len(sample) <= segments.MOST
             and tap.at <= self._parts.points

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from turbolens_server.gating.gates import Gating
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conditions:
@@ -24,6 +26,13 @@ class Conditions:
     bias: Mapping[tuple[int, int], Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
     """Added to the logits of every cross-attention, before its softmax: [B, h * w, tokens] by grid (h, w); empty where
     every position hears every token alike."""
+    gating: Gating | None = dataclasses.field(default=None, kw_only=True)
+    """Learned region gates, which add to these logits too; None: none."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is added to the logits of any cross-attention."""
+        return not self.bias and self.gating is None
 
     def bias_on(self, grid: tuple[int, int]) -> Tensor | None:
         """The bias on one grid; None where there is none."""
@@ -31,6 +40,6 @@ class Conditions:
         return self.bias.get(grid) if self.bias else None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields but the bias in order, for what compiles or records a pass of plain tensors."""
+        """The fields but the bias and the gates in order, for what compiles or records a pass of plain tensors."""
         always = (self.hidden, self.pooled, self.time_ids)
         return always if self.guidance is None else (*always, self.guidance)

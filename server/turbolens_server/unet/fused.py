@@ -22,7 +22,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from turbolens_server.unet.attention_taps import is_known, is_tapped, run_layer
+from turbolens_server.gating.gates import Gating
+from turbolens_server.unet.attention_taps import is_gated, is_known, is_tapped, run_layer
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import OnUpdate, attention_blocks
@@ -115,6 +116,7 @@ class Text:
     """By layer, [B, tokens, 2 d]."""
     bias: Mapping[tuple[int, int], Tensor]
     """See :class:`Conditions`."""
+    gating: Gating | None
 
 
 class FusedBlocks:
@@ -150,7 +152,7 @@ class FusedBlocks:
     def prepare(self, conditions: Conditions) -> Text:
         """Keys and values of every layer from the text."""
         parts = F.linear(conditions.hidden, self._text_weight).split(self._text_widths, -1)
-        return Text(conditions.hidden, dict(zip(self._layers, parts, strict=True)), conditions.bias)
+        return Text(conditions.hidden, dict(zip(self._layers, parts, strict=True)), conditions.bias, conditions.gating)
 
     def resnet(self, module: ResnetBlock2D, hidden: Tensor, embedding: Tensor) -> Tensor:
         """A residual block of the U-Net."""
@@ -181,8 +183,8 @@ class FusedBlocks:
             _let_batch_vary(hidden)
             tokens = self._enter(hidden, _weight_bias(norm), _as_linear(module.proj_in), norm.num_groups, norm.eps)
             for number, layer in enumerate(module.transformer_blocks):
-                if is_tapped(name, number, at):
-                    tokens = run_layer(name, number, layer, tokens, text.hidden, bias, steer, at)
+                if is_tapped(name, number, at) or is_gated(name, number, text.gating):
+                    tokens = run_layer(name, number, layer, tokens, text.hidden, bias, steer, at, text.gating)
                     continue
                 keys_values, weights = text.keys_values[layer], self._layers[layer]
                 _let_batch_vary(tokens, keys_values, *(() if bias is None else (bias,)))

@@ -108,6 +108,11 @@ def layer_of(point: str) -> str:
     return point.removesuffix(".z")
 
 
+def is_cross_attention(point: str) -> bool:
+    """Whether a hook point is a cross-attention layer within a block."""
+    return attention_name(block_of(point), "attn2", 0).rpartition(".")[0] == point.rpartition(".")[0]
+
+
 def find_point(text: str) -> str | None:
     """The hook point that a text names: "unet.down_blocks.2.attentions.1_k10" and "down.2.1" are "down.2.1".
 

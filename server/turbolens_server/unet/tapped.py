@@ -184,7 +184,7 @@ class _OwnModules:
     def transformer(
         self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
     ) -> Tensor:
-        if name not in {block_of(point) for point in at}:
+        if text.gating is None and name not in {block_of(point) for point in at}:
             bias = text.bias_on((hidden.shape[2], hidden.shape[3]))
             heard = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": bias}
             attended: Tensor = module(hidden, **heard, return_dict=False)[0]
@@ -201,7 +201,7 @@ def _tapped_attention(
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
     for number, layer in enumerate(attention.transformer_blocks):
         heard = (text.hidden, text.bias_on(grid))
-        tokens = run_layer(name, number, layer, tokens, *heard, lambda point, x: tap(point, x, grid), at)
+        tokens = run_layer(name, number, layer, tokens, *heard, lambda point, x: tap(point, x, grid), at, text.gating)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)
     else:

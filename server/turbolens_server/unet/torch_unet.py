@@ -56,8 +56,8 @@ class GraphedUNet:
 
     Between two graphs the tap reads and steers the update where it lies, so every edit, closed ones included, takes
     one pass, and none makes anything be recorded or compiled anew. A point with nothing to do costs one more launch.
-    With a bias a pass is launched as it goes: a recording for each number of tokens would take its memory for good.
-    So is one that looks into an attention layer.
+    With a bias or gates a pass is launched as it goes: a recording for each number of tokens would take its memory for
+    good. So is one that looks into an attention layer.
     """
 
     takes_bias = True
@@ -76,13 +76,13 @@ class GraphedUNet:
 
     def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`; the next call overwrites what this returns."""
-        if conditions.bias or not tap.at <= self._points:
+        if not conditions.plain or not tap.at <= self._points:
             return self._eager.predict(sample, timestep, conditions, tap)
         return self._replay(sample, timestep, conditions, tap).prediction
 
     def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
-        if conditions.bias or not tap.at <= self._points:
+        if not conditions.plain or not tap.at <= self._points:
             self._eager.read(sample, timestep, conditions, tap)
         else:
             self._replay(sample, timestep, conditions, tap)

@@ -36,6 +36,7 @@ export interface ModelJson {
   scheduler?: SchedulerJson;
   loras?: LoraJson[];
   otherHookPoints?: HookPointJson[];
+  gate?: GateJson;
 }
 
 export interface WeightedFeatureJson {
@@ -179,6 +180,15 @@ export interface LoraJson {
   name?: string;
   weight?: number;
   hash?: string;
+}
+
+export interface GateJson {
+  hash?: string;
+  layers?: string[];
+  threshold?: number;
+  closed?: number;
+  provenanceJson?: string;
+  forced?: boolean;
 }
 
 export interface FeatureRefJson {

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import torch
 
-from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
+from turbolens_server.engine.info import EngineInfo, GateInfo, MemoryNeed, SaeInfo
 from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, SparseCodes, StepDone
+from turbolens_server.gating.bundle import GateBundle
 from turbolens_server.sae.bundle import Bundle, FeatureStats, Nesting, SaeWeights
 from turbolens_server.unet.points import HookPoint
 
@@ -49,6 +50,12 @@ def a_nested_bundle(name: str) -> Bundle:
     """Of a k up to 4 and of three prefixes."""
     bundle = a_bundle(name, stats=True)
     return dataclasses.replace(bundle, architecture="turbolens-matryoshka", nesting=Nesting(4, (4, 8, D_SAE)))
+
+
+def a_gate() -> GateInfo:
+    """Gates without networks, forced on this model."""
+    bundle = GateBundle({}, {"one": ("mid.0",)}, 0.5, -1e4, "hash of another", {"recipe": "fake"}, "hash of gates")
+    return GateInfo(bundle, bundle.gates({"mid.0": ["mid.0.attn2.0"]}), forced=True)
 
 
 def an_info(**changes) -> EngineInfo:

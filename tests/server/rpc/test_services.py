@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from fake_engine import D_SAE, FakeEngine, a_nested_bundle, an_info
+from fake_engine import D_SAE, FakeEngine, a_gate, a_nested_bundle, an_info
 from PIL import Image
 
 from tests import messages
@@ -207,6 +207,17 @@ async def test_a_late_start_is_told_with_the_runs_that_have_it(loading):
 async def test_a_model_tells_whether_it_serves_regions(loading, strides, most):
     await loading.serving.make_ready(FakeEngine(an_info(region_strides=strides)))
     assert (await loading.models.GetModel(ms.GetModelRequest())).model.limits.max_regions == most
+
+
+async def test_a_model_tells_of_its_gates_and_a_result_that_they_took_part(loading):
+    await loading.serving.make_ready(FakeEngine(an_info(gate=a_gate())))
+    told = (await loading.models.GetModel(ms.GetModelRequest())).model
+    assert (told.gate.hash, list(told.gate.layers), told.gate.forced) == ("hash of gates", ["mid.0.attn2.0"], True)
+    assert (told.gate.threshold, told.gate.closed, told.gate.provenance_json) == (0.5, -1e4, '{"recipe": "fake"}')
+    made = (await loading.generation.Generate(a_request(gate=True))).provenance
+    assert (made.gate_hash, made.forced_gate, made.run.gate) == ("hash of gates", True, True)
+    plain = (await loading.generation.Generate(a_request())).provenance
+    assert (plain.gate_hash, plain.forced_gate, plain.run.gate) == ("", False, False)
 
 
 async def test_a_model_that_looks_made_for_guidance_warns_of_runs_without_it(loading):

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from fake_engine import D_SAE, DEAD, a_nested_bundle, an_info
+from fake_engine import D_SAE, DEAD, a_gate, a_nested_bundle, an_info
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -627,6 +627,7 @@ shared = {
         st.fixed_dictionaries({}, optional={"source": st.sampled_from([{}, A_RUN["source"]]), "seed": any_int}),
         max_size=3,
     ),
+    "gate": st.booleans(),
     "regions": st.lists(
         st.fixed_dictionaries({}, optional={"mask": masks, "prompt": st.text(max_size=5)}), max_size=10
     ),
@@ -740,3 +741,25 @@ def test_a_backend_that_serves_no_regions_refuses_them_by_name():
     assert (violation.field, violation.description) == (
         "run.regions", "the backend onnx serves none; serve with --backend torch"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strides", "told"),
+    [
+        ((16,), "no learned region gates are served; serve with --gate PATH"),
+        ((), "the backend onnx takes no learned region gates; serve with --backend torch"),
+    ],
+)
+def test_gates_that_are_not_served_are_refused_by_name(strides, told):
+    with pytest.raises(RpcError) as caught:
+        validate_generate(a_request(gate=True), an_info(region_strides=strides, backend="onnx"), LIMITS)
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.description) == ("run.gate", told)
+    assert not validate_generate(a_request(gate=False), INFO, LIMITS).jobs[0].gate
+
+
+def test_gates_are_those_of_the_job():
+    request = a_request(gate=True)
+    valid = validate_generate(request, an_info(gate=a_gate()), LIMITS)
+    assert valid.jobs[0].gate
+    assert valid.run.gate

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from turbolens_training.checkpoints import terminated
 from turbolens_training.sae.boards import Kind, open_board
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.maths import decode, pre_activations, top_k
-from turbolens_training.sae.train import dead_share, terminated
+from turbolens_training.sae.train import dead_share
 from turbolens_training.sae.trainer import SaeTraining
 
 CPU = torch.device("cpu")

@@ -142,10 +142,17 @@ class EvalConfig(Telling):
 
 @dataclasses.dataclass(frozen=True)
 class RegionsConfig(Telling):
-    """Draw scenes of two things with phrases under masks and without, and measure whether each came out as said."""
+    """Draw scenes of two things with phrases under masks, through learned gates and without, and measure whether each
+    came out as said, and in what time."""
 
     model: str = "mini"
     """Model: `mini`, or a `diffusers` folder of its kind."""
+    gate: str | None = None
+    """Draw through these learned region gates too: a folder, or `mini`, its own."""
+    force_gate: bool = False
+    """Take gates that were trained on another model."""
+    methods: tuple[str, ...] = ()
+    """Only these ways, by the names of the table, such as `prompt` and `prompt, gates`; left out: all."""
     out: Path = Path("runs/regions")
     """Folder of the table and the picture."""
     device: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -44,6 +45,8 @@ _HALVES: Final = {
 _SIDES: Final = {"left of": ("left", "right"), "above": ("top", "bottom")}
 _BOUND: Final = ("color", "shape", "texture")
 _FIELDS: Final = tuple((name, values) for name, values in THING_FIELDS if name in _BOUND)
+GATED: Final = ", gates"
+"""What is added to the name of a way that is heard through learned gates."""
 Said = tuple[str, tuple[str, ...]]
 """A prompt, and the phrases under the two halves; none: no regions."""
 
@@ -105,6 +108,10 @@ class TwoThings:
         noise = [torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return cls(codes, scenes, captions, wrong, seeds, torch.cat(noise))
 
+    def part(self, start: int, end: int) -> TwoThings:
+        """Some of the scenes."""
+        return TwoThings(**{field.name: getattr(self, field.name)[start:end] for field in dataclasses.fields(self)})
+
     def methods(self) -> dict[str, list[Said]]:
         """What is said of each scene, by the name of how."""
         prompts = {
@@ -119,11 +126,13 @@ class TwoThings:
         }
 
 
-def draw_all(engine: Engine, said: Sequence[Said], scenes: TwoThings, batch: int) -> Tensor:
-    """Latents of one step, [N, C, h, w]."""
+def draw_all(
+    engine: Engine, said: Sequence[Said], scenes: TwoThings, batch: int, *, gate: bool = False, steps: int = 1
+) -> Tensor:
+    """Latents of so many steps, [N, C, h, w]; `gate`: through the engine's learned gates."""
     jobs = [
         Job(
-            prompt, seed, 1, *engine.info.default_size, picture=False,
+            prompt, seed, steps, *engine.info.default_size, picture=False, gate=gate,
             regions=tuple(
                 Region(BoxMask((half,)), phrase) for half, phrase in zip(_HALVES[scene.layout], heard, strict=False)
             ),
@@ -132,6 +141,30 @@ def draw_all(engine: Engine, said: Sequence[Said], scenes: TwoThings, batch: int
     ]  # fmt: skip
     found = [r for i in range(0, len(jobs), batch) for r in engine.run(jobs[i : i + batch]) if r is not None]
     return torch.stack([torch.from_numpy(result.latents) for result in found])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The scenes drawn in one way."""
+
+    latents: Tensor  # [N, C, h, w]
+    seconds: float
+    """All batches together."""
+
+
+def draw_in_turns(
+    engine: Engine, methods: Mapping[str, tuple[Sequence[Said], bool]], scenes: TwoThings, batch: int
+) -> dict[str, Drawn]:
+    """Every way by turns, a batch each, so that times compare; a way is what is said, and whether through gates."""
+    latents: dict[str, list[Tensor]] = {name: [] for name in methods}
+    seconds = dict.fromkeys(methods, 0.0)
+    for start in tqdm(range(0, len(scenes.seeds), batch), desc="regions", unit="batch"):
+        some = scenes.part(start, start + batch)
+        for name, (said, gate) in methods.items():
+            began = time.perf_counter()
+            latents[name].append(draw_all(engine, said[start : start + batch], some, batch, gate=gate))
+            seconds[name] += time.perf_counter() - began
+    return {name: Drawn(torch.cat(each), seconds[name]) for name, each in latents.items()}
 
 
 def nearest(codes: Tensor, noise: Tensor, pictures: Tensor, column: int, values: int) -> Tensor:
@@ -189,18 +222,26 @@ def _share(hits: Tensor) -> str:
 
 def measure_regions(config: RegionsConfig) -> None:
     """Write the table and the picture."""
-    engine = load_engine(model=config.model, device=config.device, saes=[])
+    engine = load_engine(
+        model=config.model, device=config.device, saes=[], gate=config.gate, force_gate=config.force_gate
+    )
     check_truth(engine, "regions themselves work with any model on PyTorch")
     scenes = TwoThings.draw(engine, config.scenes, config.seed)
-    methods = scenes.methods()
+    methods = {name: (said, False) for name, said in scenes.methods().items()}
+    if config.gate is not None:
+        methods |= {name + GATED: (said, True) for name, (said, _) in methods.items()}
+    if unknown := set(config.methods) - methods.keys():
+        raise ValueError(f"methods: no {', '.join(sorted(unknown))}; there are {'; '.join(methods)}")
+    methods = {name: method for name, method in methods.items() if name in (config.methods or methods)}
+    drawn = draw_in_turns(engine, methods, scenes, config.batch)
     rows: list[dict[str, object]] = []
-    shown: list[Tensor] = []
-    for name, said in tqdm(methods.items(), desc="regions", unit="method"):
-        latents = draw_all(engine, said, scenes, config.batch)
-        rows.append({"heard": name, "n": len(said), **score(scenes, thumbnails(latents))})
-        shown.append(latents[: config.examples])
+    first = next(iter(drawn.values())).seconds
+    for name, one in drawn.items():
+        scored = score(scenes, thumbnails(one.latents))
+        rows.append({"heard": name, "n": len(one.latents), **scored, "time": f"{one.seconds / first:.2f}"})
     write_table(config.out / "regions", rows)
-    show(config.out / "regions.png", engine, scenes, dict(zip(methods, shown, strict=True)))
+    examples = {name: one.latents[: config.examples] for name, one in drawn.items()}
+    show(config.out / "regions.png", engine, scenes, examples)
     config.tell(markdown_table(rows), out=config.out, rows=rows)
 
 

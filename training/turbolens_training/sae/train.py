@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from turbolens_training.activations.config import SCENES, prompt_set
 from turbolens_training.activations.prompt_specs import open_prompts
 from turbolens_training.activations.sources import ChunkSource, TokenSource, open_model, open_sources
 from turbolens_training.activations.temporal import TemporalSource
-from turbolens_training.checkpoints import previous
+from turbolens_training.checkpoints import previous, terminated
 from turbolens_training.measures.quality import measure
 from turbolens_training.measures.report import write_table
 from turbolens_training.sae.boards import check_board, open_board
@@ -31,22 +30,6 @@ from turbolens_training.sae.export.bundles import read_saes, write_bundles
 from turbolens_training.sae.export.gates import failures, pass_gates, record
 from turbolens_training.sae.maths import dead_features
 from turbolens_training.sae.trainer import SaeTraining
-
-
-@contextlib.contextmanager
-def terminated() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM does not end the process; what is yielded says whether it came."""
-    received = False
-
-    def receive(*_: object) -> None:
-        nonlocal received
-        received = True
-
-    before = signal.signal(signal.SIGTERM, receive)
-    try:
-        yield lambda: received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def dead_share(active: Tensor, idle: Tensor, config: SaeConfig) -> float:

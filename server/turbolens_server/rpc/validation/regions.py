@@ -1,4 +1,4 @@
-"""Phrases under masks."""
+"""Phrases under masks, and learned region gates."""
 
 from __future__ import annotations
 
@@ -42,3 +42,11 @@ def check_regions(
         grids = {(size[0] // stride, size[1] // stride) for stride in checks.info.region_strides}
         found.append(Region(GridMask({grid: mask.on_grid(*grid) for grid in grids}), region.prompt))
     return tuple(found)
+
+
+def check_gate(checks: Checks, field: str, *, gate: bool) -> None:
+    """Whether the text can be heard through learned gates."""
+    if gate and checks.info.gate is None:
+        takes = "no learned region gates are served; serve with --gate PATH"
+        none = f"the backend {checks.info.backend} takes no learned region gates; serve with --backend torch"
+        checks.wrong(field, takes if checks.info.region_strides else none)

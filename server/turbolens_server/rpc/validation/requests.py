@@ -15,7 +15,7 @@ from turbolens_server.rpc.validation.checks import MAX_REQUEST_ID_CHARS, Checks,
 from turbolens_server.rpc.validation.choices import chooses
 from turbolens_server.rpc.validation.edits import EditChecks, saes_edited
 from turbolens_server.rpc.validation.masks import MaskChecks
-from turbolens_server.rpc.validation.regions import check_regions
+from turbolens_server.rpc.validation.regions import check_gate, check_regions
 from turbolens_server.rpc.validation.runs import (
     Beside,
     check_lanes,
@@ -147,6 +147,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
     sae_options = check_sae_options(checks, "run.sae_options", run.sae_options, edited | named)
     masks = MaskChecks(checks)
     regions = check_regions(checks, masks, "run.regions", run.regions, (height, width))
+    check_gate(checks, "run.gate", gate=run.gate)
     edits = EditChecks(
         checks, masks, steps=steps, size=(height, width), references=run.references, guided=guidance is not None
     ).edits("run.edits", run.edits)
@@ -181,6 +182,7 @@ def _run(checks: Checks, run: run_pb2.Run, *, picture: bool, previews: bool) -> 
             previews=previews,
             guidance=guidance,
             regions=regions,
+            gate=run.gate,
         )
         for prompt in prompts
         for seed in seeds
