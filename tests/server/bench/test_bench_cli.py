@@ -48,7 +48,7 @@ def test_a_run_on_random_weights_writes_what_it_prints(tmp_path, capsys):
             "--backend tensorrt: TensorRT engines",
         ),
         (["--rounds", "0"], "rounds is 0; it must be at least 1"),
-        (["--model", __file__], "test_bench_cli.py: one file; the bare pipeline beside it needs a folder"),
+        (["--model", __file__], "test_bench_cli.py: one file; the bare pipeline beside it is read from a folder"),
         (["--batch", "0"], "batch is (0,); it must be at least 1"),
     ],
 )
