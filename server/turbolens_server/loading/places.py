@@ -13,7 +13,7 @@ from turbolens_server.loading.errors import LoadError
 
 EMBEDDED: Final = "mini"
 """The name of the model that ships with the package."""
-EMBEDDED_SAES: Final = ("mini-saes", "mini-nested", "mini-temporal")
+EMBEDDED_SAES: Final = ("mini-saes", "mini-nested", "mini-temporal", "mini-attention")
 """The names of the sets of SAEs that ship beside it; it is served with the first where none is named."""
 RANDOM: Final = "random:"
 """What the name of an architecture with random weights begins with."""

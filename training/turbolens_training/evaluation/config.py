@@ -197,7 +197,7 @@ class WordsConfig(Telling):
     """Seed of the scenes."""
     scenes: int = 240
     """Scenes of each half, of one thing each."""
-    cases: int = 2000
+    cases: int = 200
     """Features in scenes that have their value, at most, of each SAE."""
     batch: int = 8
     """Pictures of a batch."""

@@ -1,14 +1,22 @@
-"""Attribution on ground truth: of the words of a caption, is it the right one that made a feature fire?"""
+"""Attribution on ground truth: of the words of a caption, is it the right one that made a feature fire?
+
+At the token where it stands, or at all: a text encoder hands each word on to the tokens after it, so where the U-Net
+listens there, the words' own tokens have said little. What leaving a word out of the prompt takes away tells the two
+apart.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Attribute, Attribution, Job
@@ -103,60 +111,101 @@ def word_sums(found: Attribution) -> dict[str, float]:
     return sums
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What was found of one feature in one scene."""
+
+    attribute: str
+    first: bool
+    """Of the words, the right one contributes most."""
+    first_of_all: bool
+    """Of all sources, the markers and the padding included."""
+    at_end: float
+    """Share of what speaks for the feature that the end marker and the padding say."""
+    by_leaving_out: bool
+    """Of the words, leaving out the right one lowers the pre-activation most."""
+
+
+def left_out(prompt: str) -> dict[str, str]:
+    """The prompt without each of its words."""
+    words = dict.fromkeys(re.findall(r"\w+", prompt))
+    return {word: re.sub(rf"\b{word}\b ?", "", prompt, count=1) for word in words}
+
+
+def _ask(engine: Engine, sae: str, feature: int, scene: Scene, right: Said, seed: int) -> tuple[_Answer | None, float]:
+    """The answer, None where the feature is nowhere active, and the largest error of a sum."""
+    size, prompt = engine.info.default_size, plain_caption(scene)
+    without = left_out(prompt)
+    asked = Attribute(sae, feature, 0)
+    jobs = [Job(text, seed, 1, *size, picture=False, attribute=asked) for text in (prompt, *without.values())]
+    own, *others = (result.attribution for result in engine.run(jobs) if result is not None)
+    if own is None:
+        raise AssertionError("what was asked for is attributed")
+    error = float(np.abs(own.by_source.sum(1) + own.bias - own.pre).max())
+    active = own.activation > 0
+    if not active.any():
+        return None, error
+    sums = word_sums(own)
+    words = {word: value for word, value in sums.items() if not word.startswith("<")}
+    drops = {
+        word: float((own.pre - other.pre)[active].mean())
+        for word, other in zip(without, others, strict=True)
+        if other is not None
+    }
+    attribute, value = right
+    spoke_for = sum(max(one, 0.0) for one in sums.values())
+    answer = _Answer(
+        attribute,
+        max(words, key=words.__getitem__) == value,
+        max(sums, key=sums.__getitem__) == value,
+        max(sums["<end>"], 0.0) / spoke_for if spoke_for else 0.0,
+        max(drops, key=drops.__getitem__) == value,
+    )
+    return answer, error
+
+
 def _rows(engine: Engine, sae: str, scenes: Sequence[Scene], config: WordsConfig) -> Iterator[Mapping[str, object]]:
     told, tried = scenes[: config.scenes], scenes[config.scenes :]
     stands_for = meanings(_means(engine, sae, told, config.batch), told)
-    rng = random.Random(config.seed)
     cases = [
         (feature, scene, pair)
         for feature, pair in stands_for.items()
-        for scene in rng.sample(tried, len(tried))
+        for scene in tried
         if said(scene).get(pair[0]) == pair[1]
     ]
-    rng.shuffle(cases)
-    size = engine.info.default_size
-    by_attribute: dict[str, list[tuple[bool, bool, float]]] = {}
-    exact = 0.0
-    count = 0
-    for start in range(0, min(len(cases), config.cases), config.batch):
-        some = cases[start : start + config.batch]
-        jobs = [
-            Job(plain_caption(scene), start + at, 1, *size, picture=False, attribute=Attribute(sae, feature, 0))
-            for at, (feature, scene, _) in enumerate(some)
-        ]
-        for (_, _, (attribute, value)), result in zip(some, engine.run(jobs), strict=True):
-            found = None if result is None else result.attribution
-            if found is None:
-                continue
-            exact = max(exact, float(np.abs(found.by_source.sum(1) + found.bias - found.pre).max()))
-            count += found.pre.size
-            if not (found.activation > 0).any():
-                continue
-            sums = word_sums(found)
-            words = {word: value for word, value in sums.items() if not word.startswith("<")}
-            share = max(sums[value], 0.0) / sum(max(one, 0.0) for one in sums.values()) if any(sums.values()) else 0.0
-            right = max(words, key=words.__getitem__) == value
-            by_attribute.setdefault(attribute, []).append((right, max(sums, key=sums.__getitem__) == value, share))
-    features = {name: sum(pair[0] == name for pair in stands_for.values()) for name in by_attribute}
-    everything = [one for some in by_attribute.values() for one in some]
-    for attribute, some in [*sorted(by_attribute.items()), ("all", everything)]:
-        n = len(some)
-        if not n:
+    random.Random(config.seed).shuffle(cases)
+    answers: list[_Answer] = []
+    worst, positions = 0.0, 0
+    rows, columns = next(p for p in engine.info.hook_points if p.name == engine.info.saes[sae].hook_point).grid(
+        *engine.info.default_size
+    )
+    for seed, (feature, scene, pair) in enumerate(tqdm(cases[: config.cases], desc=sae, unit="case")):
+        answer, error = _ask(engine, sae, feature, scene, pair, seed)
+        worst, positions = max(worst, error), positions + rows * columns
+        answers += [] if answer is None else [answer]
+    for attribute in [*sorted({answer.attribute for answer in answers}), "all"]:
+        some = [answer for answer in answers if attribute in (answer.attribute, "all")]
+        if not some:
             continue
-        rights = [float(np.mean([one[which] for one in some])) for which in (0, 1)]
-        low, high = interval(rights[0], n)
         yield {
             "SAE": sae,
             "attribute": attribute,
-            "features": features.get(attribute, len(stands_for)),
-            "cases": n,
-            "right word first": f"{rights[0]:.3f} ({low:.3f} to {high:.3f})",
-            "first of all sources": f"{rights[1]:.3f}",
-            "its share": f"{np.mean([one[2] for one in some]):.2f}",
-            "largest error of a sum": f"{exact:.1e} of {count:,}" if attribute == "all" else "",
+            "features": sum(attribute in (pair[0], "all") for pair in stands_for.values()),
+            "n": len(some),
+            "right word first": _share([answer.first for answer in some]),
+            "first of all sources": _share([answer.first_of_all for answer in some]),
+            "said by end and padding": f"{np.mean([answer.at_end for answer in some]):.2f}",
+            "right by leaving out": _share([answer.by_leaving_out for answer in some]),
+            "largest error of a sum": f"{worst:.1e} of {positions:,}" if attribute == "all" else "",
         }
-    if exact > _EXACT:
-        raise ArithmeticError(f"{sae}: a sum of contributions is off by {exact:.1e}, more than {_EXACT}")
+    if worst > _EXACT:
+        raise ArithmeticError(f"{sae}: a sum of contributions is off by {worst:.1e}, more than {_EXACT}")
+
+
+def _share(right: Sequence[bool]) -> str:
+    share = float(np.mean(right))
+    low, high = interval(share, len(right))
+    return f"{share:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _means(engine: Engine, sae: str, scenes: Sequence[Scene], batch: int) -> Floats:
