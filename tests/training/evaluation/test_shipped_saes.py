@@ -32,7 +32,7 @@ def test_what_is_trained_is_what_has_a_name_and_a_place_in_the_package() -> None
     assert ("mini-saes", *BESIDE) == EMBEDDED_SAES
     with (Path(__file__).parents[3] / "server/pyproject.toml").open("rb") as file:
         packed = tomllib.load(file)["tool"]["setuptools"]["package-data"]["turbolens_server.models"]
-    assert packed == [f"{name}/**/*" for name in EMBEDDED_SAES]
+    assert {f"{name}/**/*" for name in EMBEDDED_SAES} <= {*packed}
     assert nowhere("mini", [*EMBEDDED_SAES, "nested=mini-nested"]) == []
     assert len(nowhere("mini", ["mini-other"])) == 1
 

@@ -13,13 +13,13 @@ TEMPORAL: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 BESIDE: Final[Mapping[str, Mapping[str, Any]]] = {
     "mini-nested": {**NESTED, "hook_points": ("up.0.0",)},
-    "mini-attention": {
-        "hook_points": ("up.0.1.attn2.0.z",), "d_sae": 128, "k": 8, "steps": 500, "batch": 1024, "reservoir": 16384,
-        "held_out_chunks": 4,
-    },
     "mini-temporal": {
         **TEMPORAL, "hook_points": ("up.0.0",), "steps": 1500, "batch": 1024, "reservoir": 16384, "steps_per_chunk": 12,
         "held_out_chunks": 12,
+    },
+    "mini-attention": {
+        "hook_points": ("up.0.1.attn2.0.z",), "d_sae": 128, "k": 8, "steps": 500, "batch": 1024, "reservoir": 16384,
+        "held_out_chunks": 4,
     },
 }  # fmt: skip
 """Beside `mini-saes`, which is trained by the defaults: what differs from them. Add a set here, to
