@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save
@@ -55,7 +55,7 @@ class GateBundle:
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, head in self.heads.items():
             for part in ("features", "tokens"):
                 found |= {f"{name}.{part}.{w}": t for w, t in getattr(head, part)._asdict().items()}
@@ -130,7 +130,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -163,7 +163,7 @@ def _read_heads(tensors: Mapping[str, Tensor], names: list[str], where: str) -> 
             GateMlp(*(tensors[f"{name}.{part}.{field}"].float() for field in GateMlp._fields))
             for part in ("features", "tokens")
         ]
-        heads[name] = GateHead(*mlps, tensors[f"{name}.bias"].float())
+        heads[name] = GateHead(mlps[0], mlps[1], tensors[f"{name}.bias"].float())
         hidden = mlps[0].out_bias.numel()
         for part, mlp in zip(("features", "tokens"), mlps, strict=True):
             d = mlp.norm_weight.numel()

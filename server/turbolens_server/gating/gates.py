@@ -46,8 +46,8 @@ class Gates:
 
 
 def _moved(head: GateHead, device: torch.device) -> GateHead:
-    parts = (GateMlp(*(weight.to(device) for weight in mlp)) for mlp in (head.features, head.tokens))
-    return GateHead(*parts, head.bias.to(device))
+    features, tokens = (GateMlp(*(weight.to(device) for weight in mlp)) for mlp in (head.features, head.tokens))
+    return GateHead(features, tokens, head.bias.to(device))
 
 
 class Gating:
