@@ -77,14 +77,14 @@ def a_server(folder: Path) -> Iterator[str]:
 
 def check(pair: tuple[str, ...], folder: Path, wheel: Path, target: str) -> bool:
     """The tests with one pair of versions."""
-    python = folder / "bin" / "python"
+    python = str(folder / "bin" / "python")
     # What lies on PYTHONPATH would count as installed.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (folder / "pins.txt").write_text(pins())
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--progress-bar", "off"]
     subprocess.run(
-        [*pip, "-c", folder / "pins.txt", f"{wheel}[tables,yaml]", *pair, *TOOLS], check=True, env=environment
+        [*pip, "-c", str(folder / "pins.txt"), f"{wheel}[tables,yaml]", *pair, *TOOLS], check=True, env=environment
     )
     told = subprocess.run(
         [python, "-c", "from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in "
