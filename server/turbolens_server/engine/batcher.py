@@ -50,11 +50,22 @@ class BatchKey(NamedTuple):
     """With them the text is longer and the attention another kernel, which mates without any must not notice."""
     gate: bool
     """Likewise."""
+    attributing: bool
+    """It looks into attention layers, which compiled code does not show: it runs eagerly, and rounds otherwise."""
 
 
 def batch_key(job: Job) -> BatchKey:
     """The key of a job: the shapes that the model runs at, and the timesteps it visits."""
-    return BatchKey(job.height, job.width, job.steps, job.timesteps, job.skipped, len(job.regions), job.gate)
+    return BatchKey(
+        job.height,
+        job.width,
+        job.steps,
+        job.timesteps,
+        job.skipped,
+        len(job.regions),
+        job.gate,
+        job.attribute is not None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

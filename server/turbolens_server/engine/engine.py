@@ -243,7 +243,9 @@ class Engine:
     ) -> Denoised:
         """The first stage: encode the prompts and walk from noise to latents; arguments as for `run`."""
         if len({batch_key(job) for job in jobs}) != 1:
-            raise ValueError("jobs of one batch share steps, height, width, the number of regions and gates")
+            raise ValueError(
+                "jobs of one batch share steps, height, width, the number of regions, gates and whether they attribute"
+            )
         emit, is_cancelled = on_event or _silent, cancelled or _never
         parts, first, running = self._parts, jobs[0], self._seat.running
         live = [not is_cancelled(row) for row in range(len(jobs))]
