@@ -138,8 +138,8 @@ class Attribution:
         """The first `n` sources as rows: name, a bar (blue for, red against) and where it contributes."""
         from PIL import Image, ImageDraw, ImageFont
 
-        rows = self.sources(at=at, region=region)
-        rows = [*rows[:n], *(row for row in rows[n:] if row is rows[-1] and row.contribution < 0)]
+        every = self.sources(at=at, region=region)
+        rows = [*every[:n], *(row for row in every[n:] if row is every[-1] and row.contribution < 0)]
         most = max([abs(row.contribution) for row in rows], default=0.0) or 1.0
         scale = max([float(self.map(row).max()) for row in rows], default=0.0) or 1.0
         tall = max(_ROW, self.height * _CELL // 2 + 4)
@@ -187,7 +187,8 @@ class Attribution:
         if not self.tokens:
             return [(f"({i // self.width}, {i % self.width})", (i,)) for i in range(self.by_source.shape[1])]
         found: list[tuple[str, tuple[int, ...]]] = []
-        word, places, ended = "", [], False
+        word, ended = "", False
+        places: list[int] = []
         for place, token in enumerate(self.tokens):
             if token == self.tokens[0] and place and ended:
                 ended = False  # another text begins: a region's phrase

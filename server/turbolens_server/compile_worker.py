@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+from typing import Any
 
 
 def main() -> None:
@@ -25,7 +26,9 @@ def main() -> None:
     from turbolens_server.loading.errors import LoadError
     from turbolens_server.serving import load_from
 
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     try:
         load_from(ServerConfig(**known))
     except LoadError as error:

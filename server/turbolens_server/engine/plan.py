@@ -81,8 +81,8 @@ class BatchPlan:
             for name in job.saes:
                 self.wanted.setdefault(name, []).append(row)
             if (asked := job.attribute) is not None:
-                at = (info.saes[asked.sae].hook_point, asked.step)
-                self.attributed.setdefault(at, []).append((row, asked))
+                where = (info.saes[asked.sae].hook_point, asked.step)
+                self.attributed.setdefault(where, []).append((row, asked))
             for options in job.sae_options:
                 for lane in self.lanes.rows_of(row):
                     self.options.setdefault(options.sae, {})[lane] = options

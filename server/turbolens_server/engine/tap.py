@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -85,8 +86,9 @@ class StepTap:
         bias = float(weights.b_enc[asked.index])
         pre = (update[row].float() - b_dec) @ column + bias
         active = self._encode(asked.sae, update, [row]).of(torch.tensor([asked.index], device=update.device))[0, :, 0]
-        on_host = [part.cpu().numpy() for part in (pre, active, parts.sum(0), parts.sum(2).T.contiguous())]
-        return Attribution(*grid, *on_host[:2], bias, *on_host[2:])
+        return Attribution(
+            *grid, _on_host(pre), _on_host(active), bias, _on_host(parts.sum(0)), _on_host(parts.sum(2).T.contiguous())
+        )
 
     def attributions(self) -> list[tuple[int, Attribution]]:
         """What was attributed in this step, by row; without the sources' names."""
@@ -245,6 +247,11 @@ def _apply(packed: PackedEdits, update: Tensor, directions: Tensor, codes: Codes
         update, packed.gain, packed.offsets, packed.features, packed.slope, packed.shift,
         directions, codes.values, codes.indices,
     )  # fmt: skip
+
+
+def _on_host(values: Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = values.cpu().numpy()
+    return array
 
 
 def _no_codes(update: Tensor) -> Codes:

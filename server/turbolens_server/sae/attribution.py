@@ -27,4 +27,5 @@ def contributions(pattern: Tensor, values: Tensor, W_enc: Tensor, b_dec: Tensor)
     """
     heads = len(pattern)
     told = ((values.float() - b_dec) * W_enc.float()).unflatten(-1, (heads, -1)).sum(-1)  # [sources, heads]
-    return pattern.float() * told.T[:, None]
+    added: Tensor = pattern.float() * told.T[:, None]
+    return added
