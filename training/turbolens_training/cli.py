@@ -16,13 +16,13 @@ from turbolens_training.activations.config import DataConfig, FillCacheConfig, I
 from turbolens_training.activations.places import missing, unwritable
 from turbolens_training.catalog.config import BuildConfig
 from turbolens_training.evaluation.config import DoseConfig, EvalConfig, RegionsConfig, RieBenchConfig, WordsConfig
-from turbolens_training.evaluation.variants_config import NestedConfig, TemporalConfig
 from turbolens_training.gating.config import GateConfig
 from turbolens_training.mini.config import MiniConfig
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.shipped import BESIDE, BESIDE_IMAGES
 from turbolens_training.sae.sweep.config import SweepConfig
 from turbolens_training.settings import Telling
+from turbolens_training.variants.config import NestedConfig, TemporalConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +220,11 @@ def run(command: Command) -> None:
 
             run_riebench(command)
         case NestedConfig():
-            from turbolens_training.evaluation.nested import measure_nested
+            from turbolens_training.variants.nested import measure_nested
 
             measure_nested(command)
         case TemporalConfig():
-            from turbolens_training.evaluation.temporal import measure_temporal
+            from turbolens_training.variants.temporal import measure_temporal
 
             measure_temporal(command)
         case RebuildConfig():

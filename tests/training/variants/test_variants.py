@@ -12,13 +12,13 @@ from turbolens_server.engine.engine import Engine
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.temporal import by_step, side_by_side
-from turbolens_training.evaluation.nested import judge_claims, told
-from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
-from turbolens_training.evaluation.reconstruction import Fit
-from turbolens_training.evaluation.temporal import RIDGE, encode, feature_paths
-from turbolens_training.evaluation.temporal import judge_claims as temporal_claims
 from turbolens_training.measures.concepts import Concept
 from turbolens_training.sae.shipped import NESTED
+from turbolens_training.variants.nested import judge_claims, told
+from turbolens_training.variants.pushes import Bench, Choice, make_pushes
+from turbolens_training.variants.reconstruction import Fit
+from turbolens_training.variants.temporal import RIDGE, encode, feature_paths
+from turbolens_training.variants.temporal import judge_claims as temporal_claims
 
 SHAPES = [concept for concept in Concept.all() if concept.attribute == "shape"][:2]
 

@@ -20,15 +20,15 @@ from turbolens_server.sae.bundle import load_bundle
 from turbolens_server.sae.sae import Codes, Sae, in_one
 from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
-from turbolens_training.evaluation.nested import ATTRIBUTES
 from turbolens_training.evaluation.plots import save_figure
-from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
-from turbolens_training.evaluation.reconstruction import Fit
-from turbolens_training.evaluation.variants import trained
-from turbolens_training.evaluation.variants_config import TemporalConfig
 from turbolens_training.measures.concepts import Concept, check_truth
 from turbolens_training.measures.report import markdown_table
 from turbolens_training.sae.shipped import NESTED, TEMPORAL
+from turbolens_training.variants.config import TemporalConfig
+from turbolens_training.variants.nested import ATTRIBUTES
+from turbolens_training.variants.pushes import Bench, Choice, make_pushes
+from turbolens_training.variants.reconstruction import Fit
+from turbolens_training.variants.trained import trained
 
 STEPS: Final = int(TEMPORAL["run_steps"])
 RIDGE, LAST, NOTHING = "residuals of ridge", "changes", "steps side by side"

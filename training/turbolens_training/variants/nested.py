@@ -19,13 +19,13 @@ from turbolens_server.sae.sae import Codes, Sae
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
 from turbolens_training.evaluation.plots import save_figure
 from turbolens_training.evaluation.probes import best_probe, splits
-from turbolens_training.evaluation.pushes import Bench, Choice, make_pushes
-from turbolens_training.evaluation.reconstruction import Fit
-from turbolens_training.evaluation.variants import trained
-from turbolens_training.evaluation.variants_config import NestedConfig, VariantsConfig
 from turbolens_training.measures.concepts import Concept, check_truth
 from turbolens_training.measures.report import markdown_table
 from turbolens_training.sae.shipped import NESTED
+from turbolens_training.variants.config import NestedConfig, VariantsConfig
+from turbolens_training.variants.pushes import Bench, Choice, make_pushes
+from turbolens_training.variants.reconstruction import Fit
+from turbolens_training.variants.trained import trained
 
 ATTRIBUTES: Final = ("shape", "color", "texture", "size")
 """Those that `up.0.0` of `mini` carries."""

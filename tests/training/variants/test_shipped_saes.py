@@ -16,8 +16,8 @@ from turbolens_server.loading.places import EMBEDDED_SAES, nowhere
 from turbolens_server.sae.sae import Codes
 from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
-from turbolens_training.evaluation.reconstruction import Fit
 from turbolens_training.sae.shipped import BESIDE
+from turbolens_training.variants.reconstruction import Fit
 
 BUNDLES = [(name, folder) for name in BESIDE for folder in sorted(embedded_saes(name).iterdir())]
 
