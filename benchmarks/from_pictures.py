@@ -1,9 +1,10 @@
 """Features that are read from a finished picture, beside those of the run that drew it.
 
 A scene of `mini` is drawn from its caption, in four steps, and its picture is read again: coded, noised at a strength,
-and walked from there with no caption, or with its own. Over several noises the means are averaged. Both are compared at
-the same steps: how many of the k strongest features are the same, and the rank correlation (Spearman) of the means of
-all features that are active in either. Beside it stands what any other scene's run comes to.
+and walked from there with no caption, with the next scene's or with its own. Over several noises the means are
+averaged. Both are compared at the same steps: how many of the k strongest features are the same, and the rank
+correlation (Spearman) of the means of all features that are active in either. Beside it stands what any other scene's
+run comes to.
 
     python -m benchmarks.from_pictures            writes benchmarks/results/from_pictures.json and prints its table
 """
@@ -95,15 +96,20 @@ def measure(engine: Engine, scenes: int) -> tuple[list[Row], dict[str, float]]:
     own = [means(engine, one) for one in drawn]
     pictures = [Start("picture", one.picture) for one in drawn if one.picture is not None]
     rows = []
-    for heard in ("nothing", "its caption"):
+    captions = {
+        "nothing": [""] * scenes,
+        "the next scene's caption": [*held.captions[1:], held.captions[0]],
+        "its caption": held.captions,
+    }
+    for heard, told in captions.items():
         for strength in STRENGTHS:
             taken = int(STEPS * strength)
             jobs = [
                 Job(
-                    caption if heard != "nothing" else "", 10_000 + noise, taken, *size, saes=saes, picture=False,
+                    caption, 10_000 + noise, taken, *size, saes=saes, picture=False,
                     start=start, skipped=STEPS - taken,
                 )
-                for caption, start in zip(held.captions, pictures, strict=True)
+                for caption, start in zip(told, pictures, strict=True)
                 for noise in range(NOISES[-1])
             ]  # fmt: skip
             read = np.stack([means(engine, one).mean(0) for one in _run(engine, jobs)])
