@@ -195,3 +195,23 @@ def lens(server):
 
     with tl.connect(server.target) as connected:
         yield connected
+
+
+@pytest.fixture
+def log_lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, object]]]:
+    """What the server logs, as it logs it: a dict for each event."""
+
+    class Lines(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[dict[str, object]] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.seen.append(record.msg)  # type: ignore[arg-type]  # structlog hands over the event itself
+
+    lines = Lines()
+    logger = logging.getLogger("turbolens")
+    logger.addHandler(lines)
+    with caplog.at_level(logging.INFO, "turbolens"):
+        yield lines.seen
+    logger.removeHandler(lines)

@@ -76,7 +76,7 @@ def test_features_and_edits_have_the_grid_of_their_size(several, graph_cache):
 def test_batches_are_of_one_size(several):
     jobs = [Job(PROMPT, 7, 1, *size) for size in several.info.sizes]
     assert len({batch_key(job) for job in jobs}) == 3
-    with pytest.raises(ValueError, match="share steps, height, width and the number of regions"):
+    with pytest.raises(ValueError, match="share steps, height, width"):
         several.run(jobs[:2])
 
 

@@ -115,10 +115,10 @@ def _attend(
         return whole
     heard = tokens if context is None else context
     of_heads = attention.to_q(tokens), attention.to_k(heard), attention.to_v(heard)
-    query, key, value = (part.view(len(part), part.shape[1], attention.heads, -1).transpose(1, 2) for part in of_heads)
+    query, key, value = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in of_heads)
     if bias is not None:
-        bias = attention.prepare_attention_mask(bias, heard.shape[1], len(heard))
-        bias = bias.view(len(heard), attention.heads, -1, bias.shape[-1])
+        bias = attention.prepare_attention_mask(bias, heard.shape[1], heard.shape[0])
+        bias = bias.unflatten(0, (-1, attention.heads))
     if values_name(point) in at:
         tap(values_name(point), of_heads[2])
     if pattern_name(point) in at:

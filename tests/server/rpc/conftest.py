@@ -2,31 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from fake_engine import FakeEngine
 from serve import serve
-
-
-@pytest.fixture
-def log_lines(caplog):
-    """What the server logs, as it logs it: a dict for each event."""
-
-    class Lines(logging.Handler):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[dict] = []
-
-        def emit(self, record: logging.LogRecord) -> None:
-            self.seen.append(record.msg)
-
-    lines = Lines()
-    logger = logging.getLogger("turbolens")
-    logger.addHandler(lines)
-    with caplog.at_level(logging.INFO, "turbolens"):
-        yield lines.seen
-    logger.removeHandler(lines)
 
 
 @pytest.fixture

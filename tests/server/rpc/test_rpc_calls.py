@@ -142,7 +142,7 @@ async def test_a_grace_that_passes_ends_what_runs(running):
 
 async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, log_lines):
     monkeypatch.setattr(serving, "load_from", lambda config: fake)
-    program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1)))
+    program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1, backend="torch")))
     async with asyncio.timeout(5):
         while not any(line["event"] == "ready" for line in log_lines):
             await asyncio.sleep(0.01)

@@ -268,6 +268,10 @@ def test_every_setting_is_read() -> None:
         }
         for node in ast.walk(tree):
             named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute)
-            if named and id(node) not in checks and ast.unparse(node.value) in ("config", "self.config", "self"):
+            if (
+                named
+                and id(node) not in checks
+                and ast.unparse(node.value) in ("config", "self.config", "run.config", "self")
+            ):
                 read.add(node.attr)
     assert {field.name for field in dataclasses.fields(SaeConfig)} <= read
