@@ -8,8 +8,8 @@ import sys
 
 COMMANDS = """
 serve; token; studio; generate; extract; attribute; extract-many; generate-many; sweep; replay; provenance; doctor
-completion; features; features search; features list; features contrast; features show; steer; steer validate; steer apply
-steer diff; admin; admin load; admin unload; admin reload; admin list; engine; engine build; engine list
+completion; features; features search; features list; features contrast; features show; steer; steer validate
+steer apply; steer diff; admin; admin load; admin unload; admin reload; admin list; engine; engine build; engine list
 engine verify; engine prune; bench; sae; sae import; catalog; catalog build; catalog import-labels; train; train mini
 train sae; train sweep; train cache; train cache fill; train cache verify; train cache import-tars; train dose
 train eval; train regions; train riebench; train nested; train temporal; train words; train gates; train rebuild
