@@ -113,6 +113,28 @@ def test_what_is_known_before_the_pass_is_said(edits):
     assert row.closed == (row.reads_own or any(edit.reference for edit in edits))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), seed=st.integers(0, 50))
+def test_an_edit_acts_where_its_mask_is_and_in_proportion_to_it(kind, data, seed):
+    """Every kind: no bit moves outside of the mask, and half of the mask is half of the way."""
+    sae = Sae(make_bundle(seed), torch.device("cpu"))
+    x, other = 3 * torch.randn(2, POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    features = data.draw(st.lists(st.integers(0, D_SAE - 1), min_size=1, max_size=4, unique=True))
+    features = features if KINDS[kind].features else []
+    values = data.draw(st.lists(amounts, min_size=len(features), max_size=len(features)))
+    mask = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=POSITIONS, max_size=POSITIONS)))
+    edit = ResolvedEdit(
+        kind, torch.tensor(features, dtype=torch.int64), torch.tensor(values), mask,
+        "one" if KINDS[kind].reference else None, None,
+    )  # fmt: skip
+    given_ = (sae.W_dec, sae.encode(x), {"one": (other, sae.encode(other))})
+    whole = steer(x, [edit], *given_)
+    half = steer(x, [dataclasses.replace(edit, mask=mask / 2)], *given_)
+    assert torch.equal(whole[mask == 0], x[mask == 0])
+    scale = max(1.0, float(whole.abs().max()))
+    assert torch.allclose((half - x) / scale, (whole - x) / 2 / scale, atol=1e-5)
+
+
 def test_a_transfer_takes_over_the_reference_runs_activations_where_its_mask_is():
     bundle = make_bundle(2)
     sae = Sae(bundle, torch.device("cpu"))
