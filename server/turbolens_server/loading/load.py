@@ -134,6 +134,8 @@ def load_engine(
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
     gates = None
     if gate is not None:
+        if backend in ("onnx", "tensorrt"):  # now, and not when a graph was exported for minutes
+            raise LoadError(f"--gate {gate}: the backend {backend} takes no gates; use --backend torch")
         width = parts.unet.config.cross_attention_dim
         gates = open_gates(gate, points, width, parts.hash, force=force_gate, fused=changed)
     tapped = _tapped_points(model, hook_points, served, points)
@@ -177,8 +179,6 @@ def load_engine(
             )
         except BackendError as error:
             raise LoadError(f"--backend {backend}: {error}") from error
-        if gates is not None and not runner.takes_bias:
-            raise LoadError(f"--gate {gate}: the backend {runner.name} takes no gates; use --backend torch")
         info = EngineInfo(
             model=model,
             model_hash=parts.hash,

@@ -118,6 +118,6 @@ def test_gates_that_do_not_fit_the_model_are_refused(gate_folder, tmp_path, spoi
     assert str(error.value).startswith("--gate ")
 
 
-def test_a_graph_compiled_ahead_takes_no_gates(gate_folder, graph_cache):
+def test_a_graph_compiled_ahead_takes_no_gates(gate_folder):
     with pytest.raises(LoadError, match=r"the backend onnx takes no gates; use --backend torch"):
-        load_engine(backend="onnx", cache=graph_cache, gate=str(gate_folder))
+        load_engine(backend="onnx", gate=str(gate_folder))
