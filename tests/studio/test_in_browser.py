@@ -705,12 +705,13 @@ def test_a_features_page_shows_all_that_is_known(visit, lens):
     page = visit.open("features/up.0.0/97", **SETTINGS).page
     page.wait_for_selector(".histogram")
     known = lens.get_feature("up.0.0/97")
-    assert known.label in page.locator(".feature-head h2").inner_text()
+    head = page.locator(".feature-head h2")
+    visit.until(lambda: known.label in head.inner_text(), "no label")  # each part comes by a request of its own
     drawn = page.locator("[data-panel=examples] canvas:not(.loading)")
     visit.until(lambda: drawn.count() == len(known.examples), "examples are missing")
     visit.until(lambda: page.locator("[data-panel=dose] img").count() == 8, "the dose's strip is not whole")
     visit.until(lambda: page.locator("[data-panel=icon] img").count() == 3, "no icon")
-    assert page.locator("[data-panel=near] [data-feature]").count() > 3
+    visit.until(lambda: page.locator("[data-panel=near] [data-feature]").count() > 3, "nothing is near")
     page.locator("[data-panel=dose] button").last.click()
     visit.until(lambda: visit.runs() and visit.runs()[-1]["edits"], "a dose does not steer")
 
