@@ -40,6 +40,30 @@ def check_folder(folder: Path, variant: str | None) -> None:
         _check_weights(folder / part, stem, variant)
 
 
+def is_foreign(what: str, it: str, trained_on: str | None, model_hash: str, *, fused: bool, force: str | None) -> bool:
+    """Whether what was trained on one model is served on another.
+
+    Args:
+        what: it is, for messages.
+        it: a word for it, "it" or "them".
+        trained_on: hash of the U-Net; None: it does not say, and is taken.
+        model_hash: of the U-Net that serves.
+        fused: that one is not the one of its folder.
+        force: the flag that asks for it all the same, to be named; None: that was asked for.
+
+    Raises:
+        LoadError: it is, and was not asked for.
+    """
+    foreign = trained_on is not None and trained_on != model_hash
+    if foreign and force is not None:
+        this = "this one, with --lora," if fused else "this one"
+        raise LoadError(
+            f"{what}: trained on the model with hash {str(trained_on)[:12]}, but {this} has {model_hash[:12]}; "
+            f"pass {force} to serve {it} all the same (every result will say so)"
+        )
+    return foreign
+
+
 def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
     names = sorted(path.name for path in folder.glob(f"{stem}*"))
     variants = sorted(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from turbolens_server.engine.info import GateInfo
 from turbolens_server.gating.bundle import CONFIG_FILE, GateError, load_gates
+from turbolens_server.loading.checks import is_foreign
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import embedded_gates, resolve, snapshot
 from turbolens_server.loading.places import EMBEDDED
@@ -37,13 +38,8 @@ def open_gates(
         bundle = load_gates(folder)
     except GateError as error:
         raise LoadError(f"--gate {error}") from error
-    foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
-    if foreign and not force:
-        this = "this one, with --lora," if fused else "this one"
-        raise LoadError(
-            f"--gate {source}: trained on the model with hash {str(bundle.model_hash)[:12]}, but {this} has "
-            f"{model_hash[:12]}; pass --force-gate to serve them all the same (every result will say so)"
-        )
+    what, flag = f"--gate {source}", None if force else "--force-gate"
+    foreign = is_foreign(what, "them", bundle.model_hash, model_hash, fused=fused, force=flag)
     layers: dict[str, list[str]] = {}
     for block, head in bundle.head_of.items():
         layers[block] = [name for name in points if is_cross_attention(name) and block_of(name) == block]

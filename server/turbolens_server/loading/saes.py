@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbolens_server.engine.info import SaeInfo
+from turbolens_server.loading.checks import is_foreign
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import SAE_PATTERNS, resolve, snapshot
 from turbolens_server.sae.formats.names import check_name
@@ -52,13 +53,8 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: boo
             raise LoadError(
                 f"SAE {bundle.name}: the model has no block {bundle.hook_point}; it has {list_points(points)}"
             )
-        foreign = bundle.model_hash is not None and bundle.model_hash != model_hash
-        if foreign and not force:
-            this = "this one, with --lora," if fused else "this one"
-            raise LoadError(
-                f"SAE {bundle.name}: trained on the model with hash {str(bundle.model_hash)[:12]}, but {this} has "
-                f"{model_hash[:12]}; pass --force-sae to serve it all the same (every result will say so)"
-            )
+        what, flag = f"SAE {bundle.name}", None if force else "--force-sae"
+        foreign = is_foreign(what, "it", bundle.model_hash, model_hash, fused=fused, force=flag)
         infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign, source))
     return infos
 

@@ -74,6 +74,12 @@ def weights_of(head: GateHead) -> list[Tensor]:
     return [*head.features, *head.tokens, head.bias]
 
 
+def head_of(weights: list[Tensor]) -> GateHead:
+    """The head of the weights that `weights_of` gives."""
+    size = len(GateMlp._fields)
+    return GateHead(GateMlp(*weights[:size]), GateMlp(*weights[size : 2 * size]), weights[-1])
+
+
 class GateTraining:
     """One head on its way through training."""
 
@@ -87,8 +93,7 @@ class GateTraining:
         width = points[layers[0]].d_model
         start = first_head(width, unet.config.cross_attention_dim, config.hidden, config.start_bias, config.seed)
         parts = [t.detach().to(engine.device).requires_grad_() for t in weights_of(start)]
-        size = len(GateMlp._fields)
-        self.head = GateHead(GateMlp(*parts[:size]), GateMlp(*parts[size : 2 * size]), parts[-1])
+        self.head = head_of(parts)
         self.gates = Gates({_HEAD: self.head}, dict.fromkeys(layers, _HEAD), config.threshold, config.closed)
         self.optimizer = torch.optim.AdamW(parts, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.step = 0
@@ -185,9 +190,7 @@ class GateTraining:
 
     def bundle(self, **provenance: Any) -> GateBundle:
         """The gates as they are, to be written."""
-        size = len(GateMlp._fields)
-        parts = [weight.detach().cpu().clone() for weight in weights_of(self.head)]
-        head = GateHead(GateMlp(*parts[:size]), GateMlp(*parts[size : 2 * size]), parts[-1])
+        head = head_of([weight.detach().cpu().clone() for weight in weights_of(self.head)])
         config, info = self.config, self.engine.info
         return GateBundle(
             {_HEAD: head}, {_HEAD: self.blocks}, config.threshold, config.closed, info.model_hash, provenance
