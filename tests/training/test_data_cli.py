@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from turbolens_server.sae.bundle import load_bundle
 from turbolens_training import cli
+from turbolens_training.activations import sources
 from turbolens_training.activations.cache import ShardCache, find_caches
+from turbolens_training.activations.config import DataConfig
 
 SMALL = (
     "--d-sae 32 --k 4 --steps 6 --batch 16 --images 4 --reservoir 40 --warm-up 2 --hook-points mid.0 --device cpu "
@@ -73,3 +76,11 @@ def test_shards_beside_other_data_are_a_misuse(capsys: pytest.CaptureFixture[str
         cli.main(["sae", "--shards", "/nowhere", "--cache", "/nowhere"])
     assert caught.value.code == 2
     assert "leave out cache and prompts" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch-compile"])
+def test_pictures_are_made_by_the_backend_that_is_asked_for(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(sources, "load_engine", lambda **settings: asked.append(settings))
+    sources.open_model(DataConfig(backend=backend))
+    assert [settings["backend"] for settings in asked] == [backend]

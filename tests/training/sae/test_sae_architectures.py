@@ -128,7 +128,7 @@ def test_every_variant_starts_with_k_features_that_reconstruct_as_well_as_their_
     weights = architecture.initial_weights(tokens, D_SAE, torch.Generator().manual_seed(0))
     done = architecture.run(weights, tokens)
     assert done.active.counts(D_SAE).sum() / len(tokens) == pytest.approx(4, abs=0.1)
-    made = done.reconstruction
+    made = tokens + done.error
     assert (tokens * made).sum() / made.square().sum() == pytest.approx(1, abs=0.01)
 
 

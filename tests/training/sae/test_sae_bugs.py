@@ -7,7 +7,7 @@ Where another file's test is the one that fails, the table says so.
 | AuxK's target with its sign turned | test_auxk_teaches_the_dead_what_the_strongest_leave_over |
 | b_dec counted twice in AuxK, or not at all | the same |
 | AuxK's target not detached: live features feel it | test_auxk_moves_dead_features_only |
-| another number of dead features in AuxK than asked | test_sae_maths: test_auxk_is_the_share_... |
+| another number of dead features in AuxK than asked | test_sae_auxk: test_auxk_is_the_share_... |
 | a share of AuxK so small that it means the published mode | test_a_share_of_auxk_that_rounds_to_no_place_... |
 | the normaliser's fold forgets b_dec, b_enc or a threshold | test_folding_is_exact_for_every_architecture |
 | reconstruction compared with something else than x | test_a_perfect_sae_has_no_loss |
@@ -42,7 +42,7 @@ from turbolens_server.sae.sae import Codes, Sae
 from turbolens_server.sae.twin import decode_dense, encode_dense
 from turbolens_training.activations.stream import Updates
 from turbolens_training.measures.quality import measure
-from turbolens_training.sae import maths, twin
+from turbolens_training.sae import auxk, maths, twin
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.batch_topk import batch_top_k
 from turbolens_training.sae.architectures.topk import TopK
@@ -81,7 +81,7 @@ def test_auxk_teaches_the_dead_what_the_strongest_leave_over(seed: int, stronges
     pre = maths.pre_activations(weights, x)
     expected = twin.auxk_target(weights, x, strongest)
     for active in (maths.top_k(pre, K), batch_top_k(pre, K)):
-        target = maths.auxk_target(weights, x, maths.strongest(pre, active, strongest))
+        target = auxk.auxk_target(weights, x, auxk.strongest(pre, active, strongest))
         assert torch.allclose(target, expected)
     # What they learn, added to the reconstruction by the strongest, is x.
     z = twin.top_k(twin.pre_activations(weights, x), strongest)

@@ -9,11 +9,18 @@ from torch.nn import functional
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
 from turbolens_training.sae import twin
-from turbolens_training.sae.maths import auxk_loss, decode, initial_weights, pre_activations, top_k, top_k_among
+from turbolens_training.sae.maths import (
+    ByFeature,
+    decode,
+    initial_weights,
+    pre_activations,
+    top_k,
+    top_k_loss,
+)
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
-D_MODEL, D_SAE, K, K_AUX = 12, 40, 4, 6
+D_MODEL, D_SAE, K = 12, 40, 4
 
 
 def random_weights(seed: int) -> SaeWeights:
@@ -58,73 +65,23 @@ def test_the_normaliser_centres_and_makes_the_variance_one_per_dimension() -> No
     assert normal.square().mean().item() == pytest.approx(1, abs=1e-4)
 
 
-def dead_features(seed: int = 0, dead: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual, encoder and decoder rows of dead features, and x."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, D_MODEL, generator=g)
-    residual = x @ torch.randn(D_MODEL, D_MODEL, generator=g) * 0.3
-    rows = functional.normalize(torch.randn(dead, D_MODEL, generator=g), dim=1)
-    return residual, rows.T.clone(), rows, x
-
-
-def test_auxk_makes_dead_features_reconstruct_the_residual() -> None:
-    """With the sign turned, they would learn the residual's opposite, and adding them would make it larger."""
-    residual, encoder, rows, x = dead_features()
-    encoder, rows = encoder.requires_grad_(), rows.requires_grad_()
-    optimizer = torch.optim.Adam([encoder, rows], lr=0.01)
-    for _ in range(200):
-        loss = auxk_loss(top_k(x @ encoder, K_AUX), residual, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    left = residual - _dead_part(x @ encoder, rows)
-    assert left.square().sum() < 0.9 * residual.square().sum()
-
-
-def _dead_part(pre: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return decode(top_k(pre, min(K_AUX, pre.shape[1])), rows)
-
-
-@pytest.mark.parametrize("dead", [1, 3, K_AUX, 9, 30])
-def test_auxk_is_the_share_of_the_residual_that_the_dead_leave_without_a_bias(dead: int) -> None:
-    residual, encoder, rows, x = dead_features(dead=dead)
-    pre = x @ encoder
-    learning = top_k_among(pre, K_AUX, torch.arange(dead), torch.zeros(dead, dtype=torch.bool))
-    expected = twin.auxk_loss(pre, residual, rows, K_AUX)
-    assert auxk_loss(learning, residual, rows).item() == pytest.approx(expected, rel=1e-5)
-    assert auxk_loss(top_k(torch.full_like(pre, -1.0), 1), residual, rows).item() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("k", [1, 4, 6])
-def test_only_members_that_are_not_barred_are_chosen(k: int) -> None:
-    pre = torch.randn(50, D_SAE, generator=torch.Generator().manual_seed(0))
-    members, barred = torch.tensor([3, 7, 11, 12, 30]), torch.tensor([False, True, False, True, False])
-    allowed = members[~barred]
-    expected = torch.zeros(50, D_SAE)
-    expected[:, allowed] = twin.top_k(pre[:, allowed], k)
-    assert torch.equal(twin.dense(top_k_among(pre, k, members, barred), D_SAE), expected)
-
-
-def test_auxk_does_not_reach_what_is_barred() -> None:
-    residual, encoder, rows, x = dead_features()
-    pre = (x @ encoder).requires_grad_()
-    barred = torch.arange(pre.shape[1]) < 3
-    auxk_loss(top_k_among(pre, K_AUX, torch.arange(len(rows)), barred), residual, rows).backward()
-    assert pre.grad is not None
-    assert torch.isfinite(pre.grad).all()
-    assert (pre.grad[:, barred] == 0).all()
-    assert (pre.grad[:, ~barred] != 0).any()
-
-
 @given(seed=st.integers(0, 2**31), k=st.integers(1, 6), dense_too=st.booleans())
 def test_gradients_are_those_of_dense_maths(seed: int, k: int, dense_too: bool) -> None:
-    """Whether pre-activations get a sparse gradient alone, or a dense one on top."""
+    """Encoded in one piece, or with a sparse gradient of pre-activations alone, or with a dense one on top."""
     x = torch.randn(30, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found = []
-    for sparse in (True, False):
+    for way in ("sparse", "dense", *([] if dense_too else ["in one piece"])):
         weights = as_double(random_weights(seed))
         parameters = [tensor.requires_grad_() for tensor in weights.tensors().values()]
-        if sparse:
+        if way == "in one piece":
+            loss, pre, active, error = top_k_loss(weights, x, k)
+            z = twin.top_k(twin.pre_activations(weights, x), k)
+            assert torch.allclose(twin.dense(active, D_SAE), z)
+            assert torch.allclose(error, z @ weights.W_dec + weights.b_dec - x)
+            assert loss.item() == pytest.approx(twin.fvu(x, error + x))
+            found.append(torch.autograd.grad(loss, parameters))
+            continue
+        if way == "sparse":
             pre = pre_activations(weights, x)
             reconstruction = decode(top_k(pre, k), weights.W_dec) + weights.b_dec
         else:
@@ -135,7 +92,20 @@ def test_gradients_are_those_of_dense_maths(seed: int, k: int, dense_too: bool) 
         if dense_too:
             loss = loss + pre.square().mean()
         found.append(torch.autograd.grad(loss, parameters))
-    assert all(torch.allclose(ours, expected) for ours, expected in zip(*found, strict=True))
+    for others in found[1:]:
+        assert all(torch.allclose(ours, expected) for ours, expected in zip(found[0], others, strict=True))
+
+
+@given(seed=st.integers(0, 2**31), d_sae=st.sampled_from([3, 300, 1 << 16, (1 << 16) + 1]), entries=st.integers(0, 200))
+def test_entries_by_feature_stay_in_order_where_they_are_equal(seed: int, d_sae: int, entries: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randint(max(0, d_sae - 9), d_sae, (entries,), generator=g)
+    positions = torch.arange(entries) * 7
+    found = ByFeature.of(features, positions, d_sae)
+    expected = sorted(range(entries), key=lambda entry: int(features[entry]))
+    assert found.order.tolist() == expected
+    assert torch.equal(found.positions, positions[found.order])
+    assert found.offsets[features].tolist() == [int((features < feature).sum()) for feature in features]
 
 
 def test_the_gradient_for_pre_activations_is_never_written_out() -> None:

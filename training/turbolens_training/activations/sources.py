@@ -55,6 +55,7 @@ def open_model(config: DataConfig, device: str | None = None) -> Engine:
         device=config.device if device is None else device,
         variant=config.variant,
         saes=[],
+        backend=config.backend,
         hook_points=config.hook_points,
         max_steps=config.most_steps,
     )

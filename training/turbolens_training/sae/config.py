@@ -18,8 +18,8 @@ ARCHITECTURES: Final[tuple[ArchitectureName, ...]] = get_args(ArchitectureName)
 OF_EXPORT: Final = ("gates", "allow_below_gates", "overwrite", "resume")
 """Settings that decide whether a result is exported, not what it is."""
 OF_THE_MACHINE: Final = (
-    "model", "variant", "prompts", "cache", "shards", "out", "work", "device", "checkpoint_steps",
-    "checkpoint_minutes", "board", "json",
+    "model", "variant", "prompts", "cache", "shards", "out", "work", "device", "backend",
+    "checkpoint_steps", "checkpoint_minutes", "board", "json",
 )  # fmt: skip
 """Settings that say where things are, and change nothing of what comes out."""
 OF_ARCHITECTURE: Final = {

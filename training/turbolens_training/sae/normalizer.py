@@ -29,7 +29,7 @@ class Normalizer:
         return cls(mean.float(), scale if scale > 0 else 1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.scale
+        return (x - self.mean).div_(self.scale)
 
     def fold(self, weights: SaeWeights) -> SaeWeights:
         """Weights that do on x what `weights` do on the normalised x, with activations `scale` times as large.

@@ -23,17 +23,17 @@ from turbolens_training.activations.temporal import TemporalSource
 from turbolens_training.checkpoints import previous, terminated
 from turbolens_training.measures.quality import measure
 from turbolens_training.measures.report import write_table
+from turbolens_training.sae.auxk import dead_features
 from turbolens_training.sae.boards import check_board, open_board
 from turbolens_training.sae.config import SaeConfig
 from turbolens_training.sae.distributed import Ranks, SharedSource, join_ranks
 from turbolens_training.sae.export.bundles import read_saes, write_bundles
 from turbolens_training.sae.export.gates import failures, pass_gates, record
-from turbolens_training.sae.maths import dead_features
 from turbolens_training.sae.trainer import SaeTraining
 
 
 def dead_share(active: Tensor, idle: Tensor, config: SaeConfig) -> float:
-    """Share of features that are dead at the end of a run, by :func:`turbolens_training.sae.maths.dead_features`.
+    """Share of features that are dead at the end of a run, by :func:`turbolens_training.sae.auxk.dead_features`.
 
     Args:
         active: held-out positions at which each feature is active, [d_sae].

@@ -21,18 +21,10 @@ from turbolens_training.activations.sources import TokenSource
 from turbolens_training.checkpoints import add_rows, cut_log, read_states, save_state
 from turbolens_training.sae.architectures import build_architecture
 from turbolens_training.sae.architectures.base import Export
+from turbolens_training.sae.auxk import auxk_loss, auxk_target, dead_features, decode_dead, strongest
 from turbolens_training.sae.boards import Board
 from turbolens_training.sae.config import OF_EXPORT, OF_THE_MACHINE, SaeConfig
 from turbolens_training.sae.distributed import ALONE, Ranks
-from turbolens_training.sae.maths import (
-    auxk_loss,
-    auxk_target,
-    dead_features,
-    pre_activations,
-    reconstruction_loss,
-    strongest,
-    top_k_among,
-)
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.optimizer import UnitRowAdam
 
@@ -80,7 +72,7 @@ class SaeTrainer:
         device = tokens.device
         self._idle = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since last active
         self._dead = torch.zeros(0, dtype=torch.int64, device=device)  # features dead at the last look
-        self._last = torch.zeros(2, device=device)  # FVU and L0 of the last batch
+        self._last: tuple[Tensor, Tensor] | None = None  # error and counts of the last batch
 
     def step(self, x: Tensor, step: int) -> None:
         """Learn from updates x [N, d_model], not yet normalised.
@@ -92,14 +84,15 @@ class SaeTrainer:
         normal = self._architecture.read(weights, self.normalizer(x))
         done = self._architecture.run(weights, normal)
         loss = done.loss
-        if len(self._dead):
-            # Some may have come back to life since the last look.
-            alive = ~dead_features(self._idle[self._dead], config.dead_tokens)
+        # Some may have come back to life since the last look. On a GPU, to drop them would wait for the device.
+        alive = ~dead_features(self._idle[self._dead], config.dead_tokens)
+        dead = self._dead if x.is_cuda else self._dead[~alive]
+        if len(dead):
+            barred = alive if x.is_cuda else torch.zeros(len(dead), dtype=torch.bool)
             places = config.auxk_places
             target = auxk_target(weights, normal, strongest(done.pre, done.active, config.k - places))
-            pre = pre_activations(weights, normal, done.pre)
-            learning = top_k_among(pre, places or x.shape[1] // 2, self._dead, alive)
-            loss = loss + config.auxk_coefficient * auxk_loss(learning, target, weights.W_dec)
+            made = decode_dead(weights, normal, done.pre, places or normal.shape[1] // 2, dead, barred)
+            loss = loss + config.auxk_coefficient * auxk_loss(made, target)
         if not torch.isfinite(loss):  # waits for the device, which a run that goes on with NaN would not repay
             raise NonFiniteLoss(x)
         self._optimizer.param_groups[0]["lr"] = config.rate(step)
@@ -112,7 +105,7 @@ class SaeTrainer:
             self._architecture.observe(weights, done)
             counts = done.active.counts(config.d_sae)
             self._idle = (self._idle + len(x)) * (counts == 0)
-            self._last = torch.stack([reconstruction_loss(normal, done.reconstruction), counts.sum() / len(x)])
+            self._last = done.error, counts
             if (step + 1) % _LOOK_EVERY == 0:
                 self._dead = dead_features(self._idle, config.dead_tokens).nonzero()[:, 0]
 
@@ -129,7 +122,10 @@ class SaeTrainer:
         return self._architecture.export(dataclasses.replace(self.normalizer, mean=mean).fold(weights))
 
     def progress(self) -> Progress:
-        fvu, l0 = self._last.tolist()
+        fvu, l0 = 0.0, 0.0
+        if self._last is not None:
+            error, counts = self._last
+            fvu, l0 = error.square().mean().item(), counts.sum().item() / len(error)
         dead = dead_features(self._idle, self._config.dead_tokens)
         return Progress(1 - fvu, l0, dead.float().mean().item())
 

@@ -21,7 +21,7 @@ class Pass:
 
     pre: Tensor  # [N, d_sae] pre-activations
     active: Active
-    reconstruction: Tensor  # [N, d_model]
+    error: Tensor  # [N, d_model] the reconstruction without x, without a gradient
     loss: Tensor  # scalar; AuxK, which is the same for every architecture, comes on top
 
 
@@ -81,7 +81,8 @@ class SaeArchitecture(abc.ABC):
         pre = pre_activations(weights, x)
         active = self.encode(weights, pre)
         reconstruction = self.decode(weights, active)
-        return Pass(pre, active, reconstruction, self.loss(weights, x, pre, active, reconstruction))
+        error = (reconstruction - x).detach()
+        return Pass(pre, active, error, self.loss(weights, x, pre, active, reconstruction))
 
     def observe(self, weights: SaeWeights, done: Pass) -> None:  # noqa: B027  (most have no statistics)
         """Take statistics of a training batch into the weights, in place; called without gradients."""

@@ -7,8 +7,8 @@ import dataclasses
 from torch import Tensor
 
 from turbolens_server.sae.bundle import SaeWeights
-from turbolens_training.sae.architectures.base import Export, SaeArchitecture
-from turbolens_training.sae.maths import Active, reconstruction_loss, top_k
+from turbolens_training.sae.architectures.base import Export, Pass, SaeArchitecture
+from turbolens_training.sae.maths import Active, reconstruction_loss, top_k, top_k_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,12 @@ class TopK(SaeArchitecture):
 
     def loss(self, weights: SaeWeights, x: Tensor, pre: Tensor, active: Active, reconstruction: Tensor) -> Tensor:
         return reconstruction_loss(x, reconstruction)
+
+    def run(self, weights: SaeWeights, x: Tensor) -> Pass:
+        if x.is_cuda:
+            return super().run(weights, x)
+        loss, pre, active, error = top_k_loss(weights, x, self.k)
+        return Pass(pre, active, error, loss)
 
     def export(self, weights: SaeWeights) -> Export:
         return Export("topk", self.k, weights)
