@@ -217,8 +217,12 @@ class StepTap:
             torch.cuda.current_stream(self._plan.device).synchronize()
         for (name, (height, width), rows, _), parts in zip(self._read, on_host, strict=True):
             values, indices = (part.numpy() for part in parts)
-            for at, row in enumerate(rows):
-                active = values[at] > 0  # [P, K]
+            active = values > 0  # [rows, P, K]
+            counts = active.sum(-1, dtype=np.uint16)
+            ends = counts.sum(-1, dtype=np.int64).cumsum()[:-1]
+            kept = (np.split(indices[active].astype(np.int32), ends), np.split(values[active], ends))
+            for row, own_counts, own_indices, own_values in zip(rows, counts, *kept, strict=True):
+                # Copies: a row is a view of its whole batch, which it would keep for as long as itself.
                 yield (
                     row,
                     SparseCodes(
@@ -227,9 +231,9 @@ class StepTap:
                         height=height,
                         width=width,
                         d_sae=self._plan.saes[name].W_dec.shape[0],
-                        counts=active.sum(-1).astype(np.uint16),
-                        indices=indices[at][active].astype(np.int32),
-                        values=values[at][active].astype(np.float32),
+                        counts=own_counts.copy(),
+                        indices=own_indices.copy(),
+                        values=own_values.copy(),
                     ),
                 )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from turbolens_server.kernels import ops
+from turbolens_server.kernels.select import select_topk
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.temporal import changes, directions
 
@@ -101,9 +102,9 @@ class Sae:
         else:
             pre = pre * (pre > self.threshold[:d_sae])
             width = max(1, int((pre > 0).sum(-1).max()))
-        values, indices = pre.topk(width, dim=-1)
+        ((values, indices),) = select_topk([pre], width)
         shape = (*x.shape[:-1], width)
-        return Codes(values.relu().reshape(shape), indices.reshape(shape))
+        return Codes(values.reshape(shape), indices.reshape(shape))
 
     def _encode_fused(self, x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Codes:
         flat = x.reshape(-1, x.shape[-1]).to(W_enc.dtype)
