@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -18,7 +19,7 @@ from torch import Tensor
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.batcher import BatchKey, batch_key
 from turbolens_server.engine.choosing import choose
-from turbolens_server.engine.decode import decode_rows
+from turbolens_server.engine.decode import Picture, decode_rows
 from turbolens_server.engine.encode import PictureEncoder
 from turbolens_server.engine.guidance import Sides, embed_guidance
 from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
@@ -353,22 +354,22 @@ class Engine:
         live = [alive and not is_cancelled(row) for row, alive in enumerate(denoised.live)]
         results: list[Result | None] = [None] * len(jobs)
         with contextlib.nullcontext() if self._decode_stream is None else torch.cuda.stream(self._decode_stream):
-            wanted = [row for row, job in enumerate(jobs) if job.picture]
-            pictures = dict(decode_rows(denoised.running.decoder, latents, wanted, live))
             on_host = latents.float().cpu().numpy()
-        for row, job in enumerate(jobs):
-            if not live[row]:
-                continue
-            picture = pictures.get(row)
-            if job.picture and picture is None:
-                emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
-                continue
-            kept = tuple(denoised.features[row])
-            cut, chosen, made_by = denoised.tokens_cut[row], denoised.chosen[row], denoised.running.unet.name
-            attribution = denoised.attributions[row]
-            result = Result(row, picture, on_host[row], kept, cut, len(jobs), chosen, made_by, attribution)
-            results[row] = result
-            emit(result)
+            wanted = [row for row, job in enumerate(jobs) if live[row] and job.picture]
+            others: list[tuple[int, Picture | None]] = [
+                (row, None) for row, job in enumerate(jobs) if live[row] and not job.picture
+            ]
+            # Each goes to its caller as it is made: it is coded while the next one is decoded.
+            for row, picture in itertools.chain(others, decode_rows(denoised.running.decoder, latents, wanted, live)):
+                if jobs[row].picture and picture is None:
+                    emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
+                    continue
+                kept = tuple(denoised.features[row])
+                cut, chosen, made_by = denoised.tokens_cut[row], denoised.chosen[row], denoised.running.unet.name
+                attribution = denoised.attributions[row]
+                result = Result(row, picture, on_host[row], kept, cut, len(jobs), chosen, made_by, attribution)
+                results[row] = result
+                emit(result)
         return results
 
     @_on_own_device

@@ -6,7 +6,6 @@ What runs next is decided by :mod:`turbolens_server.engine.batcher`; here are on
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -320,15 +319,11 @@ class Queue:
             await self._through_both_stages(batch, free)
         except Exception as error:
             self._on_error(error)
-            for ticket in batch.tickets:
+            for ticket in batch.tickets & self._tickets.keys():
                 self._end(ticket, error)
         else:
             self._batcher.ended(batch.slots, started, loop.time())
             self._texts.batch_took(loop.time() - started)
-            for ticket, jobs in collections.Counter(slot.request for slot in batch.slots).items():
-                ticket.unfinished -= jobs
-                if not ticket.unfinished:
-                    self._end(ticket)
         finally:
             batch.count_steps(self.metrics)
             free()
@@ -354,7 +349,7 @@ class Queue:
 
     async def _stages(self, batch: Batch, free: Callable[[], None] | None) -> None:
         loop = asyncio.get_running_loop()
-        forward, cancelled = functools.partial(batch.forward, loop), batch.is_cancelled
+        forward, cancelled = functools.partial(batch.forward, loop, self._tell), batch.is_cancelled
         engine = batch.slots[0].request.engine or self._engine
         denoise = functools.partial(engine.denoise, on_event=forward, cancelled=cancelled)
         decode = functools.partial(engine.decode, on_event=forward, cancelled=cancelled)
@@ -392,6 +387,14 @@ class Queue:
                 self.metrics.steps.labels("saved").inc(job.steps)
         self._remove(ticket)
         self._tell_positions()
+
+    def _tell(self, ticket: Ticket, event: Event) -> None:
+        """Tell a request what happened; it ends with its last job, and not with the batch that others share."""
+        ticket.tell(event)
+        if isinstance(event, Result | NotFinite):
+            ticket.unfinished -= 1
+            if not ticket.unfinished:
+                self._end(ticket)
 
     def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
         ticket.end(error)

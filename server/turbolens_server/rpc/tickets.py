@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from opentelemetry.context import Context
 
@@ -28,7 +28,7 @@ class Ticket:
     """One request from its arrival to its end."""
 
     unfinished: int
-    """Jobs that wait or run."""
+    """Jobs whose end has not been told."""
     arrived: float
     deadline: float | None
     """On the loop's clock, like `arrived`; None: none."""
@@ -102,8 +102,9 @@ class Batch:
             self._left_at.setdefault(row, self._steps)
         return cancelled
 
-    def forward(self, loop: asyncio.AbstractEventLoop, event: Event) -> None:
-        """Tell an event of the engine to the request that it belongs to; called in the engine's threads."""
+    def forward(self, loop: asyncio.AbstractEventLoop, tell: Callable[[Ticket, Event], None], event: Event) -> None:
+        """Have the loop tell an event of the engine to the request that it belongs to; called in the engine's
+        threads."""
         slot = self.slots[event.job]
         if isinstance(event, StepDone):
             self._steps = max(self._steps, event.step + 1)
@@ -113,7 +114,7 @@ class Batch:
         if key in self._told:
             return
         self._told.add(key)
-        loop.call_soon_threadsafe(slot.request.tell, dataclasses.replace(event, job=slot.index))
+        loop.call_soon_threadsafe(tell, slot.request, dataclasses.replace(event, job=slot.index))
 
     def count_steps(self, metrics: Metrics) -> None:
         """Count what became of its steps, once it has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import random
@@ -209,6 +210,25 @@ def test_a_picture_that_is_not_finite_ends_alone(engine):
     assert none is None
     assert np.array_equal(one, whole[0])
     assert np.array_equal(other, whole[2])
+
+
+def test_a_picture_goes_to_its_caller_before_the_next_one_is_decoded(engine):
+    seen = []
+
+    class Watched:
+        """The VAE, telling when it decodes."""
+
+        config, dtype = engine.components.vae.config, engine.components.vae.dtype
+
+        def decode(self, latents, return_dict):
+            seen.append("decoded")
+            return engine.components.vae.decode(latents, return_dict=return_dict)
+
+    denoised = engine.denoise([job(), job(seed=8, picture=False), job(seed=9)])
+    denoised.running = dataclasses.replace(denoised.running, decoder=Watched())
+    results = engine.decode(denoised, on_event=lambda event: seen.append(event.job))
+    assert seen == [1, "decoded", 0, "decoded", 2]
+    assert [result.job for result in results] == [0, 1, 2]
 
 
 def test_pictures_are_decoded_one_by_one_and_those_nobody_waits_for_not_at_all(engine):
