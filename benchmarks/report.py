@@ -19,6 +19,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 from benchmarks.places import DOCS, RESULTS
+from benchmarks.start import memory_table
 from turbolens_server.bench.results import describe_machine, to_markdown
 from turbolens_server.bench.suite import describe_case
 from turbolens_server.files import whole_file, write_file
@@ -49,8 +50,8 @@ def section(name: str, results: Path, plots: Path) -> str:
     if result["benchmark"] == "many_callers":
         parts += [f"- {_throughput(case)}." for case in result["cases"]]
     if result["benchmark"] == "start":
-        peaks = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in result["cases"][0]["peak_mib"].items())
-        parts.append(f"Before: commit {result['before']}. Most memory of the whole process, median: {peaks}.")
+        parts.append(f"Before: commit {result['before']}.")
+        parts.append(memory_table(result["cases"][0]["memory"]))
     if result["benchmark"] == "train_beside_saelens":
         parts.append(f"SAELens {result['sae_lens']}.")
         parts += [f"- {_explained(case)}." for case in result["cases"]]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def hash_file(path: Path) -> str:
@@ -74,6 +75,22 @@ def first_line(error: BaseException) -> str:
     """An error's first line, in short; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def read_object(path: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: of the file.
+        error: makes what is raised where it cannot be read, or holds something else, of a line that names it.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{path}: unreadable ({first_line(cause)})") from cause
+    if not isinstance(found, dict):
+        raise error(f"{path}: holds a {type(found).__name__}, expected an object")
+    return found
 
 
 class WriteError(OSError):

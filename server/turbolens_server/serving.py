@@ -46,7 +46,7 @@ from turbolens_server.rpc.transport import server_options
 from turbolens_server.rpc.validation import MAX_REFERENCES, RequestLimits
 from turbolens_server.rpc.warnings import late_start
 from turbolens_server.side_ports import SidePorts
-from turbolens_server.swapping import start_compiled, swap_when_compiled
+from turbolens_server.swapping import Start, start_compiled, swap_when_compiled
 from turbolens_server.unet.backend import BackendError
 
 SERVICES: Final = (
@@ -61,8 +61,8 @@ _LAST_BYTES_S: Final = 0.5
 """For the last answers to reach their callers."""
 
 
-def load_from(config: ServerConfig) -> Engine:
-    """The engine that a configuration asks for; raises LoadError."""
+def load_from(config: ServerConfig, *, ahead_of_modules: bool = False) -> Engine:
+    """The engine that a configuration asks for; raises LoadError. `ahead_of_modules` as for `load_engine`."""
     if config.threads:
         torch.set_num_threads(config.threads)
     return load_engine(
@@ -87,6 +87,7 @@ def load_from(config: ServerConfig) -> Engine:
         timestep_spacing=config.timestep_spacing or None,
         timesteps=config.timesteps,
         embedded_guidance=config.embedded_guidance,
+        ahead_of_modules=ahead_of_modules,
     )
 
 
@@ -194,7 +195,7 @@ class Serving:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def swap_when_compiled(self, engine: Engine) -> None:
-        """Go on to compiled code in the background, where `start_compiled` found none for the engine that serves."""
+        """Compile in the background, and go on to what is compiled."""
         if (ready := self._readiness.ready) is not None:
             swap = swap_when_compiled(engine, ready.queue, self._config, lambda: self._tell_build(engine))
             self._swapping = asyncio.create_task(swap)
@@ -260,22 +261,22 @@ async def load_and_serve(serving: Serving, config: ServerConfig) -> None:
 
     Cancelled while the model loads, it leaves the loading thread behind, which nobody waits for: see `app.main`.
     """
-    loaded: concurrent.futures.Future[Engine] = concurrent.futures.Future()
+    loaded: concurrent.futures.Future[tuple[Engine, Start]] = concurrent.futures.Future()
     loaded.set_running_or_notify_cancel()
 
     def load() -> None:
         try:
-            engine = load_from(config)
-            start_compiled(engine, config)
-            loaded.set_result(engine)
+            engine = load_from(config, ahead_of_modules=True)
+            loaded.set_result((engine, start_compiled(engine, config)))
         except BaseException as error:
             loaded.set_exception(error)
 
     start = time.monotonic()
     threading.Thread(target=load, name="load", daemon=True).start()
-    engine = await asyncio.wrap_future(loaded)
+    engine, began = await asyncio.wrap_future(loaded)
     await serving.make_ready(engine)
-    serving.swap_when_compiled(engine)
+    if began is Start.UNTIL_COMPILED:
+        serving.swap_when_compiled(engine)
     keep_what_is_loaded()
     info, gib = engine.info, 2**30
     get_logger().info("backend", name=info.backend, why=info.backend_reason)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import json
 import sys
 import time
@@ -18,38 +19,46 @@ import torch
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.engine import Engine
 from turbolens_server.loading.compiled import cannot_compile, find_compiled
+from turbolens_server.loading.load import KEPT
 from turbolens_server.logs import get_logger
 from turbolens_server.rpc.queue import Queue
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.compiled import NAME, compiler_missing
 
 _WORKER: Final = "turbolens_server.compile_worker"
-_KEPT: Final = "auto: compiled for this CPU ahead of time, and kept in the cache"
 
 
-def start_compiled(engine: Engine, config: ServerConfig) -> None:
+class Start(enum.Enum):
+    """How an engine begins to serve."""
+
+    SETTLED = enum.auto()
+    """By what goes on to run it."""
+    UNTIL_COMPILED = enum.auto()
+    """By PyTorch, until faster code is compiled in the background."""
+
+
+def start_compiled(engine: Engine, config: ServerConfig) -> Start:
     """Before an engine serves: let compiled code run it where the cache has it, or say why nothing will."""
-    if config.backend != "auto" or engine.device.type != "cpu":
-        return
+    if config.backend != "auto" or engine.device.type != "cpu" or engine.running.unet.name == NAME:
+        return Start.SETTLED
     why = cannot_compile(engine.components.unet, engine.device)
-    if why is None and (found := find_compiled(engine, _cache(config), _KEPT)) is not None:
+    if why is None and (found := find_compiled(engine, _cache(config), KEPT)) is not None:
         engine.use(found)
-        return
+        return Start.SETTLED
     if why is None and not config.compile_cores:
         why = "compile_cores is 0 and the cache has nothing compiled for this model and machine"
     if why := why or compiler_missing():
         _stay(engine, why)
-    else:
-        _tell(engine, "auto: until faster code is compiled in the background")
+        return Start.SETTLED
+    _tell(engine, "auto: until faster code is compiled in the background")
+    return Start.UNTIL_COMPILED
 
 
 async def swap_when_compiled(
     engine: Engine, queue: Queue, config: ServerConfig, on_swap: Callable[[], None] = lambda: None
 ) -> None:
-    """Compile in a process of its own and let the outcome run what comes next; does nothing where `start_compiled` has
-    said that nothing will.
-
-    Cancelled, it ends that process.
+    """Compile in a process of its own and let the outcome run what comes next, of an engine that was started
+    `UNTIL_COMPILED`. Cancelled, it ends that process.
 
     Args:
         engine: that serves, and shares its model with those that may come to serve.
@@ -57,8 +66,6 @@ async def swap_when_compiled(
         config: that the engine was loaded by.
         on_swap: called once it has.
     """
-    if not engine.running.reason.startswith("auto: until"):
-        return
     began = time.monotonic()
     if (why := await _compile(config)) is not None:
         _stay(engine, f"compiling failed ({why})")

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.parity.test_families import save
 from tests.parity.test_schedulers import SERVED, scheduler
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.modules import Modules
 from turbolens_server.engine.types import Guidance, Job, Start
 from turbolens_server.loading.hub import embedded_model
 from turbolens_server.loading.load import load_engine
@@ -133,8 +134,12 @@ def test_a_vae_without_a_distribution_codes_too(any_scheduler):
         encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
     ).eval()  # fmt: skip
+    read = dataclasses.replace(engine.components.modules.get(), vae=tiny)
     served = Engine(
-        dataclasses.replace(engine.components, vae=tiny, decoder=tiny), engine.unet, engine.info, engine.device
+        dataclasses.replace(engine.components, modules=Modules(lambda: read), decoder=tiny),
+        engine.unet,
+        engine.info,
+        engine.device,
     )
     start = Start("picture", a_picture(engine))
     (made,) = served.run([job(engine, start, 4, 0.5)])

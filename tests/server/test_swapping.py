@@ -17,11 +17,11 @@ import pytest
 from turbolens_proto.v1 import model_service_pb2, model_service_pb2_grpc
 from turbolens_server.config import ServerConfig
 from turbolens_server.engine.types import Job
-from turbolens_server.loading.compiled import _key, _shape
+from turbolens_server.loading.compiled import Shape
 from turbolens_server.loading.load import load_engine
 from turbolens_server.rpc.queue import Queue, QueueLimits
 from turbolens_server.serving import Serving, load_and_serve
-from turbolens_server.swapping import start_compiled, swap_when_compiled
+from turbolens_server.swapping import Start, start_compiled, swap_when_compiled
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.torch_unet import TorchUNet
 
@@ -80,7 +80,7 @@ async def change_over(engine, settings) -> list[str]:
 
 async def test_a_server_changes_over_under_load_and_loses_nothing(settings, monkeypatch):
     engine = eager(settings)
-    start_compiled(engine, settings)
+    assert start_compiled(engine, settings) is Start.UNTIL_COMPILED
     assert engine.info.backend == "torch"
     assert "compiled in the background" in engine.info.backend_reason
 
@@ -146,16 +146,15 @@ async def test_the_next_start_is_compiled_from_its_first_picture_and_says_so(fil
 
 def test_torch_is_pinned_by_its_name(settings):
     engine = load_engine(model=settings.model, saes=list(settings.sae), backend="torch")
-    start_compiled(engine, dataclasses.replace(settings, backend="torch"))
+    assert start_compiled(engine, dataclasses.replace(settings, backend="torch")) is Start.SETTLED
     assert (engine.info.backend, engine.info.backend_reason) == ("torch", "asked for: torch")
 
 
 async def test_without_a_compiler_it_stays_and_says_why(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = eager(settings)
-    start_compiled(engine, dataclasses.replace(settings, cache=str(tmp_path)))
+    assert start_compiled(engine, dataclasses.replace(settings, cache=str(tmp_path))) is Start.SETTLED
     assert "no C++ compiler (no-such-compiler)" in engine.info.backend_reason
-    await swap_when_compiled(engine, None, settings)
     assert engine.info.backend == "torch"
 
 
@@ -179,9 +178,7 @@ def test_an_entry_that_is_no_code_is_set_aside(settings, tmp_path):
     mine = dataclasses.replace(settings, cache=str(tmp_path))
     engine = eager(mine)
     cache = ArtifactCache(tmp_path)
-    entry = cache.add(
-        "packages", _key(engine, *_shape(engine)), lambda folder: {"made": (folder / "x").write_text("x")}
-    )
+    entry = cache.add("packages", Shape.of(engine).key, lambda folder: {"made": (folder / "x").write_text("x")})
     start_compiled(engine, mine)
     assert engine.info.backend == "torch"
     assert not entry.folder.exists()

@@ -24,6 +24,7 @@ from turbolens_server.engine.encode import PictureEncoder
 from turbolens_server.engine.guidance import Sides, embed_guidance
 from turbolens_server.engine.info import EngineInfo, MemoryNeed, SaeInfo
 from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.modules import Modules
 from turbolens_server.engine.plan import BatchPlan
 from turbolens_server.engine.regions import hear_regions
 from turbolens_server.engine.running import Running, Seat
@@ -48,7 +49,7 @@ from turbolens_server.sae.sae import Sae
 from turbolens_server.steering.choice import Chosen
 from turbolens_server.unet.backend import UNetBackend
 from turbolens_server.unet.conditions import Conditions
-from turbolens_server.unet.points import hears_text
+from turbolens_server.unet.points import HookPoint, hears_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,15 +57,25 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """The parts of a loaded model, as `diffusers` made them."""
+    """The parts of a loaded model."""
 
     text: TextEncoder
-    unet: Any
-    vae: Any
+    modules: Modules
     scheduler: Any
     vae_downscale: int
+    points: Mapping[str, HookPoint]
+    """Every hook point that the U-Net has, in order of execution."""
     decoder: Any
-    """What decodes pictures: the VAE, or on a GPU its recording."""
+    """What decodes pictures at first: the VAE, on a GPU its recording, or its compiled decoder."""
+
+    @property
+    def unet(self) -> Any:
+        """As `diffusers` made it, and likewise the VAE; see :class:`Modules`."""
+        return self.modules.get().unet
+
+    @property
+    def vae(self) -> Any:
+        return self.modules.get().vae
 
 
 Cancelled: TypeAlias = Callable[[int], bool]
@@ -137,12 +148,11 @@ class Engine:
         self._parts = components
         self._seat = Seat(Running(unet, components.decoder, info.backend_reason))
         self._device = device
+        self._dtype: torch.dtype = getattr(torch, info.dtype)
         self._gates = None if info.gate is None else info.gate.gates.to(device)
-        operands = components.unet.dtype
-        self._saes = {name: Sae(sae.bundle, device, operands) for name, sae in info.saes.items()}
+        self._saes = {name: Sae(sae.bundle, device, self._dtype) for name, sae in info.saes.items()}
         self._sampler = Sampler(components.scheduler, device, info.timesteps)
-        self._encoder = PictureEncoder(components.vae)
-        width = components.unet.config.time_cond_proj_dim
+        width = None if info.takes_guidance else components.unet.config.time_cond_proj_dim
         self._guidance = None if width is None else embed_guidance(info.embedded_guidance, width).to(device)
         self._time_ids: dict[tuple[int, int], Tensor] = {}
         self.pipelined = pipelined_on(device)
@@ -157,7 +167,7 @@ class Engine:
             other._saes = {
                 sae.name: self._saes[sae.name]
                 if self.info.saes.get(sae.name) is sae
-                else Sae(sae.bundle, self._device, self._parts.unet.dtype)
+                else Sae(sae.bundle, self._device, self._dtype)
                 for sae in saes
             }
         return other
@@ -174,6 +184,8 @@ class Engine:
         """Run what comes next by this, here and in every engine of the same model; in the thread of `denoise`, where no
         batch is between its first step and its last."""
         self._seat.running = running
+        if running.text is not None:
+            self._parts.text.encode_by(running.text)
 
     @property
     def running(self) -> Running:
@@ -362,7 +374,7 @@ class Engine:
             # Each goes to its caller as it is made: it is coded while the next one is decoded.
             for row, picture in itertools.chain(others, decode_rows(denoised.running.decoder, latents, wanted, live)):
                 if jobs[row].picture and picture is None:
-                    emit(NotFinite(row, "VAE", dtype=str(self._parts.vae.dtype).removeprefix("torch.")))
+                    emit(NotFinite(row, "VAE", dtype=str(denoised.running.decoder.dtype).removeprefix("torch.")))
                     continue
                 kept = tuple(denoised.features[row])
                 cut, chosen, made_by = denoised.tokens_cut[row], denoised.chosen[row], denoised.running.unet.name
@@ -391,6 +403,7 @@ class Engine:
         largest = 1
         if self._device.type == "cuda":
             largest = max_batch
+            _ = self._encoder  # in half precision its weights are a copy of its own
             with torch.inference_mode():
                 self._parts.text.warm_up()
         for height, width in self.info.sizes:
@@ -447,7 +460,7 @@ class Engine:
         """
         height, width = size or self.info.default_size
         parts, dtype = self._parts, text.hidden.dtype
-        shape = (parts.unet.config.in_channels, height // parts.vae_downscale, width // parts.vae_downscale)
+        shape = (self.info.latent_channels, height // parts.vae_downscale, width // parts.vae_downscale)
         lanes = len(text.hidden)
         time_ids = self._time_ids_of((height, width), dtype).expand(lanes, -1)
         embedded = None if self._guidance is None else self._guidance.to(dtype).expand(lanes, -1)
@@ -459,6 +472,10 @@ class Engine:
         gating = self._gates.of(text.hidden) if gate and self._gates is not None else None
         conditions = Conditions(text.hidden, text.pooled, time_ids, embedded, bias=bias or {}, gating=gating)
         return Walk(self.unet, state, conditions, Sides(guidance or [None] * len(seeds), self._device))
+
+    @functools.cached_property
+    def _encoder(self) -> PictureEncoder:
+        return PictureEncoder(self._parts.vae)
 
     def _row_start(self, start: Start, dtype: torch.dtype) -> RowStart:
         """What the sampler is told of a start: a picture is coded once, and drawn from for each seed."""

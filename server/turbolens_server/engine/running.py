@@ -1,10 +1,11 @@
-"""What runs a model at the moment: the U-Net and the decoder, which may be exchanged between two batches."""
+"""What runs a model at the moment: its text encoders, U-Net and decoder, which may be exchanged between two batches."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from turbolens_server.engine.text import Encode
 from turbolens_server.unet.backend import UNetBackend
 
 
@@ -17,6 +18,8 @@ class Running:
     """Decodes pictures: the VAE, its recording on a GPU, or its compiled decoder."""
     reason: str
     """Why it is these."""
+    text: Encode | None = None
+    """Encodes prompts; None: the encoders themselves, or their recording on a GPU."""
 
 
 class Seat:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turbolens_server.cuda_graphs import Graphed
 
@@ -48,13 +48,41 @@ class EncodedTexts:
         return cls(hidden, pooled, tuple(cut for text in texts for cut in text.tokens_cut))
 
 
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Token ids of both tokenizers [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D']."""
+
+
+class Encoders(nn.Module):
+    """Both text encoders as one function. On a GPU they run at once: neither fills it."""
+
+    def __init__(self, first: Any, second: Any, device: torch.device) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See :data:`Encode`."""
+        side = self._side
+        if side is None:
+            small = self.first(ids[0], output_hidden_states=True)
+        else:
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                small = self.first(ids[0], output_hidden_states=True)
+        large = self.second(ids[1], output_hidden_states=True)
+        if side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(side)
+        return torch.cat([small.hidden_states[-2], large.hidden_states[-2]], -1), large[0]
+
+
 class TextEncoder:
     """Both text encoders of an SDXL model with a small cache. Not for use by several threads at once."""
 
     def __init__(
         self,
         tokenizers: tuple[Any, Any],
-        encoders: tuple[Any, Any],
+        encode: Encode,
         device: torch.device,
         *,
         zeros_for_nothing: bool = False,
@@ -62,12 +90,17 @@ class TextEncoder:
         """`zeros_for_nothing`: no text at all is zeros, as the U-Net was trained, and not the empty text."""
         self._tokenizers = tokenizers
         self._zeros_for_nothing = zeros_for_nothing
-        self._encode = _encoding(encoders, device)
-        if device.type == "cuda":
-            self._encode = Graphed(self._encode)
+        self._encode = Graphed(encode) if device.type == "cuda" else encode
         self._device = device
         self._cache: collections.OrderedDict[str, EncodedText] = collections.OrderedDict()
         self._meanings: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
+
+    def encode_by(self, encode: Encode) -> None:
+        """Encode what comes next by another function, and forget what this one's forerunner encoded."""
+        if encode is not self._encode:
+            self._encode = encode
+            self._cache.clear()
+            self._meanings.clear()
 
     @property
     def max_tokens(self) -> int:
@@ -159,26 +192,3 @@ def _keep(cache: collections.OrderedDict[str, T], used: Mapping[str, T]) -> None
 def _fitted(ids: list[int], limit: int, padding: int) -> list[int]:
     """Tokens with both end markers, as tokenizers cut and pad them: the last one stays in any case."""
     return ids + [padding] * (limit - len(ids)) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
-
-
-def _encoding(encoders: tuple[Any, Any], device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Token ids of both tokenizers [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D].
-
-    On a GPU both encoders run at once: neither fills it.
-    """
-    first, second = encoders
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
-        if side is None:
-            small = first(ids[0], output_hidden_states=True)
-        else:
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                small = first(ids[0], output_hidden_states=True)
-        large = second(ids[1], output_hidden_states=True)
-        if side is not None:
-            torch.cuda.current_stream(device).wait_stream(side)
-        return torch.cat([small.hidden_states[-2], large.hidden_states[-2]], -1), large[0]
-
-    return encode

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from turbolens_server.files import first_line, hash_files, whole_folder
+from turbolens_server.files import first_line, hash_files, read_object, whole_folder
 from turbolens_server.gating.gates import Gates
 from turbolens_server.gating.maths import GateHead, GateMlp
 
@@ -97,7 +97,7 @@ def load_gates(folder: Path) -> GateBundle:
     for name in (CONFIG_FILE, _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise GateError(f"{folder}: {name} is missing")
-    config = _read_object(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE, GateError)
     where = f"{folder / CONFIG_FILE}"
     if config.get("format") != FORMAT or config.get("version") != _VERSION:
         told = f"{config.get('format')!r}, version {config.get('version')!r}"
@@ -115,19 +115,9 @@ def load_gates(folder: Path) -> GateBundle:
     except Exception as error:  # safetensors raises many kinds for broken files
         raise GateError(f"{folder / _WEIGHTS_FILE}: unreadable ({first_line(error)})") from error
     heads = _read_heads(tensors, list(blocks), f"{folder / _WEIGHTS_FILE}")
-    provenance = _read_object(folder / _PROVENANCE_FILE) if (folder / _PROVENANCE_FILE).exists() else {}
+    provenance = read_object(folder / _PROVENANCE_FILE, GateError) if (folder / _PROVENANCE_FILE).exists() else {}
     hashed = hash_files([folder / CONFIG_FILE, folder / _WEIGHTS_FILE])
     return GateBundle(heads, blocks, float(threshold), float(closed), model_hash, provenance, hashed)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GateError(f"{path}: unreadable ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise GateError(f"{path}: holds a {type(found).__name__}, expected an object")
-    return found
 
 
 def _number(value: object) -> TypeGuard[float]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from turbolens_server.files import first_line
+from turbolens_server.files import read_object
 from turbolens_server.loading.errors import LoadError
+from turbolens_server.loading.weights import STEMS
 
-_STEMS: Final = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
 _BY_CHANNELS: Final = {
     8: "edits a picture that it is given (8 channels)",
     9: "fills masked parts of a picture that it is given (inpainting, 9 channels)",
@@ -23,7 +17,7 @@ _BY_CHANNELS: Final = {
 
 def check_folder(folder: Path, variant: str | None) -> None:
     """Raise LoadError where a `diffusers` folder is no SDXL-type model from noise, or its weights are not to be had."""
-    index = _read(folder / "model_index.json")
+    index = read_object(folder / "model_index.json", LoadError)
     kind = index.get("_class_name")
     if not isinstance(kind, str):
         raise LoadError(f"{folder / 'model_index.json'}: does not say what pipeline it is of (_class_name)")
@@ -31,12 +25,15 @@ def check_folder(folder: Path, variant: str | None) -> None:
         raise LoadError(f"{folder}: is a {kind}, and SDXL-type models are served")
     if (index.get("text_encoder") or [None])[-1] is None:
         raise LoadError(f"{folder}: is an SDXL refiner, without a first text encoder: it only finishes other pictures")
-    unet, vae = _read(folder / "unet" / "config.json"), _read(folder / "vae" / "config.json")
+    unet, vae = (
+        read_object(folder / "unet" / "config.json", LoadError),
+        read_object(folder / "vae" / "config.json", LoadError),
+    )
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent:
         what = _BY_CHANNELS.get(channels, f"takes {channels} channels, and latents have {latent}")
         raise LoadError(f"{folder}: its U-Net {what}; models that draw from noise are served")
-    for part, stem in _STEMS.items():
+    for part, stem in STEMS.items():
         _check_weights(folder / part, stem, variant)
 
 
@@ -79,13 +76,3 @@ def _check_weights(folder: Path, stem: str, variant: str | None) -> None:
             f"{folder}: has .bin weights alone, which can hold code and are not read; where you trust them, convert "
             f"them: python -c \"from diffusers import *; {load}.save_pretrained('converted')\""
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path}: unreadable ({first_line(error)})") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path}: holds a {type(config).__name__}, expected an object")
-    return config

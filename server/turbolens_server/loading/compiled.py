@@ -1,26 +1,34 @@
-"""Native code for an engine on a CPU: found in the cache, or made and kept there."""
+"""Native code for a model on a CPU: found in the cache, or made and kept there."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from turbolens_server.engine import text
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.modules import Modules
 from turbolens_server.engine.running import Running
+from turbolens_server.engine.text import Encoders
 from turbolens_server.logs import get_logger
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError, UNetBackend
 from turbolens_server.unet.compiled import (
     CompiledDecoder,
     CompiledParts,
+    CompiledText,
     CompiledUNet,
-    compile_into,
     compiled_key,
     compiler_missing,
 )
-from turbolens_server.unet.graph import GraphSpec
-from turbolens_server.unet.torch_unet import TorchUNet
+from turbolens_server.unet.spec import GraphSpec
 
 _MOST_BYTES = 2**30
 _COPIES = 5
@@ -28,9 +36,9 @@ _COPIES = 5
 
 
 def cannot_compile(unet: object, device: torch.device) -> str | None:
-    """Why a U-Net is not compiled ahead for a device, in words; None where it is."""
+    """Why a model is not compiled ahead for a device, by its U-Net, in words; None where it is."""
     weights = list(unet.parameters())  # type: ignore[attr-defined]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    size = _bytes_of(weights)
     if device.type != "cpu":
         return "it is compiled ahead for CPUs alone"
     if weights[0].dtype != torch.float32:
@@ -42,17 +50,57 @@ def cannot_compile(unet: object, device: torch.device) -> str | None:
     return None
 
 
-def find_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Running | None:
-    """What runs an engine's model faster, from the cache; None where nothing fits. What is damaged is set aside."""
-    spec, latent = _shape(engine)
-    key = _key(engine, spec, latent)
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """All that decides what a model's packages are, beside this machine."""
+
+    model: str
+    """Hash of the U-Net's weights."""
+    components: str
+    """Of all else that draws."""
+    spec: GraphSpec
+    latent: tuple[int, int]
+    """(height, width) of the first size's latents."""
+    vae: Any
+    """The VAE's configuration."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Shape:
+        """That of an engine's model."""
+        info, parts = engine.info, engine.components
+        spec = GraphSpec.of(parts.unet.config, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+        height, width = info.default_size
+        latent = (height // parts.vae_downscale, width // parts.vae_downscale)
+        return cls(info.model_hash, info.components_hash, spec, latent, parts.vae.config)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Of the entry in the cache."""
+        key = compiled_key(self.spec, self.model, self.components, self.latent, torch.get_num_threads())
+        return key | {"text": hashlib.sha256(Path(str(text.__file__)).read_bytes()).hexdigest()}
+
+
+def find_packages(shape: Shape, modules: Modules, cache: ArtifactCache, reason: str) -> Running | None:
+    """What runs a model faster, from the cache; None where nothing fits. What is damaged is set aside.
+
+    Args:
+        shape: of the model.
+        modules: of it, asked for what was not compiled.
+        cache: to look in.
+        reason: why it is these.
+    """
     try:
-        entry = cache.find("packages", key)
-        return None if entry is None else _running(engine, entry, spec, latent, reason)
+        entry = cache.find("packages", shape.key)
+        return None if entry is None else _running(shape, modules, entry, reason)
     except BackendError as error:
         get_logger().warning("compiled code set aside", why=str(error))
-        cache.set_aside("packages", key)
+        cache.set_aside("packages", shape.key)
         return None
+
+
+def find_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Running | None:
+    """The same for an engine's model."""
+    return find_packages(Shape.of(engine), engine.components.modules, cache, reason)
 
 
 def ensure_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Running:
@@ -61,43 +109,50 @@ def ensure_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Runnin
     Raises:
         BackendError: it cannot be made.
     """
-    if (found := find_compiled(engine, cache, reason)) is not None:
+    shape, modules = Shape.of(engine), engine.components.modules
+    if (found := find_packages(shape, modules, cache, reason)) is not None:
         return found
     if (missing := compiler_missing()) is not None:
         raise BackendError(f"{missing}; install one, or use torch")
-    spec, latent = _shape(engine)
-    parts, log = engine.components, get_logger()
-    weights = [*parts.unet.parameters(), *parts.vae.parameters()]
+    from turbolens_server.unet.compiling import compile_into  # with all of inductor
+
+    read, log = modules.get(), get_logger()
+    weights = [*read.unet.parameters(), *read.vae.parameters()]
+    encoders: Encoders | None = Encoders(*read.encoders, engine.device)
+    if _bytes_of(encoders.parameters()) <= _MOST_BYTES:
+        weights += encoders.parameters()
+    else:
+        encoders = None
     log.info("compiling", model=engine.info.model, why="nothing in the cache fits; it takes minutes, once")
     began = time.monotonic()
     entry = cache.add(
         "packages",
-        _key(engine, spec, latent),
+        shape.key,
         lambda folder: compile_into(
-            folder, parts.unet, parts.vae, spec, latent, torch.get_num_threads(),
+            folder, encoders, read.unet, read.vae, shape.spec, shape.latent, torch.get_num_threads(),
             lambda what: log.info("compiling", part=what, seconds=round(time.monotonic() - began)),
         ),
-        needs_bytes=_COPIES * sum(weight.numel() * weight.element_size() for weight in weights),
+        needs_bytes=_COPIES * _bytes_of(weights),
         on_wait=lambda: log.info("compiling", why="another process compiles; waiting for it"),
     )  # fmt: skip
-    return _running(engine, entry, spec, latent, reason)
+    return _running(shape, modules, entry, reason)
 
 
-def _running(engine: Engine, entry: Entry, spec: GraphSpec, latent: tuple[int, int], reason: str) -> Running:
+def _bytes_of(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _running(shape: Shape, modules: Modules, entry: Entry, reason: str) -> Running:
     parts = CompiledParts.load(entry.folder)
-    plain: UNetBackend = TorchUNet(engine.components.unet)
-    unet = CompiledUNet(parts, plain, spec, latent)
-    return Running(unet, CompiledDecoder(parts, engine.components.vae, latent), reason)
 
+    def plain() -> UNetBackend:
+        from turbolens_server.unet.torch_unet import TorchUNet  # with the modules that it walks
 
-def _shape(engine: Engine) -> tuple[GraphSpec, tuple[int, int]]:
-    """The spec of an engine's U-Net, and the (height, width) of its first size's latents."""
-    info, parts = engine.info, engine.components
-    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
-    height, width = info.default_size
-    return spec, (height // parts.vae_downscale, width // parts.vae_downscale)
+        return TorchUNet(modules.get().unet)
 
+    def encoders() -> Encoders:
+        return Encoders(*modules.get().encoders, torch.device("cpu"))
 
-def _key(engine: Engine, spec: GraphSpec, latent: tuple[int, int]) -> dict[str, object]:
-    info = engine.info
-    return compiled_key(spec, info.model_hash, info.components_hash, latent, torch.get_num_threads())
+    unet = CompiledUNet(parts, plain, shape.spec, shape.latent)
+    decoder = CompiledDecoder(parts, lambda: modules.get().vae, shape.vae, shape.latent)
+    return Running(unet, decoder, reason, CompiledText(parts, encoders, shape.spec) if parts.text else None)

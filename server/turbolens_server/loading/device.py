@@ -5,9 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-import diffusers
 import torch
-import transformers
 
 from turbolens_server.loading.errors import LoadError
 
@@ -55,5 +53,5 @@ def versions() -> dict[str, str]:
         own = version("turbolens")
     except PackageNotFoundError:
         own = "unknown"
-    libraries = (torch, diffusers, transformers)
-    return {"turbolens": own} | {library.__name__: library.__version__ for library in libraries}
+    others = {name: version(name) for name in ("diffusers", "transformers")}
+    return {"turbolens": own, "torch": torch.__version__} | others

@@ -15,7 +15,7 @@ import tyro
 
 if TYPE_CHECKING:
     from turbolens_server.unet.artifacts import Entry
-    from turbolens_server.unet.graph import GraphSpec
+    from turbolens_server.unet.spec import GraphSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,14 +102,14 @@ def _export(build: Build) -> tuple[Entry, GraphSpec, tuple[int, int], float]:
     from turbolens_server.loading.load import load_engine
     from turbolens_server.unet.artifacts import ArtifactCache
     from turbolens_server.unet.export import ensure_graph
-    from turbolens_server.unet.graph import GraphSpec
+    from turbolens_server.unet.spec import GraphSpec
 
     engine = load_engine(
         model=build.model, device="cpu", dtype=build.dtype, variant=build.variant, saes=build.sae or None,
         force_sae=build.force_sae, size=build.size, backend="torch",
     )  # fmt: skip
     info, parts = engine.info, engine.components
-    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    spec = GraphSpec.of(parts.unet.config, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
     height, width = info.default_size
     start = time.monotonic()
     graph = ensure_graph(ArtifactCache(build.root()), parts.unet, spec, info.model_hash)

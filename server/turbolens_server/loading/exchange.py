@@ -15,9 +15,7 @@ from turbolens_server.engine.info import MemoryNeed, SaeInfo
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.memory import available_bytes, encoding_bytes, size_of, slack
 from turbolens_server.loading.saes import fitting, load_saes
-from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.points import list_points
-from turbolens_server.unet.tapped import find_hook_points
 
 
 def with_loaded(engine: Engine, source: str, max_batch: int, *, force: bool = False) -> Engine:
@@ -56,9 +54,8 @@ def reloaded(engine: Engine, name: str, max_batch: int) -> Engine:
 
 
 def _read(engine: Engine, source: str, *, force: bool) -> list[SaeInfo]:
-    parts, info = engine.components, engine.info
-    points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.vae_downscale))
-    found = load_saes(source, points.keys(), info.model_hash, force, fused=bool(info.loras))
+    info = engine.info
+    found = load_saes(source, engine.components.points.keys(), info.model_hash, force, fused=bool(info.loras))
     tapped = [point.name for point in info.hook_points]
     for sae in found:
         if sae.hook_point not in tapped:

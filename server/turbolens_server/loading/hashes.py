@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from turbolens_server.files import hash_file, hash_files
-from turbolens_server.loading.parts import STEMS, find_weights
+from turbolens_server.loading.weights import STEMS, find_weights
 
 
 def hash_unet(folder: Path, variant: str | None = None) -> str:

@@ -7,9 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from diffusers import StableDiffusionXLPipeline
-from huggingface_hub import snapshot_download
-
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.places import EMBEDDED, EMBEDDED_SAES, local
@@ -54,6 +51,8 @@ def model_folder(model: str, variant: str | None = None) -> Path:
     """
 
     def fetch(name: str) -> str:
+        from diffusers import StableDiffusionXLPipeline  # not needed for what is here
+
         folder: str = StableDiffusionXLPipeline.download(name, variant=variant, use_safetensors=True)
         return folder
 
@@ -94,7 +93,13 @@ def config_folder(name: str | None) -> Path:
 
 def snapshot(patterns: Sequence[str]) -> Callable[[str], str]:
     """Fetches the files of a hub id whose names fit."""
-    return lambda name: snapshot_download(name, allow_patterns=list(patterns))
+
+    def fetch(name: str) -> str:
+        from huggingface_hub import snapshot_download  # likewise
+
+        return str(snapshot_download(name, allow_patterns=list(patterns)))
+
+    return fetch
 
 
 def resolve(name: str, flag: str, fetch: Callable[[str], str] | None = None) -> Path:

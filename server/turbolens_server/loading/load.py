@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -16,33 +15,30 @@ from turbolens_server.engine.batcher import MAX_BATCH
 from turbolens_server.engine.decode import GraphedVae
 from turbolens_server.engine.engine import Components, Engine, pipelined_on
 from turbolens_server.engine.info import EngineInfo, SaeInfo
+from turbolens_server.engine.modules import Modules, Read
+from turbolens_server.engine.running import Running
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
-from turbolens_server.engine.text import TextEncoder
-from turbolens_server.files import hash_file
-from turbolens_server.loading.compiled import cannot_compile, ensure_compiled
+from turbolens_server.engine.text import Encode, Encoders, TextEncoder
+from turbolens_server.loading.compiled import Shape, cannot_compile, ensure_compiled, find_packages
+from turbolens_server.loading.described import Model
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.gates import open_gates
-from turbolens_server.loading.hashes import hash_components
-from turbolens_server.loading.hub import config_folder, embedded_saes, file_of, resolve
-from turbolens_server.loading.lora import Fused, fuse_loras
+from turbolens_server.loading.hub import embedded_saes
+from turbolens_server.loading.kept import find_kept, folder_of_kept, keep, place_of
 from turbolens_server.loading.memory import available_bytes, memory_need
-from turbolens_server.loading.model import folder_of, read_pipeline
-from turbolens_server.loading.places import EMBEDDED
-from turbolens_server.loading.random_sdxl import is_random, random_bundles
+from turbolens_server.loading.places import EMBEDDED, is_random
 from turbolens_server.loading.saes import fitting, load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
-from turbolens_server.loading.single_file import read_single_file
-from turbolens_server.loading.vae import load_vae
-from turbolens_server.logs import get_logger
+from turbolens_server.logs import get_logger, through_ours
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
-from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.backend import BackendError
-from turbolens_server.unet.choose import open_backend
-from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.compiled import NAME
 from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint, list_points
-from turbolens_server.unet.tapped import UnsupportedUNet, check_supported, find_hook_points
+from turbolens_server.unet.spec import GraphSpec
 
+KEPT: Final = "auto: compiled for this CPU ahead of time, and kept in the cache"
+"""Why compiled code runs that an earlier start has made."""
 _TRAINED_STEPS: Final = 1
 """Steps of a request that does not say: what Turbo models are distilled for."""
 
@@ -71,6 +67,7 @@ def load_engine(
     model_config: str | None = None,
     gate: str | None = None,
     force_gate: bool = False,
+    ahead_of_modules: bool = False,
 ) -> Engine:
     """Load a model with its SAEs.
 
@@ -101,6 +98,8 @@ def load_engine(
             scheduler and vocabularies it gets; None: SDXL base.
         gate: learned region gates, a folder or a hub id, or "mini", the embedded model's own; None: none.
         force_gate: serve gates on a model that they were not trained on.
+        ahead_of_modules: with "auto" or "torch-compile" on a CPU: where the cache has compiled code, serve by it and by
+            what is kept of the model, and read the model when something else is asked for.
 
     Raises:
         LoadError: with one clear line.
@@ -109,16 +108,31 @@ def load_engine(
     on = pick_device(device)
     precision = pick_dtype(dtype, on)
     available = available_bytes(on)
-    parts = _read_parts(model, on, precision, variant, vae, loras, model_config)
+    artifacts = ArtifactCache(cache or default_cache())
+
+    def read() -> Model:
+        from turbolens_server.loading.whole import read_model  # with all that its modules are made of
+
+        if ahead_of_modules:
+            through_ours()
+        return read_model(model, on, precision, variant, vae, loras, model_config)
+
+    place, found = None, None
+    able_to = backend in ("auto", NAME) and on.type == "cpu" and precision == torch.float32
+    as_it_is = (variant, vae, model_config) == (None, None, None) and not loras
+    if ahead_of_modules and able_to and as_it_is and (folder := folder_of_kept(model)) is not None:
+        counted_for = {"max_batch": max_batch, "size": size, "more_sizes": list(more_sizes)}
+        place = place_of(artifacts.root, folder, counted_for)
+        found = find_kept(place, folder, Modules(lambda: _told(read, model))) if place else None
+    parts = found or read()
     try:
-        check_supported(parts.unet)
-        sampler = choose_scheduler(parts.pipeline.scheduler, scheduler, timestep_spacing)
+        sampler = choose_scheduler(parts.scheduler, scheduler, timestep_spacing)
         able = check_scheduler(sampler, max_steps, timesteps)
-    except (UnsupportedUNet, UnsupportedScheduler) as error:
+    except UnsupportedScheduler as error:
         raise LoadError(f"{model}: {error}") from error
     if max_steps < len(timesteps):
         raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
-    embeds_guidance = parts.unet.config.time_cond_proj_dim is not None
+    embeds_guidance = parts.embeds_guidance
     made_for_guidance = sampler.config.get("timestep_spacing") == "leading" and not timesteps and not embeds_guidance
     if made_for_guidance:
         get_logger().warning(
@@ -127,58 +141,64 @@ def load_engine(
             reason="timesteps are spaced as for models of many steps with guidance",
             way_out="if it is distilled, --timestep-spacing trailing; else --max-steps 50, and guidance in requests",
         )
-    other = sampler is not parts.pipeline.scheduler
+    other = sampler is not parts.scheduler
     components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
-    points = with_attention_points(parts.unet, find_hook_points(parts.unet, parts.downscale))
+    points = parts.points
     changed = "unet" in parts.fused.parts
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
     gates = None
     if gate is not None:
         if backend in ("onnx", "tensorrt"):  # now, and not when a graph was exported for minutes
             raise LoadError(f"--gate {gate}: the backend {backend} takes no gates; use --backend torch")
-        width = parts.unet.config.cross_attention_dim
-        gates = open_gates(gate, points, width, parts.hash, force=force_gate, fused=changed)
+        gates = open_gates(gate, points, parts.unet["cross_attention_dim"], parts.hash, force=force_gate, fused=changed)
     tapped = _tapped_points(model, hook_points, served, points)
     edge = parts.edge(size)
     sizes = tuple(dict.fromkeys([(edge, edge), *map(parts.size, more_sizes)]))
     if backend == "tensorrt" and len(sizes) > 1:
         raise LoadError("--more-sizes: a TensorRT engine is built for one size; use another --backend")
     largest = max(sizes, key=math.prod)
+    tokens = parts.tokenizers[0].model_max_length
+    counted = parts.count(
+        max_batch=max_batch,
+        latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
+        picture_size=largest,
+        tokens=tokens,
+    )
     need = memory_need(
-        unet=parts.unet,
-        vae=parts.vae,
-        texts=parts.encoders,
+        counted,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
         gates=() if gates is None else gates.bundle.tensors().values(),
         dictionaries=[(math.prod(points[sae.hook_point].grid(*largest)), sae.bundle.d_sae) for sae in served],
         runs=[math.prod(points[s.hook_point].grid(*largest)) * s.bundle.d_in for s in served if s.bundle.steps],
         max_batch=max_batch,
-        latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
-        picture_size=largest,
-        tokens=parts.pipeline.tokenizer.model_max_length,
         pipelined=pipelined_on(on),
         available=available,
     )
     if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {largest[1]}x{largest[0]}"):
         raise LoadError(f"{model}: {refusal}")
+    if place is not None and found is None:
+        keep(place, parts, counted)
     with on_device(on):
-        text = TextEncoder(
-            (parts.pipeline.tokenizer, parts.pipeline.tokenizer_2),
-            (parts.encoders[0].to(on), parts.encoders[1].to(on)),
-            on,
-            zeros_for_nothing=bool(parts.pipeline.config.force_zeros_for_empty_prompt),
-        )
-        decoder = parts.vae.to(on)
-        spec = GraphSpec.of(parts.unet, tapped, parts.downscale, text.max_tokens)
+        spec = GraphSpec.of(parts.unet, tapped, parts.downscale, tokens)
         latent = (edge // parts.downscale, edge // parts.downscale)
-        artifacts = ArtifactCache(cache or default_cache())
-        ahead = backend == "torch-compile" and cannot_compile(parts.unet, on) is None
-        try:
-            runner, reason, more = open_backend(
-                "torch" if ahead else backend, parts.unet, spec, parts.hash, on, artifacts, latent
+        shape = Shape(parts.hash, components_hash, spec, latent, parts.vae)
+        ran: Running | None = None
+        encode: Encode
+        more: dict[str, str] = {}
+        if found is not None:
+            ran = find_packages(shape, parts.modules, artifacts, KEPT if backend == "auto" else f"asked for: {backend}")
+        if ran is not None:
+            to_compile = False
+            encode = ran.text or Encoders(*parts.modules.get().encoders, on)
+        else:
+            modules = _moved(parts.modules.get(), on)
+            encode = Encoders(*modules.encoders, on)
+            to_compile = backend == "torch-compile" and cannot_compile(modules.unet, on) is None
+            ran, more = _run_modules(
+                "torch" if to_compile else backend, modules, spec, parts.hash, on, artifacts, latent
             )
-        except BackendError as error:
-            raise LoadError(f"--backend {backend}: {error}") from error
+        text = TextEncoder(parts.tokenizers, encode, on, zeros_for_nothing=parts.zeros_for_nothing)
+        takes_bias = ran.unet.takes_bias
         info = EngineInfo(
             model=model,
             model_hash=parts.hash,
@@ -190,8 +210,8 @@ def load_engine(
             default_size=(edge, edge),
             sizes=sizes,
             max_prompt_tokens=text.max_tokens,
-            backend=runner.name,
-            backend_reason=reason,
+            backend=ran.unet.name,
+            backend_reason=ran.reason,
             device=describe(on),
             dtype=str(precision).removeprefix("torch."),
             versions=versions() | more,
@@ -208,17 +228,18 @@ def load_engine(
             embedded_guidance=embedded_guidance if embeds_guidance else 1.0,
             takes_guidance=not embeds_guidance,
             takes_pictures=able.pictures,
-            latent_channels=parts.unet.config.in_channels,
+            latent_channels=parts.unet["in_channels"],
             vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
-            region_strides=tuple(sorted({point.downscale for point in points.values()})) if runner.takes_bias else (),
-            opens_attention=runner.takes_bias,  # both where the layers run as written, and not as a graph of old
+            region_strides=tuple(sorted({point.downscale for point in points.values()})) if takes_bias else (),
+            opens_attention=takes_bias,  # both where the layers run as written, and not as a graph of old
             gate=gates,
             other_points=tuple(point for point in points.values() if point not in tapped),
         )
-        pictures = GraphedVae(decoder, compiled=runner.name == "torch-compile") if on.type == "cuda" else decoder
-        engine = Engine(Components(text, parts.unet, decoder, sampler, parts.downscale, pictures), runner, info, on)
-        if ahead:
+        engine = Engine(
+            Components(text, parts.modules, sampler, parts.downscale, points, ran.decoder), ran.unet, info, on
+        )
+        if to_compile:
             try:
                 engine.use(ensure_compiled(engine, artifacts, f"asked for: {backend}"))
             except BackendError as error:
@@ -226,93 +247,38 @@ def load_engine(
         return engine
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """A model on the host, before anything is moved."""
-
-    pipeline: Any
-    unet: Any
-    vae: Any
-    """The one that serves: the pipeline's own or another."""
-    encoders: tuple[Any, Any]
-    downscale: int
-    """Picture pixels for each pixel of a latent, each way."""
-    hash: str
-    components_hash: str
-    fused: Fused
-
-    def edge(self, size: int | None) -> int:
-        """A picture's edge: the model's own, or one that the U-Net can halve as often as it does.
-
-        Raises:
-            LoadError: it cannot, or the exported graph would not take it.
-        """
-        if size is None:
-            own = self.unet.config.sample_size
-            own = own[0] if isinstance(own, list | tuple) and len({*own}) == 1 else own
-            if not isinstance(own, int):
-                raise LoadError(f"the U-Net says sample_size={own!r}, and pictures are square; give --size in pixels")
-            return own * self.downscale
-        if size % self._cell or size < 2 * self._cell:
-            raise LoadError(f"--size {size}: must be a multiple of {self._cell}, from {2 * self._cell}")
-        return size
-
-    def size(self, text: str) -> tuple[int, int]:
-        """A further size, (height, width), of "WIDTHxHEIGHT"; raises as `edge`."""
-        width, _, height = text.partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise LoadError(f"--more-sizes {text}: write WIDTHxHEIGHT, such as 640x384")
-        found = int(height), int(width)
-        if any(edge % self._cell or edge < 2 * self._cell for edge in found):
-            raise LoadError(f"--more-sizes {text}: must be multiples of {self._cell}, from {2 * self._cell}")
-        return found
-
-    @property
-    def _cell(self) -> int:
-        """What the U-Net can halve as often as it does."""
-        return int(self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+def _told(read: Callable[[], Model], model: str) -> Read:
+    """The modules of a model that was served without them."""
+    get_logger().info("reading the model", model=model, why="something is asked for that was not compiled")
+    return read().modules.get()
 
 
-def _read_parts(
-    model: str,
+def _moved(modules: Read, device: torch.device) -> Read:
+    """All but the U-Net, which goes where its backend wants it, on the device."""
+    modules.vae.to(device)
+    for encoder in modules.encoders:
+        encoder.to(device)
+    return modules
+
+
+def _run_modules(
+    backend: str,
+    modules: Read,
+    spec: GraphSpec,
+    model_hash: str,
     device: torch.device,
-    dtype: torch.dtype,
-    variant: str | None,
-    vae: str | None,
-    loras: Sequence[str],
-    model_config: str | None,
-) -> _Parts:
-    file = file_of(model)
-    vae_at = None if vae is None else file_of(vae) or resolve(vae, "--vae")
-    folder: Path | None
-    if file is None:
-        if model_config is not None:
-            raise LoadError(f"--model-config {model_config}: is for a --model that is one .safetensors file")
-        folder = folder_of(model, variant)
-        pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
-    else:
-        if variant is not None:
-            raise LoadError(f"--variant {variant}: {file} is one file, which has no variants")
-        folder = config_folder(model_config)
-        pipeline, unet_hash = read_single_file(file, folder, dtype), hash_file(file)
-    fused = fuse_loras(pipeline, loras)
-    components = unet_hash if folder is None else hash_components(folder, variant, vae_at, file)
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        # A tokenizer that does not say has a limit beyond all bounds; the encoder reads no more than this.
-        tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    return _Parts(
-        pipeline=pipeline,
-        unet=pipeline.unet.eval(),
-        vae=load_vae(vae_at, pipeline.vae, dtype).eval(),
-        encoders=(pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()),
-        downscale=pipeline.vae_scale_factor,
-        hash=fused.rehash(unet_hash) if "unet" in fused.parts else unet_hash,
-        components_hash=fused.rehash(components) if fused.parts - {"unet"} else components,
-        fused=fused,
-    )
+    cache: ArtifactCache,
+    latent: tuple[int, int],
+) -> tuple[Running, dict[str, str]]:
+    """What runs a model's modules, and versions of what it runs on; arguments as for `open_backend`."""
+    from turbolens_server.unet.choose import open_backend  # with all backends
+
+    try:
+        runner, reason, more = open_backend(backend, modules.unet, spec, model_hash, device, cache, latent)
+    except BackendError as error:
+        raise LoadError(f"--backend {backend}: {error}") from error
+    on_gpu, compiled = device.type == "cuda", runner.name == NAME
+    return Running(runner, GraphedVae(modules.vae, compiled=compiled) if on_gpu else modules.vae, reason), more
 
 
 def _open_saes(
@@ -331,6 +297,8 @@ def _open_saes(
         LoadError: one of them does not fit the model, or two have one name.
     """
     if sources is None and is_random(model):
+        from turbolens_server.loading.random_sdxl import random_bundles
+
         found = [SaeInfo(b.name, b.hook_point, b, forced=False) for b in random_bundles(model, points, model_hash)]
     else:
         named = [str(embedded_saes())] if sources is None and model == EMBEDDED else sources or ()

@@ -8,8 +8,9 @@ a real run, which the tests hold it to.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from turbolens_server.engine.encode import encoder_alone, upcasts
 from turbolens_server.engine.info import MemoryNeed
+from turbolens_server.engine.modules import Read
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
 
@@ -137,49 +139,75 @@ def slack(counted: int) -> int:
     return int(counted * _SLACK)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What the modules of a model take, in bytes, for the batches and sizes that they were counted with."""
+
+    weights: int
+    """With the copies that the VAE's encoder makes."""
+    denoising: int
+    """Activations of a pass of the U-Net."""
+    reading: int
+    """Activations of the VAE's encoder."""
+    decoding: int
+    """Of its decoder: pictures are decoded one by one."""
+    texts: int
+    """Of the encoded prompts that are kept."""
+
+
+def count(
+    modules: Read, *, max_batch: int, latent_size: tuple[int, int], picture_size: tuple[int, int], tokens: int
+) -> Counted:
+    """Count by the modules' own code.
+
+    Args:
+        modules: of the model, loaded.
+        max_batch: pictures of a batch.
+        latent_size: (height, width) of the largest latents.
+        picture_size: of their pictures.
+        tokens: text tokens of a prompt.
+    """
+    height, width = latent_size
+    copied, reading = encoder_bytes(modules.vae, *picture_size)  # one by one, before their walk begins
+    parts = (modules.unet, modules.vae, *modules.encoders)
+    return Counted(
+        weights=copied + sum(size_of(weight) for part in parts for weight in part.parameters()),
+        denoising=unet_bytes(modules.unet, max_batch, height, width, tokens),
+        reading=reading,
+        decoding=vae_bytes(modules.vae, 1, height, width),
+        texts=text_bytes(modules.unet, modules.encoders[0].dtype, PROMPTS_KEPT, tokens),
+    )
+
+
 def memory_need(
+    counted: Counted,
     *,
-    unet: Any,
-    vae: Any,
-    texts: Sequence[Any],
     saes: Iterable[Iterable[Tensor]],
     gates: Iterable[Tensor] = (),
     dictionaries: Iterable[tuple[int, int]],
     runs: Iterable[int],
     max_batch: int,
-    latent_size: tuple[int, int],
-    picture_size: tuple[int, int],
-    tokens: int,
     pipelined: bool,
     available: int | None,
 ) -> MemoryNeed:
     """What it takes to serve a model.
 
     Args:
-        unet: the loaded U-Net.
-        vae: the loaded VAE.
-        texts: the loaded text encoders.
+        counted: what its modules take.
         saes: the tensors of each SAE.
         gates: the tensors of learned region gates.
         dictionaries: (positions, d_sae) of each SAE at that size.
         runs: values of the updates that each temporal SAE keeps of a picture until its last step.
         max_batch: pictures of a batch.
-        latent_size: (height, width) of the largest latents.
-        picture_size: of their pictures.
-        tokens: text tokens of a prompt.
         pipelined: whether a batch is decoded while the next is denoised.
         available: bytes that were free before anything was loaded.
     """
-    height, width = latent_size
-    encoding = encoding_bytes(dictionaries, runs, max_batch)
-    copied, reading = encoder_bytes(vae, *picture_size)  # one by one, before their walk begins
-    denoising = max(unet_bytes(unet, max_batch, height, width, tokens) + encoding, reading)
-    decoding = vae_bytes(vae, 1, height, width)  # pictures are decoded one by one
-    activations = denoising + decoding if pipelined else max(denoising, decoding)
+    denoising = max(counted.denoising + encoding_bytes(dictionaries, runs, max_batch), counted.reading)
+    activations = denoising + counted.decoding if pipelined else max(denoising, counted.decoding)
     return MemoryNeed(
-        weights=copied + sum(map(size_of, (*gates, *(t for part in (unet, vae, *texts) for t in part.parameters())))),
+        weights=counted.weights + sum(map(size_of, gates)),
         saes=sum(size_of(tensor) for tensors in saes for tensor in tensors),
-        activations=slack(activations) + text_bytes(unet, texts[0].dtype, PROMPTS_KEPT, tokens),
+        activations=slack(activations) + counted.texts,
         available=available,
     )
 

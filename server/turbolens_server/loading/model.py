@@ -17,8 +17,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.hub import model_folder
 from turbolens_server.loading.parts import read_parts
-from turbolens_server.loading.places import EMBEDDED
-from turbolens_server.loading.random_sdxl import is_random, random_pipeline
+from turbolens_server.loading.places import EMBEDDED, is_random
 
 
 def load_pipeline(
@@ -54,6 +53,8 @@ def read_pipeline(
         LoadError: with one clear line.
     """
     if folder is None:
+        from turbolens_server.loading.random_sdxl import random_pipeline
+
         try:
             return random_pipeline(model, device, dtype)
         except ValueError as error:

@@ -19,6 +19,11 @@ RANDOM: Final = "random:"
 """What the name of an architecture with random weights begins with."""
 
 
+def is_random(model: str) -> bool:
+    """Whether a model's name asks for random weights."""
+    return model.startswith(RANDOM)
+
+
 def local(name: str, flag: str) -> Path | None:
     """The local file or folder of a name; None: it is a hub id.
 
@@ -61,7 +66,7 @@ def nowhere(model: str, saes: Iterable[str] = (), more: Iterable[tuple[str, str]
         saes: as `--sae` says them.
         more: flags and what each names.
     """
-    named = [] if model == EMBEDDED or model.startswith(RANDOM) else [("--model", model)]
+    named = [] if model == EMBEDDED or is_random(model) else [("--model", model)]
     found = []
     for flag, name in (*named, *(("--sae", _path_of(source)) for source in saes), *more):
         if flag == "--sae" and name in EMBEDDED_SAES:

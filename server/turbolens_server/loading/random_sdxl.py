@@ -100,11 +100,6 @@ SDXL_TURBO: Final = Architecture(
 """SDXL Turbo with the SAEs of arXiv 2410.22366."""
 
 
-def is_random(model: str) -> bool:
-    """Whether a model's name asks for random weights."""
-    return model.startswith(RANDOM)
-
-
 def architecture(model: str) -> Architecture:
     """The architecture of `random:sdxl-turbo` or `random:mini`.
 

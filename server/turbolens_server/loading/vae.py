@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.half_vae import UnknownDecoder, scale_stream
-from turbolens_server.loading.parts import STEMS, find_weights, read_part
-from turbolens_server.loading.single_file import read_single_vae
+from turbolens_server.loading.parts import read_part
+from turbolens_server.loading.weights import STEMS, find_weights
 
 
 def load_vae(at: Path | None, own: Any, dtype: torch.dtype) -> Any:
@@ -21,6 +21,8 @@ def load_vae(at: Path | None, own: Any, dtype: torch.dtype) -> Any:
     if at is None:
         return _fit(own, dtype)
     if at.is_file():
+        from turbolens_server.loading.single_file import read_single_vae
+
         try:
             return _fit(read_single_vae(at, own, dtype), dtype)
         except LoadError as error:

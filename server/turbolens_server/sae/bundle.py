@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from turbolens_server.files import first_line, hash_file, whole_folder, write_file, write_files
+from turbolens_server.files import first_line, hash_file, read_object, whole_folder, write_file, write_files
 
 FORMAT_VERSION: Final = 1
 Architecture = Literal["topk", "jumprelu", "turbolens-matryoshka", "turbolens-temporal"]
@@ -323,17 +323,7 @@ def amend_bundle(folder: Path, files: Mapping[str, bytes], **entries: Any) -> No
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / _PROVENANCE_FILE
-    return _read_object(path) if path.exists() else {}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: unreadable ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise BundleError(f"{path}: holds a {type(found).__name__}, expected an object")
-    return found
+    return read_object(path, BundleError) if path.exists() else {}
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -345,7 +335,7 @@ def load_bundle(folder: Path) -> Bundle:
     for name in ("cfg.json", _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise BundleError(f"{folder}: {name} is missing")
-    config = _read_object(folder / "cfg.json")
+    config = read_object(folder / "cfg.json", BundleError)
     try:
         tensors = load_file(folder / _WEIGHTS_FILE)
     except Exception as error:  # safetensors raises many kinds for broken files

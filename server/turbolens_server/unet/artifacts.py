@@ -4,6 +4,7 @@
     <root>/graphs/<key>/                 one entry: its files and manifest.json
     <root>/engines/<key>/
     <root>/packages/<key>/
+    <root>/models/                       see `turbolens_server.loading.kept`
     <root>/{graphs,engines,packages}/.<key>-*     being made, left by a process that was killed, or found damaged
 
 An entry is made in a partial folder and renamed when its files and its manifest are on the disk, so a reader sees all
@@ -215,6 +216,9 @@ class ArtifactCache:
                 if not keep:
                     _remove(folder)
                     removed.append(folder)
+            if everything and (kept := self.root / "models").is_dir():
+                _remove(kept)
+                removed.append(kept)
             return removed
 
     def _remove_partial(self) -> list[Path]:

@@ -22,6 +22,10 @@ GraphPass = Callable[[Mapping[str, Affine], Sequence[str]], dict[str, Tensor]]
 """(steering by hook point, where there is any; names of the outputs wanted) -> those outputs, by name."""
 
 
+OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
+"""(hook point, update [B, height * width, d_model], (height, width)) -> the update to add instead."""
+
+
 class BackendError(RuntimeError):
     """A backend cannot run; the text is one line that says why and what to do."""
 

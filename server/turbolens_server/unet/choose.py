@@ -11,8 +11,9 @@ from turbolens_server.unet.artifacts import ArtifactCache, DamagedError, Entry
 from turbolens_server.unet.backend import BackendError, UNetBackend, need
 from turbolens_server.unet.export import GRAPH_FILE, ensure_graph, graph_key
 from turbolens_server.unet.fused import FusedBlocks
-from turbolens_server.unet.graph import GraphSpec, GraphUNet
+from turbolens_server.unet.graph import GraphUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
+from turbolens_server.unet.spec import GraphSpec
 from turbolens_server.unet.tensorrt_api import TensorRT, current_target, find_tensorrt
 from turbolens_server.unet.tensorrt_build import Bucket, ensure_engine
 from turbolens_server.unet.tensorrt_unet import TensorRTRunner, find_engine

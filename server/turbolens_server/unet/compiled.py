@@ -1,46 +1,48 @@
-"""The U-Net and the VAE's decoder as native code for this CPU, made ahead of time by PyTorch's inductor.
+"""What makes pictures as native code for this CPU; `compiling` makes it.
 
-The U-Net is two chains of packages that end at the hook points (see `segments`): one for a single picture, one for any
-larger batch. The decoder is one package, since pictures are decoded one by one. Weights are frozen into the packages,
-in the order in which the CPU's matrix library wants them.
+The U-Net is two chains of packages that end at the hook points: one for a single picture, one for any larger batch. The
+text encoders are likewise two packages. The decoder is one, since pictures are decoded one by one. Nothing here needs
+the modules that they were made of, nor what those are made with.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turbolens_server.files import first_line
-from turbolens_server.unet import attention_taps, conditions, segments, tapped
-from turbolens_server.unet.backend import BackendError, Tap, UNetBackend
+from turbolens_server.unet.backend import BackendError, OnUpdate, Tap, UNetBackend
 from turbolens_server.unet.conditions import Conditions
-from turbolens_server.unet.graph import GraphSpec
-from turbolens_server.unet.segments import STEERED, Segment, cut_at_points, trace
+from turbolens_server.unet.spec import GraphSpec
 
 NAME: Final = "torch-compile"
-_CHAINS: Final = {"one": 1, "several": 2}
-"""Batch that each chain is traced with."""
-_DECODER: Final = "decoder.pt2"
-_ORDER: Final = "chains.json"
-_TOLERANCE: Final = 1e-4
-"""Of the largest magnitude: what a compiled output may differ by from the eager one."""
-_CHECKED: Final = (1, 2, 3)
-"""Batches that a compiled U-Net is held to the eager one with."""
+CHAINS: Final = {"one": 1, "several": 2}
+"""Batch that each chain, and each package of the text encoders, is traced with."""
+DECODER: Final = "decoder.pt2"
+TEXT: Final = "text-{}.pt2"
+"""By chain."""
+ORDER: Final = "chains.json"
+MOST: Final = 63
+"""Most rows of a batch whose size stays open."""
+STEERED: Final = "steered"
+"""What a segment calls the update that the one before it ended with, after the tap."""
+_SOURCES: Final = ("attention_taps", "compiled", "compiling", "conditions", "segments", "tapped")
+"""Files here that decide what is compiled."""
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 """A loaded package."""
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Both text encoders."""
 
 
 def compiler_missing() -> str | None:
@@ -59,8 +61,7 @@ def compiled_key(spec: GraphSpec, model: str, components: str, latent: tuple[int
         latent: (height, width) of the latents.
         threads: that will run them; their number is part of the code.
     """
-    sources = (attention_taps, conditions, segments, tapped)
-    code = "".join(Path(str(source.__file__)).read_text() for source in sources) + Path(__file__).read_text()
+    code = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in _SOURCES)
     return {
         "model": model,
         "components": components,
@@ -82,144 +83,30 @@ def _cpu() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}"
 
 
-# Making
+def load_package(path: Path) -> Run:
+    """A package, ready to run.
 
-
-class _Decoder(nn.Module):
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return decoded
-
-
-def compile_into(
-    folder: Path,
-    unet: Any,
-    vae: Any,
-    spec: GraphSpec,
-    latent: tuple[int, int],
-    threads: int,
-    told: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Compile, hold to the eager model, and write.
-
-    Args:
-        folder: to write into.
-        unet: in float32 on the CPU.
-        vae: likewise.
-        spec: as for :func:`compiled_key`, and likewise `latent` and `threads`.
-        told: what is being compiled, in words.
-
-    Returns:
-        Seconds that it took, and the largest differences found.
-
-    Raises:
-        BackendError: it cannot be compiled, or the outcome differs from the eager model.
+    By the loader that `torch._inductor.aoti_load_package` wraps: to import that imports all of inductor.
     """
-    began = time.monotonic()
-    try:
-        order: dict[str, Any] = {}
-        for chain, batch in _CHAINS.items():
-            told("the U-Net for one picture" if batch == 1 else "the U-Net for several pictures")
-            order[chain] = _compile_chain(folder, chain, unet, spec, _random_inputs(spec, latent, batch), threads)
-        told("the VAE's decoder")
-        latents = torch.randn(1, vae.config.latent_channels, *latent)
-        _package(trace(_Decoder(vae).eval(), [latents]), folder / _DECODER, threads)
-        (folder / _ORDER).write_text(json.dumps(order, indent=1) + "\n")
-        with torch.inference_mode():
-            differences = _differences(CompiledParts.load(folder), unet, vae, spec, latent)
-    except BackendError:
-        raise
-    except Exception as error:  # inductor and compilers have many kinds
-        raise BackendError(f"cannot be compiled ({type(error).__name__}: {first_line(error)}); use torch") from error
-    if worst := [f"{name} by {found:.1e}" for name, found in differences.items() if not found <= _TOLERANCE]:
-        raise BackendError(f"compiled, it differs from the model: {', '.join(worst)} of its largest value; use torch")
-    return {"seconds": round(time.monotonic() - began, 1), "differences": differences}
-
-
-def _random_inputs(spec: GraphSpec, latent: tuple[int, int], batch: int) -> list[Tensor]:
-    names = ("sample", "timestep", "text", "pooled", "time_ids")
-    generator = torch.Generator().manual_seed(batch)
-    inputs = [torch.randn(spec.input_shape(name, batch, *latent), generator=generator) for name in names]
-    inputs[1] = torch.full((batch,), 999.0)
-    inputs[4] = inputs[4].abs() * 64
-    return inputs
-
-
-def _compile_chain(
-    folder: Path, chain: str, unet: Any, spec: GraphSpec, inputs: list[Tensor], threads: int
-) -> dict[str, Any]:
-    """Compile a chain's segments in order, each for what the compiled ones before it give: their strides count."""
-    names, cut = cut_at_points(unet, [point.name for point in spec.points], inputs)
-    values = dict(zip(names, inputs, strict=True))
-    links = []
-    for number, segment in enumerate(cut):
-        file = f"{chain}-{number}.pt2"
-        taken = [values[name] for name in segment.takes]
-        _package(trace(segment.module, taken), folder / file, threads)
-        given = _load(folder / file)(taken)
-        values |= dict(zip(segment.gives, given, strict=True))
-        values[STEERED] = given[-1].contiguous()
-        told = {field.name: getattr(segment, field.name) for field in dataclasses.fields(segment)}
-        links.append({**told, "module": file})
-    return {"inputs": names, "links": links}
-
-
-def _package(traced: Any, path: Path, threads: int) -> None:
-    settings = {
-        "freezing": True,
-        "cpp.threads": threads,
-        "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, and takes longest to compile
-    }
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(path), inductor_configs=settings)
-
-
-def _differences(
-    parts: CompiledParts, unet: Any, vae: Any, spec: GraphSpec, latent: tuple[int, int]
-) -> dict[str, float]:
-    """Largest difference from the eager model of each output, of its largest magnitude."""
-    at = frozenset(point.name for point in spec.points)
-    found: dict[str, float] = {}
-    for batch in _CHECKED:
-        sample, timestep, *heard = _random_inputs(spec, latent, batch)
-        given = (sample, timestep, Conditions(*heard))
-        ours = _seen(functools.partial(parts.predict, *given, at=at))
-        theirs = _seen(functools.partial(tapped.tapped_forward, unet, *given, at=at))
-        for output, a, b in zip(("prediction", *sorted(at)), ours, theirs, strict=True):
-            found[f"{output}, batch {batch}"] = _apart(a, b)
-    latents = torch.randn(1, vae.config.latent_channels, *latent, generator=torch.Generator().manual_seed(0))
-    found["picture"] = _apart(parts.decode(latents), _Decoder(vae)(latents))
-    return found
-
-
-def _seen(run: Callable[..., Tensor | None]) -> list[Tensor]:
-    """The prediction of a pass, and the updates by name, each made half as large on its way."""
-    updates: dict[str, Tensor] = {}
-
-    def tap(point: str, update: Tensor, _: tuple[int, int]) -> Tensor:
-        updates[point] = update
-        return update / 2
-
-    prediction = run(tap=tap)
-    assert prediction is not None
-    return [prediction, *(updates[point] for point in sorted(updates))]
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
-# Running
-
-
-def _load(path: Path) -> Run:
-    package: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-    run: Run = package.loader.boxed_run
+    package: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    run: Run = package.boxed_run
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A graph between two hook points."""
+
+    takes: tuple[str, ...]
+    """Names of the values that it is called with."""
+    gives: tuple[str, ...]
+    """Of those that it returns; where the chain goes on, the last is the update, and else the prediction."""
+    point: str | None
+    """The hook point that it ends at; None: the pass's end."""
+    grid: tuple[int, int]
+    """Rows and columns of the update."""
+    module: Any = dataclasses.field(compare=False)
+    """Calls with `takes` and returns `gives`, as a tuple."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +114,7 @@ class _Chain:
     inputs: tuple[str, ...]
     links: tuple[Segment, ...]
 
-    def run(self, given: Sequence[Tensor], tap: tapped.OnUpdate, at: frozenset[str], stop: str | None) -> Tensor | None:
+    def run(self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None) -> Tensor | None:
         values = dict(zip(self.inputs, given, strict=True))
         for link in self.links:
             # The list is emptied by the call, so that what nobody needs any more is freed in the middle of it.
@@ -248,6 +135,8 @@ class CompiledParts:
     """Loaded packages. What has other shapes than they were compiled for is not to be given to them."""
 
     chains: Mapping[str, _Chain]
+    text: Mapping[str, Run]
+    """By chain; empty where the text encoders are not among them."""
     decoder: Run
 
     @classmethod
@@ -258,18 +147,20 @@ class CompiledParts:
             BackendError: they cannot be loaded.
         """
         try:
-            told = json.loads((folder / _ORDER).read_text())
+            told = json.loads((folder / ORDER).read_text())
             chains = {}
-            for name in _CHAINS:
+            for name in CHAINS:
                 links = [
                     Segment(
                         tuple(link["takes"]), tuple(link["gives"]), link["point"], tuple(link["grid"]),
-                        _load(folder / link["module"]),
+                        load_package(folder / link["module"]),
                     )
                     for link in told[name]["links"]
                 ]  # fmt: skip
                 chains[name] = _Chain(tuple(told[name]["inputs"]), tuple(links))
-            return cls(chains, _load(folder / _DECODER))
+            files = {name: folder / TEXT.format(name) for name in CHAINS}
+            text = {name: load_package(file) for name, file in files.items() if file.exists()}
+            return cls(chains, text, load_package(folder / DECODER))
         except Exception as error:
             raise BackendError(f"{folder}: compiled code cannot be loaded ({first_line(error)})") from error
 
@@ -283,18 +174,44 @@ class CompiledParts:
         sample: Tensor,
         timestep: Tensor,
         conditions: Conditions,
-        tap: tapped.OnUpdate,
+        tap: OnUpdate,
         at: frozenset[str],
         stop: str | None = None,
     ) -> Tensor | None:
         """As :func:`turbolens_server.unet.tapped.tapped_forward`; `stop` is one of the points."""
         given = (sample, timestep.float().expand(len(sample)), *conditions.tensors())
-        chain = self.chains["one" if len(sample) == 1 else "several"]
+        chain = self.chains[_chain_of(len(sample))]
         return chain.run([tensor.contiguous() for tensor in given], tap, at, stop)
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D']."""
+        hidden, pooled = self.text[_chain_of(ids.shape[1])]([ids.transpose(0, 1).contiguous()])
+        return hidden, pooled
 
     def decode(self, latents: Tensor) -> Tensor:
         """One latent [1, C, h, w] as the VAE itself decodes it."""
         return self.decoder([latents.contiguous()])[0]
+
+
+def _chain_of(batch: int) -> str:
+    return "one" if batch == 1 else "several"
+
+
+class CompiledText:
+    """The text encoders by their packages; more texts at once, and other lengths, go to the encoders themselves."""
+
+    def __init__(self, parts: CompiledParts, encoders: Callable[[], Encode], spec: GraphSpec) -> None:
+        """`encoders` gives these; it is asked when something first needs them."""
+        self._parts = parts
+        self._encoders = encoders
+        self._tokens = spec.tokens
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D']."""
+        _, batch, tokens = ids.shape
+        if tokens != self._tokens or batch > MOST:
+            return self._encoders()(ids)
+        return self._parts.encode(ids)
 
 
 class CompiledUNet:
@@ -303,7 +220,10 @@ class CompiledUNet:
 
     takes_bias = True
 
-    def __init__(self, parts: CompiledParts, plain: UNetBackend, spec: GraphSpec, latent: tuple[int, int]) -> None:
+    def __init__(
+        self, parts: CompiledParts, plain: Callable[[], UNetBackend], spec: GraphSpec, latent: tuple[int, int]
+    ) -> None:
+        """`plain` gives what walks eagerly; it is asked when something first needs it."""
         self.name = NAME
         self._parts = parts
         self._plain = plain
@@ -313,7 +233,7 @@ class CompiledUNet:
     def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
         if not self._fits(sample, conditions, tap):
-            return self._plain.predict(sample, timestep, conditions, tap)
+            return self._plain().predict(sample, timestep, conditions, tap)
         prediction = self._parts.predict(sample, timestep, conditions, tap, tap.at)
         if prediction is None:
             raise AssertionError("a pass that is not stopped predicts")
@@ -322,7 +242,7 @@ class CompiledUNet:
     def read(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> None:
         """See :class:`turbolens_server.unet.backend.UNetBackend`."""
         if not self._fits(sample, conditions, tap):
-            self._plain.read(sample, timestep, conditions, tap)
+            self._plain().read(sample, timestep, conditions, tap)
         elif last := next((point for point in reversed(self._order) if point in tap.at), None):
             self._parts.predict(sample, timestep, conditions, tap, tap.at, stop=last)
 
@@ -330,7 +250,7 @@ class CompiledUNet:
         return (
             conditions.plain
             and tuple(sample.shape[1:]) == self._shape
-            and len(sample) <= segments.MOST
+            and len(sample) <= MOST
             and tap.at <= self._parts.points
         )
 
@@ -338,15 +258,16 @@ class CompiledUNet:
 class CompiledDecoder:
     """A VAE's decoder by its package; latents of another size go to the VAE."""
 
-    def __init__(self, parts: CompiledParts, vae: Any, latent: tuple[int, int]) -> None:
-        self.config, self.dtype = vae.config, vae.dtype
+    def __init__(self, parts: CompiledParts, vae: Callable[[], Any], config: Any, latent: tuple[int, int]) -> None:
+        """`vae` gives the VAE, of this configuration; it is asked when something first needs it."""
+        self.config, self.dtype = config, torch.float32
         self._parts = parts
         self._vae = vae
-        self._shape = (1, vae.config.latent_channels, *latent)
+        self._shape = (1, config.latent_channels, *latent)
 
     def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
         """Latents [B, C, h, w] -> (pictures [B, 3, height, width],), as the VAE itself gives them."""
         if tuple(latents.shape) != self._shape:
-            decoded: tuple[Tensor] = self._vae.decode(latents, return_dict=return_dict)
+            decoded: tuple[Tensor] = self._vae().decode(latents, return_dict=return_dict)
             return decoded
         return (self._parts.decode(latents),)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError, need
-from turbolens_server.unet.graph import GraphSpec, SteerableUNet
+from turbolens_server.unet.graph import SteerableUNet
 from turbolens_server.unet.onnx_unet import OnnxRunner
+from turbolens_server.unet.spec import GraphSpec
 from turbolens_server.unet.tapped import attention_blocks
 
 GRAPH_FILE: Final = "unet.onnx"

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from turbolens_server.gating.gates import Gating
 from turbolens_server.unet.attention_taps import is_gated, is_known, is_tapped, run_layer
-from turbolens_server.unet.backend import BackendError
+from turbolens_server.unet.backend import BackendError, OnUpdate
 from turbolens_server.unet.conditions import Conditions
-from turbolens_server.unet.tapped import OnUpdate, attention_blocks
+from turbolens_server.unet.tapped import attention_blocks
 
 _COMPILATIONS: Final = 256
 """Most compilations of one function: each shape of a block counts, for one picture and for several."""

@@ -7,14 +7,14 @@ reads and steers the update in plain Python.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, fx, nn
 
+from turbolens_server.unet.compiled import MOST, STEERED, Segment
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.tapped import tapped_forward
 
@@ -28,22 +28,6 @@ def _mark(update: Tensor, point: str, rows: int, columns: int) -> Tensor:  # noq
 @_mark.register_fake
 def _(update: Tensor, point: str, rows: int, columns: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(update)
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A graph between two hook points."""
-
-    takes: tuple[str, ...]
-    """Names of the values that it is called with."""
-    gives: tuple[str, ...]
-    """Of those that it returns; where the chain goes on, the last is the update, and else the prediction."""
-    point: str | None
-    """The hook point that it ends at; None: the pass's end."""
-    grid: tuple[int, int]
-    """Rows and columns of the update."""
-    module: Any = dataclasses.field(compare=False)
-    """Calls with `takes` and returns `gives`, as a tuple."""
 
 
 class _Whole(nn.Module):
@@ -61,12 +45,6 @@ class _Whole(nn.Module):
         if prediction is None:
             raise AssertionError("a pass that is not stopped predicts")
         return prediction
-
-
-MOST: Final = 63
-"""Most rows of a batch whose size stays open."""
-STEERED: Final = "steered"
-"""What a segment calls the update that the one before it ended with, after the tap."""
 
 
 def cut_at_points(

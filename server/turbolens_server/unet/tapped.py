@@ -8,7 +8,7 @@ early, and a compiler or exporter sees plain code. Tests hold it to diffusers' o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +18,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from turbolens_server.unet.attention_taps import run_layer
+from turbolens_server.unet.backend import OnUpdate
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.points import HookPoint, Side, block_name, block_of, module_of
-
-OnUpdate = Callable[[str, Tensor, tuple[int, int]], Tensor]
-"""(hook point, update [B, height * width, d_model], (height, width)) -> the update to add instead."""
 
 
 class UnsupportedUNet(ValueError):

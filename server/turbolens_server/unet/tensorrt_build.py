@@ -12,7 +12,7 @@ from turbolens_server.files import available_host_bytes
 from turbolens_server.unet.artifacts import ArtifactCache, Entry, tell_of_waiting
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.export import GRAPH_FILE
-from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.spec import GraphSpec
 from turbolens_server.unet.tensorrt_api import TensorRT
 
 PLAN_FILE: Final = "unet.plan"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError
-from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.spec import GraphSpec
 from turbolens_server.unet.tensorrt_api import TensorRT
 from turbolens_server.unet.tensorrt_build import PLAN_FILE, Bucket, engine_key
 

@@ -13,7 +13,15 @@ from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
 from turbolens_server.loading import load, memory
-from turbolens_server.loading.memory import encoder_bytes, memory_need, peak_bytes, text_bytes, unet_bytes, vae_bytes
+from turbolens_server.loading.memory import (
+    count,
+    encoder_bytes,
+    memory_need,
+    peak_bytes,
+    text_bytes,
+    unet_bytes,
+    vae_bytes,
+)
 
 
 def test_the_count_is_that_of_a_real_run(engine):
@@ -54,12 +62,14 @@ def test_the_encoders_own_copy_is_counted(engine, dtype):
 def test_reading_a_picture_counts_where_it_takes_more_than_a_walk(engine):
     """Of the same model and batch, at pictures so large that the encoder takes more than the U-Net at small latents."""
     parts = engine.components
-    told = {
-        "unet": parts.unet, "vae": parts.vae, "texts": [parts.unet], "saes": [], "dictionaries": [], "runs": [],
-        "max_batch": 1, "latent_size": (8, 8), "tokens": 8, "pipelined": True, "available": None,
-    }  # fmt: skip
-    small = memory_need(**told, picture_size=(16, 16))
-    large = memory_need(**told, picture_size=(256, 256))
+    modules = parts.modules.get()
+    small, large = (
+        memory_need(
+            count(modules, max_batch=1, latent_size=(8, 8), picture_size=(edge, edge), tokens=8),
+            saes=[], dictionaries=[], runs=[], max_batch=1, pipelined=True, available=None,
+        )
+        for edge in (16, 256)
+    )  # fmt: skip
     assert large.activations - small.activations == pytest.approx(
         memory.slack(encoder_bytes(parts.vae, 256, 256)[1]) - memory.slack(unet_bytes(parts.unet, 1, 8, 8, 8)), abs=2
     )

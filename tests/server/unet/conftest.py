@@ -7,7 +7,7 @@ import pytest
 from turbolens_server.loading.load import load_engine
 from turbolens_server.unet.artifacts import ArtifactCache
 from turbolens_server.unet.export import ensure_graph
-from turbolens_server.unet.graph import GraphSpec
+from turbolens_server.unet.spec import GraphSpec
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def small_torch(small_model):
 @pytest.fixture(scope="session")
 def small_spec(small_torch) -> GraphSpec:
     parts, info = small_torch.components, small_torch.info
-    return GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    return GraphSpec.of(parts.unet.config, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
 
 
 @pytest.fixture(scope="session")

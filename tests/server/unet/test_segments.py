@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turbolens_server.unet.conditions import Conditions
-from turbolens_server.unet.graph import GraphSpec
 from turbolens_server.unet.segments import STEERED, cut_at_points
+from turbolens_server.unet.spec import GraphSpec
 from turbolens_server.unet.tapped import tapped_forward
 
 POINTS = ("mid.0", "up.0.0.attn2.0", "up.0.1")
@@ -23,7 +23,7 @@ def small_torch(small_model):
 
 def inputs_of(engine, batch: int) -> list[torch.Tensor]:
     parts, info = engine.components, engine.info
-    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    spec = GraphSpec.of(parts.unet.config, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
     generator = torch.Generator().manual_seed(batch)
     shapes = [spec.input_shape(name, batch, 16, 16) for name in ("sample", "text", "pooled", "time_ids")]
     sample, *heard = (torch.randn(shape, generator=generator) for shape in shapes)

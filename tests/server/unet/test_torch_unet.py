@@ -48,11 +48,11 @@ def walk(unet, spec, blocks, batch, at):
 @pytest.mark.parametrize("model", ["small_torch", "engine", "tiny_engine"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fused_blocks_are_the_modules(model, batch, request):
-    from turbolens_server.unet.graph import GraphSpec
+    from turbolens_server.unet.spec import GraphSpec
 
     served = request.getfixturevalue(model)
     parts, info = served.components, served.info
-    spec = GraphSpec.of(parts.unet, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
+    spec = GraphSpec.of(parts.unet.config, info.hook_points, parts.vae_downscale, info.max_prompt_tokens)
     points = [point.name for point in info.hook_points]
     at = [*points, f"{points[-1]}.attn1.0", f"{points[0]}.attn2.0"]
     expected = walk(parts.unet, spec, None, batch, at)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from turbolens_server.engine.engine import Engine
+from turbolens_server.engine.modules import Modules
 from turbolens_server.engine.types import Job
 from turbolens_server.sae.bundle import Bundle, SaeWeights
 from turbolens_server.sae.sae import Sae
@@ -53,7 +54,9 @@ def test_patching_every_block_gives_the_picture_of_the_other_caption(sae_engine:
         unet.add_embedding.linear_1.weight[:, :pooled_width] = 0
     points = find_hook_points(unet, parts.vae_downscale)
     info = dataclasses.replace(sae_engine.info, hook_points=tuple(points.values()), saes={})
-    engine = Engine(dataclasses.replace(parts, unet=unet), TorchUNet(unet), info, torch.device("cpu"))
+    read = dataclasses.replace(parts.modules.get(), unet=unet)
+    other = dataclasses.replace(parts, modules=Modules(lambda: read))
+    engine = Engine(other, TorchUNet(unet), info, torch.device("cpu"))
     base, wanted = (sample(engine, captions, SEEDS, 2, keep=True) for captions in (CAPTIONS, EDITED))
     apart = (base.latents - wanted.latents).abs().max()
     pairs = CaptionPairs(CAPTIONS, EDITED, SEEDS)

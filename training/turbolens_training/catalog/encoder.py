@@ -16,7 +16,8 @@ from turbolens_server.engine.decode import Picture
 from turbolens_server.files import first_line, hash_files
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import resolve
-from turbolens_server.loading.parts import find_weights, read_part
+from turbolens_server.loading.parts import read_part
+from turbolens_server.loading.weights import find_weights
 
 _BATCH: Final = 64
 _SIGLIP_TOKENS: Final = 64
