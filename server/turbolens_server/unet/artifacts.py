@@ -254,6 +254,10 @@ def _remove(path: Path) -> None:
 
 def _complete(folder: Path, kind: Kind, key: Mapping[str, Any], notes: dict[str, Any]) -> None:
     """Write the manifest of what is in a folder."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     manifest = {"format": _FORMAT, "kind": kind, "key": dict(key), "files": files, "notes": notes}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -28,8 +28,8 @@ from turbolens_server.unet.spec import GraphSpec
 NAME: Final = "torch-compile"
 CHAINS: Final = {"one": 1, "several": 2}
 """Batch that each chain, and each package of the text encoders, is traced with."""
-DECODER: Final = "decoder.pt2"
-TEXT: Final = "text-{}.pt2"
+DECODER: Final = "decoder"
+TEXT: Final = "text-{}"
 """By chain."""
 ORDER: Final = "chains.json"
 MOST: Final = 63
@@ -84,7 +84,7 @@ def _cpu() -> str:
 
 
 def load_package(path: Path) -> Run:
-    """A package, ready to run.
+    """A package, unpacked in a folder, ready to run.
 
     By the loader that `torch._inductor.aoti_load_package` wraps: to import that imports all of inductor.
     """

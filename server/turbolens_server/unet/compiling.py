@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -129,7 +131,7 @@ def _compile_chain(
     values = dict(zip(names, inputs, strict=True))
     links = []
     for number, segment in enumerate(cut):
-        file = f"{chain}-{number}.pt2"
+        file = f"{chain}-{number}"
         taken = [values[name] for name in segment.takes]
         _package(trace(segment.module, taken), folder / file, threads)
         given = load_package(folder / file)(taken)
@@ -140,14 +142,23 @@ def _compile_chain(
     return {"inputs": names, "links": links}
 
 
-def _package(traced: Any, path: Path, threads: int) -> None:
+def _package(traced: Any, folder: Path, threads: int) -> None:
+    """Compile into a folder: of a package in one file every process that loads it would unpack a copy of its own."""
     settings = {
         "freezing": True,
         "cpp.threads": threads,
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, and takes longest to compile
     }
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(path), inductor_configs=settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = str(Path(scratch) / "package.pt2")
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(traced, package_path=path, inductor_configs=settings)
+        with zipfile.ZipFile(path) as package:
+            for name in package.namelist():
+                if not name.endswith((".cpp", "/")):
+                    at = folder / Path(*Path(name).parts[1:])  # below a folder called as the file is
+                    at.parent.mkdir(parents=True, exist_ok=True)
+                    at.write_bytes(package.read(name))
 
 
 def _differences(
