@@ -11,7 +11,6 @@ that counts has a process beside it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -20,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import tyro
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import turbolens as tl
 from benchmarks.places import RESULTS, ROOT
 from turbolens_server.bench.results import assemble, save, to_markdown
 from turbolens_server.bench.timing import Aim, Contender, compare, estimate, judge
@@ -39,50 +39,95 @@ MOST_MEMORY: Final = 0.75
 _PACKAGES: Final = ("client", "server", "training", "studio")
 _STARTS_S: Final = 900.0
 """The first one may have to compile."""
+_ENDS_S: Final = 20.0
 _PROMPT: Final = "a big red star"
 
 
-@dataclasses.dataclass(frozen=True)
+class Caller:
+    """A process that asks servers of one build for pictures by that build's own SDK: contracts changed."""
+
+    _CODE: Final = """
+import json, sys, turbolens as tl
+for line in sys.stdin:
+    told = json.loads(line)
+    with tl.connect(told.pop("address")) as lens:
+        lens.generate(**told)
+    print(flush=True)
+"""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", self._CODE]
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def generate(self, address: str, **told: Any) -> None:
+        """Have pictures made."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"address": address, "prompt": _PROMPT, **told}) + "\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():
+            raise RuntimeError("no picture came; the caller has said why")
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
 class Build:
     """A build of the server."""
 
-    name: str
-    tree: Path
-    backend: str
-    cache: Path
+    def __init__(self, name: str, tree: Path, backend: str, cache: Path) -> None:
+        path = os.pathsep.join(str(tree / package) for package in _PACKAGES)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TURBOLENS_")}
+        self.name = name
+        self._environment = {**kept, "PYTHONPATH": path}
+        self._tree = tree
+        self._settings = ["--port", "0", "--log-format", "json", "--backend", backend, "--cache", str(cache)]
+        self._caller = Caller(self._environment)
+
+    def close(self) -> None:
+        """End what asks it."""
+        self._caller.close()
 
     def start(self) -> tuple[float, dict[str, float]]:
-        """Start and ask until there is a picture: milliseconds to it, and the peaks of memory in MiB."""
-        path = os.pathsep.join(str(self.tree / package) for package in _PACKAGES)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("TURBOLENS_")}
+        """Start and have a picture made: milliseconds to it, and the peaks of memory in MiB."""
         command = [sys.executable, "-c", "import sys; from turbolens.cli import main; main(sys.argv[1:])", "serve"]
-        command += ["--port", "0", "--log-format", "json", "--backend", self.backend, "--cache", str(self.cache)]
         began = time.perf_counter()
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, cwd=self.tree, env={**kept, "PYTHONPATH": path}
+            [*command, *self._settings], stderr=subprocess.PIPE, text=True, cwd=self._tree, env=self._environment
         )
         try:
-            with tl.connect(_address(process)) as lens:
-                while (took := _picture_after(lens, began)) is None:
-                    if process.poll() is not None or time.perf_counter() - began > _STARTS_S:
-                        raise RuntimeError(f"{self.name}: the server does not come to serve")
-                    time.sleep(0.01)
-                peaks = {"first picture": _peak_mib(process.pid)}
-                lens.generate(_PROMPT, seeds=range(8), features=True)
-                peaks["eight pictures with features"] = _peak_mib(process.pid)
+            address = _address(process)
+            _wait(process, address)
+            self._caller.generate(address, seed=0)
+            took = 1000 * (time.perf_counter() - began)
+            peaks = {"first picture": _peak_mib(process.pid)}
+            self._caller.generate(address, seeds=list(range(8)), features=True)
+            peaks["eight pictures with features"] = _peak_mib(process.pid)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_ENDS_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         return took, peaks
 
 
-def _picture_after(lens: tl.Lens, began: float) -> float | None:
-    """Milliseconds to a picture; None: not ready."""
-    try:
-        lens.generate(_PROMPT, seed=0)
-    except tl.Unavailable:
-        return None
-    return 1000 * (time.perf_counter() - began)
+def _wait(process: subprocess.Popen[str], address: str) -> None:
+    """Wait until a server serves pictures, by its health: the SDK would ask ever less often."""
+    ask = health_pb2.HealthCheckRequest(service="turbolens.v1.GenerationService")
+    until = time.perf_counter() + _STARTS_S
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while (
+            health.Check(ask, wait_for_ready=True, timeout=_STARTS_S).status != health_pb2.HealthCheckResponse.SERVING
+        ):
+            if process.poll() is not None or time.perf_counter() > until:
+                raise RuntimeError(f"{address}: the server does not come to serve")
+            time.sleep(0.01)
 
 
 def _peak_mib(pid: int) -> float:
@@ -115,25 +160,24 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 def run(rounds: int, before: str, cache: Path) -> dict[str, Any]:
     """Measure starts of this build, compiled and pinned to PyTorch, beside those of an older commit."""
-    with checked_out(before) as tree:
-        builds = [
-            Build("before", tree, "torch", cache),
-            Build("torch", ROOT, "torch", cache),
-            Build("compiled", ROOT, "torch-compile", cache),
-        ]
-        times: dict[str, list[float]] = {build.name: [] for build in builds}
-        peaks: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, list[float]] = {}
+    peaks: dict[str, dict[str, list[float]]] = {}
+    with contextlib.ExitStack() as open_builds:
+        tree = open_builds.enter_context(checked_out(before))
+        of = {"before": (tree, "torch"), "torch": (ROOT, "torch"), "compiled": (ROOT, "torch-compile")}
+        builds = [open_builds.enter_context(contextlib.closing(Build(name, *at, cache))) for name, at in of.items()]
         for turn in range(-1, rounds):
             first = max(turn, 0) % len(builds)
             for build in (*builds[first:], *builds[:first]):
                 took, found = build.start()
-                if turn >= 0:
-                    times[build.name].append(took)
-                    for when, mib in found.items():
-                        peaks.setdefault(when, {}).setdefault(build.name, []).append(mib)
+                if turn < 0:
+                    continue
+                times.setdefault(build.name, []).append(took)
+                for when, mib in found.items():
+                    peaks.setdefault(when, {}).setdefault(build.name, []).append(mib)
     aims = {"torch": {"before": Aim()}, "compiled": {"before": Aim(0.5), "torch": Aim()}}
     rows = compare([Contender(b.name, b.start, aims.get(b.name, {})) for b in builds], times)
-    memory = [_memory(when, name, of) for when, of in peaks.items() for name in of]
+    memory = [_memory(when, name, mib) for when, mib in peaks.items() for name in mib]
     case = {"label": {"pictures": 1, "steps": 1}, "rows": rows, "memory": memory}
     return assemble("start", rounds, [case], before=before)
 
