@@ -153,7 +153,7 @@ def read_labels(folder: Path | None, d_sae: int) -> dict[int, FeatureLabels]:
         return {}
     path = folder / FILE_NAME
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()  # not read_table, which imports pandas where it is installed
         for name in _OPTIONAL:  # a file of labels alone
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from turbolens_server.files import first_line
@@ -147,7 +146,7 @@ class Sampler:
             cleans.append(None if start.clean is None else start.clean(generator))
             drawn = start.noise
             if drawn is None:
-                drawn = randn_tensor((1, *shape), generator=generator, device=self._device, dtype=dtype)
+                drawn = torch.randn((1, *shape), generator=generator, dtype=dtype).to(self._device)
             noises.append(drawn)
         noise, first = torch.cat(noises), scheduler.timesteps[skipped : skipped + 1]
         known = [clean for clean in cleans if clean is not None]

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import diffusers
 from tokenizers import Tokenizer
 
+from turbolens_server.engine.ancestral import EulerAncestralDiscreteScheduler, Schedule
 from turbolens_server.engine.modules import Modules
 from turbolens_server.files import WriteError, write_file
 from turbolens_server.loading.checks import check_folder
@@ -40,7 +40,9 @@ _UNET: Final = (
 )  # fmt: skip
 """Of the U-Net's configuration, and of the VAE's: all that is read where their modules are not."""
 _VAE: Final = ("latent_channels", "latents_mean", "latents_std", "scaling_factor")
-_SOURCES: Final = ("kept.py", "memory.py", "whole.py", "../unet/attention_taps.py", "../unet/tapped.py")
+_SOURCES: Final = (
+    "kept.py", "memory.py", "whole.py", "../engine/ancestral.py", "../unet/attention_taps.py", "../unet/tapped.py",
+)  # fmt: skip
 """Files that decide what is kept."""
 
 
@@ -58,13 +60,13 @@ class Place(NamedTuple):
     components_hash: str
 
 
-def place_of(cache: Path, folder: Path, counted_for: Mapping[str, Any]) -> Place | None:
+def place_of(cache: Path, folder: Path, settings: Mapping[str, Any]) -> Place | None:
     """Where it is; None of a folder that cannot be served, as reading it will tell.
 
     Args:
         cache: folder of compiled code.
         folder: of the model.
-        counted_for: settings that decide what the modules take.
+        settings: that decide what the modules take, and how many steps there are.
     """
     try:
         check_folder(folder, None)
@@ -72,14 +74,22 @@ def place_of(cache: Path, folder: Path, counted_for: Mapping[str, Any]) -> Place
     except LoadError:
         return None
     code = "".join((Path(__file__).parent / source).read_text() for source in _SOURCES)
-    key = [model, components, versions(), dict(counted_for), hashlib.sha256(code.encode()).hexdigest()]
+    key = [model, components, versions(), dict(settings), hashlib.sha256(code.encode()).hexdigest()]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Place(cache / "models" / f"{name}.json", model, components)
 
 
-def keep(place: Place, model: Model, counted: Counted) -> None:
-    """Keep what the next start needs; where the cache cannot be written, it reads the modules again."""
+def keep(place: Place, model: Model, counted: Counted, max_steps: int) -> None:
+    """Keep what the next start needs; where the cache cannot be written, it reads the modules again.
+
+    Args:
+        place: to keep it.
+        model: with its modules.
+        counted: what they take.
+        max_steps: most steps of a run.
+    """
     read = model.modules.get()
+    own = EulerAncestralDiscreteScheduler.like(model.scheduler, max_steps)
     told = {
         "unet": {name: model.unet[name] for name in _UNET},
         "vae": {name: getattr(read.vae.config, name, None) for name in _VAE},
@@ -95,6 +105,7 @@ def keep(place: Place, model: Model, counted: Counted) -> None:
         ],
         "zeros_for_nothing": model.zeros_for_nothing,
         "counted": dataclasses.asdict(counted),
+        "scheduler": None if own is None else {"config": vars(own.config), "schedules": own.schedules},
     }
     with contextlib.suppress(WriteError):
         write_file(place.path, json.dumps(told))
@@ -115,7 +126,6 @@ def find_kept(place: Place, folder: Path, read: Modules) -> Model | None:
         counted = Counted(**told["counted"])
         points = [HookPoint(*point) for point in told["points"]]
         first, second = (_Tokenizer(**one) for one in told["tokenizers"])
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
         return Model(
             hash=place.hash,
             components_hash=place.components_hash,
@@ -126,15 +136,23 @@ def find_kept(place: Place, folder: Path, read: Modules) -> Model | None:
             downscale=told["downscale"],
             tokenizers=(first, second),
             zeros_for_nothing=told["zeros_for_nothing"],
-            scheduler=getattr(diffusers, scheduler).from_pretrained(
-                folder, subfolder="scheduler", local_files_only=True
-            ),
+            scheduler=_scheduler(folder, told["scheduler"]),
             modules=read,
             count=lambda **_: counted,
         )
     except Exception as error:  # damaged in any way: it is made again
         get_logger().warning("what was kept of the model is not read", file=str(place.path), why=str(error))
         return None
+
+
+def _scheduler(folder: Path, told: Mapping[str, Any] | None) -> Any:
+    if told is not None:
+        schedules = {int(steps): Schedule(*map(tuple, one)) for steps, one in told["schedules"].items()}
+        return EulerAncestralDiscreteScheduler(told["config"], schedules)
+    import diffusers  # takes longer than PyTorch's own import
+
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler", local_files_only=True)
 
 
 class _Ids(NamedTuple):

@@ -119,10 +119,10 @@ def load_engine(
 
     place, found = None, None
     able_to = backend in ("auto", NAME) and on.type == "cpu" and precision == torch.float32
-    as_it_is = (variant, vae, model_config) == (None, None, None) and not loras
+    as_it_is = {variant, vae, model_config, scheduler, timestep_spacing} == {None} and not loras
     if ahead_of_modules and able_to and as_it_is and (folder := folder_of_kept(model)) is not None:
-        counted_for = {"max_batch": max_batch, "size": size, "more_sizes": list(more_sizes)}
-        place = place_of(artifacts.root, folder, counted_for)
+        settings = {"max_batch": max_batch, "max_steps": max_steps, "size": size, "more_sizes": list(more_sizes)}
+        place = place_of(artifacts.root, folder, settings)
         found = find_kept(place, folder, Modules(lambda: _told(read, model))) if place else None
     parts = found or read()
     try:
@@ -177,7 +177,7 @@ def load_engine(
     if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {largest[1]}x{largest[0]}"):
         raise LoadError(f"{model}: {refusal}")
     if place is not None and found is None:
-        keep(place, parts, counted)
+        keep(place, parts, counted, max_steps)
     with on_device(on):
         spec = GraphSpec.of(parts.unet, tapped, parts.downscale, tokens)
         latent = (edge // parts.downscale, edge // parts.downscale)

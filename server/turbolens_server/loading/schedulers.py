@@ -6,8 +6,6 @@ import hashlib
 import json
 from typing import Any, Final
 
-import diffusers
-
 from turbolens_server.files import first_line
 from turbolens_server.loading.errors import LoadError
 
@@ -54,6 +52,8 @@ def hash_with(components_hash: str, scheduler: Any) -> str:
 
 
 def _find(name: str) -> Any:
+    import diffusers  # takes longer than PyTorch's own import
+
     for ending in _ENDINGS:
         kind = getattr(diffusers, name + ending, None)
         if isinstance(kind, type) and (name + ending).endswith("Scheduler"):
