@@ -182,7 +182,7 @@ def run(rounds: int, before: str, cache: Path) -> dict[str, Any]:
     return assemble("start", rounds, [case], before=before)
 
 
-def _memory(when: str, name: str, of: dict[str, Sequence[float]]) -> dict[str, Any]:
+def _memory(when: str, name: str, of: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """One line of the table of memory."""
     told = {"when": when, "name": name, "median_mib": estimate(of[name]).median}
     if name == "before":

@@ -247,13 +247,15 @@ class Serving:
 
 
 def keep_what_is_loaded() -> None:
-    """Leave what is there by now out of Python's garbage collections, as it stays for the process's life.
+    """Leave what is there by now out of Python's garbage collections, as it stays for the process's life, and let them
+    begin.
 
     A full collection looks at every object: half a million of a loaded model and its libraries held the event loop,
     health checks among the rest, for a third of a second each time.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 async def load_and_serve(serving: Serving, config: ServerConfig) -> None:

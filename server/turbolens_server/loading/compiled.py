@@ -118,11 +118,10 @@ def ensure_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Runnin
 
     read, log = modules.get(), get_logger()
     weights = [*read.unet.parameters(), *read.vae.parameters()]
-    encoders: Encoders | None = Encoders(*read.encoders, engine.device)
-    if _bytes_of(encoders.parameters()) <= _MOST_BYTES:
+    texts = Encoders(*read.encoders, engine.device)
+    encoders = texts if _bytes_of(texts.parameters()) <= _MOST_BYTES else None
+    if encoders is not None:
         weights += encoders.parameters()
-    else:
-        encoders = None
     log.info("compiling", model=engine.info.model, why="nothing in the cache fits; it takes minutes, once")
     began = time.monotonic()
     entry = cache.add(
