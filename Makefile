@@ -170,8 +170,9 @@ bench-full: $(STAMP)dev  ## Measure SDXL Turbo's architecture at full size, with
 		--out benchmarks/results/many_callers-gpu.json)
 	@$(PY) -m benchmarks.report
 
-bench-train: $(STAMP)interop  ## Train an SAE beside SAELens' own trainer, and redraw docs/performance.md
+bench-train: $(STAMP)interop  ## Train SAEs beside SAELens' own trainer and the published pipeline, and redraw docs/performance.md
 	@$(PY) -m benchmarks.train_beside_saelens
+	@$(PY) -m benchmarks.train_beside_published
 	@$(PY) -m benchmarks.report
 
 kernels: $(STAMP)dev     ## Compile the fused kernels for every supported GPU, without one

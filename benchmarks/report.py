@@ -55,6 +55,8 @@ def section(name: str, results: Path, plots: Path) -> str:
     if result["benchmark"] == "train_beside_saelens":
         parts.append(f"SAELens {result['sae_lens']}.")
         parts += [f"- {_explained(case)}." for case in result["cases"]]
+    if result["benchmark"] == "train_beside_published":
+        parts += [f"- {line}." for case in result["cases"] for line in _whole_runs(case)]
     parts.append(to_markdown(result))
     plots.mkdir(parents=True, exist_ok=True)
     draw(result, plots / f"{name}.svg")
@@ -122,6 +124,21 @@ def _explained(case: Mapping[str, Any]) -> str:
         f"{label['steps']:,} steps on {tokens['training']:,} tokens: explained variance of "
         f"{tokens['held out']:,} held-out tokens {each}"
     )
+
+
+def _whole_runs(case: Mapping[str, Any]) -> list[str]:
+    """A line for each contender: what a million tokens of each block cost, and what was learnt."""
+    tokens, lines = case["tokens"], []
+    for row in case["rows"]:
+        name, millions = row["name"], tokens["round"] / 1e6
+        seconds, pictures = row["median_ms"] / 1000 / millions, case["pictures_ms"][name] / 1000 / millions
+        explained = ", ".join(f"{block} {found:.3f}" for block, found in case["explained"][name].items())
+        lines.append(
+            f"{name}: {seconds:,.0f} s ({pictures:,.0f} s of them for pictures) and "
+            f"{case['bytes'][name] / 1e9 / (tokens['run'] / 1e6):.2f} GB written for a million tokens of each block; "
+            f"explained variance of {tokens['held out']:,} held-out tokens {explained}"
+        )
+    return lines
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

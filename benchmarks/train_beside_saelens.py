@@ -34,7 +34,7 @@ from turbolens_training.sae.maths import decode, pre_activations, top_k
 from turbolens_training.sae.normalizer import Normalizer
 from turbolens_training.sae.trainer import SaeTrainer
 
-AIM: Final = Aim(ratio=1 / 1.5)
+AIM: Final = Aim(ratio=0.6)
 FULL: Final = SaeConfig(
     d_sae=5120, k=10, batch=4096, steps=150, dead_tokens=10_000_000, learning_rate=3.6e-4, warm_up=15
 )

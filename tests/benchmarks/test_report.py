@@ -51,6 +51,6 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path):
 
 def test_the_page_has_a_place_for_every_result_that_make_writes():
     expected = {"nothing_asked", "mini-cpu", "many_callers", "served", "references", "sdxl-turbo-gpu", "sdxl-turbo-cpu"}
-    expected |= {"many_callers-gpu", "kernels", "train_beside_saelens", "start"}
+    expected |= {"many_callers-gpu", "kernels", "train_beside_saelens", "train_beside_published", "start"}
     assert set(marked((DOCS / "performance.md").read_text())) == expected
     assert marked((DOCS / "studio.md").read_text()) == ["live_painting"]
