@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 
 from turbolens_server.files import first_line
+from turbolens_server.unet import native
 from turbolens_server.unet.backend import BackendError, OnUpdate, Tap, UNetBackend
 from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.native import Run
 from turbolens_server.unet.spec import GraphSpec
 
 NAME: Final = "torch-compile"
@@ -36,18 +37,16 @@ MOST: Final = 63
 """Most rows of a batch whose size stays open."""
 STEERED: Final = "steered"
 """What a segment calls the update that the one before it ended with, after the tap."""
-_SOURCES: Final = ("attention_taps", "compiled", "compiling", "conditions", "segments", "tapped")
+_SOURCES: Final = ("attention_taps", "compiled", "compiling", "conditions", "native", "rewriting", "segments", "tapped")
 """Files here that decide what is compiled."""
 
-Run = Callable[[list[Tensor]], Sequence[Tensor]]
-"""A loaded package."""
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Both text encoders."""
 
 
 def compiler_missing() -> str | None:
     """Why nothing can be compiled here, in words; None where it can."""
-    compiler = os.environ.get("CXX", "g++")
+    compiler = native.compiler()
     return None if shutil.which(compiler) else f"no C++ compiler ({compiler}) to compile with"
 
 
@@ -83,16 +82,6 @@ def _cpu() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}"
 
 
-def load_package(path: Path) -> Run:
-    """A package, unpacked in a folder, ready to run.
-
-    By the loader that `torch._inductor.aoti_load_package` wraps: to import that imports all of inductor.
-    """
-    package: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-    run: Run = package.boxed_run
-    return run
-
-
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A graph between two hook points."""
@@ -117,7 +106,6 @@ class _Chain:
     def run(self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None) -> Tensor | None:
         values = dict(zip(self.inputs, given, strict=True))
         for link in self.links:
-            # The list is emptied by the call, so that what nobody needs any more is freed in the middle of it.
             out = link.module([values[name] for name in link.takes])
             values.update(zip(link.gives, out, strict=True))
             end: Tensor = out[-1]
@@ -153,14 +141,14 @@ class CompiledParts:
                 links = [
                     Segment(
                         tuple(link["takes"]), tuple(link["gives"]), link["point"], tuple(link["grid"]),
-                        load_package(folder / link["module"]),
+                        native.load(folder / link["module"]),
                     )
                     for link in told[name]["links"]
                 ]  # fmt: skip
                 chains[name] = _Chain(tuple(told[name]["inputs"]), tuple(links))
             files = {name: folder / TEXT.format(name) for name in CHAINS}
-            text = {name: load_package(file) for name, file in files.items() if file.exists()}
-            return cls(chains, text, load_package(folder / DECODER))
+            text = {name: native.load(file) for name, file in files.items() if file.exists()}
+            return cls(chains, text, native.load(folder / DECODER))
         except Exception as error:
             raise BackendError(f"{folder}: compiled code cannot be loaded ({first_line(error)})") from error
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from turbolens_server.files import first_line
-from turbolens_server.unet import tapped
+from turbolens_server.unet import native, tapped
 from turbolens_server.unet.backend import BackendError
-from turbolens_server.unet.compiled import CHAINS, DECODER, ORDER, STEERED, TEXT, CompiledParts, load_package
+from turbolens_server.unet.compiled import CHAINS, DECODER, ORDER, STEERED, TEXT, CompiledParts
 from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.rewriting import rewritten
 from turbolens_server.unet.segments import cut_at_points, trace
 from turbolens_server.unet.spec import GraphSpec
 
@@ -82,6 +83,8 @@ def compile_into(
     """
     began = time.monotonic()
     try:
+        told("what runs it")
+        native.build(folder)
         order: dict[str, Any] = {}
         for chain, batch in CHAINS.items():
             told("the U-Net for one picture" if batch == 1 else "the U-Net for several pictures")
@@ -134,7 +137,7 @@ def _compile_chain(
         file = f"{chain}-{number}"
         taken = [values[name] for name in segment.takes]
         _package(trace(segment.module, taken), folder / file, threads)
-        given = load_package(folder / file)(taken)
+        given = native.load(folder / file)(taken)
         values |= dict(zip(segment.gives, given, strict=True))
         values[STEERED] = given[-1].contiguous()
         told = {field.name: getattr(segment, field.name) for field in dataclasses.fields(segment)}
@@ -152,7 +155,7 @@ def _package(traced: Any, folder: Path, threads: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = str(Path(scratch) / "package.pt2")
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(traced, package_path=path, inductor_configs=settings)
+            torch._inductor.aoti_compile_and_package(rewritten(traced), package_path=path, inductor_configs=settings)
         with zipfile.ZipFile(path) as package:
             for name in package.namelist():
                 if not name.endswith((".cpp", "/")):

@@ -59,6 +59,18 @@ def test_searches_push_no_prompt_out(text, monkeypatch):
     assert not asked
 
 
+@torch.inference_mode()
+def test_what_another_function_encoded_is_forgotten(text):
+    before, meaning = text.encode(PROMPTS[0]).hidden, text.pooled([PROMPTS[0]])
+    first = text._encode
+    text.encode_by(lambda ids: tuple(2 * part for part in first(ids)))
+    assert torch.equal(text.encode(PROMPTS[0]).hidden, 2 * before)
+    assert torch.equal(text.pooled([PROMPTS[0]]), 2 * meaning)
+    kept = text.encode(PROMPTS[0]).hidden
+    text.encode_by(text._encode)  # the same again: nothing to forget
+    assert text.encode(PROMPTS[0]).hidden is kept
+
+
 @given(prompt=st.text(max_size=400))
 def test_tokens_are_cut_and_padded_as_the_tokenizers_do(engine, prompt):
     text, seen = copy.copy(engine.components.text), []

@@ -1,0 +1,81 @@
+"""Packages of compiled code, run so that other threads of Python have their turn meanwhile.
+
+PyTorch's own binding holds Python's global lock until a package has run, for tens of milliseconds or, on a large model,
+seconds: no health check is answered, no caller heard, no picture coded. Called as a class of TorchScript, which lets go
+of that lock, a package runs beside all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+LIBRARY: Final = "native.so"
+"""File that :func:`build` writes."""
+_SOURCE: Final = """
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/custom_class.h>
+
+struct Package : torch::CustomClassHolder {
+  explicit Package(std::string path) : loader(path, "model", /*run_single_threaded=*/true) {}
+  std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) {
+    return loader.boxed_run(std::move(inputs));
+  }
+  torch::inductor::AOTIModelPackageLoader loader;
+};
+
+TORCH_LIBRARY(turbolens_compiled, library) {
+  library.class_<Package>("Package").def(torch::init<std::string>()).def("run", &Package::run);
+}
+"""
+
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
+"""A loaded package."""
+
+
+def compiler() -> str:
+    """The C++ compiler, as PyTorch chooses it."""
+    return os.environ.get("CXX", "g++")
+
+
+def build(folder: Path) -> None:
+    """Compile what loads packages, into a folder.
+
+    Raises:
+        RuntimeError: the compiler says why.
+    """
+    root = Path(torch.__file__).parent
+    headers = root / "include"
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "native.cpp"
+        source.write_text(_SOURCE)
+        command = [
+            compiler(), "-std=c++20", "-O1", "-fPIC", "-shared", str(source), "-o", str(folder / LIBRARY),
+            f"-I{headers}", f"-I{headers}/torch/csrc/api/include", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip() or f"{command[0]} ended with {done.returncode}")
+
+
+def load(package: Path) -> Run:
+    """A package, unpacked in a folder beside what :func:`build` wrote, ready to run."""
+    run: Run = _package_class(package.parent / LIBRARY)(str(package)).run
+    return run
+
+
+def _package_class(library: Path) -> Any:
+    """The class; a process loads it once, whichever folder's, since they are all the same."""
+    try:
+        return torch.classes.turbolens_compiled.Package
+    except RuntimeError:  # not there yet
+        torch.classes.load_library(str(library))
+        return torch.classes.turbolens_compiled.Package
