@@ -155,6 +155,8 @@ bench: $(STAMP)dev       ## Measure all that a CPU can on mini, and redraw docs/
 	@$(PY) -m benchmarks.many_callers
 	@$(PY) -m benchmarks.served
 	@$(PY) -m benchmarks.references
+	@$(PY) -m benchmarks.stages
+	@$(PY) -m benchmarks.coding
 	@$(PY) -m benchmarks.start
 	@$(PY) -m benchmarks.report
 

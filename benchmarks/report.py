@@ -38,6 +38,10 @@ def section(name: str, results: Path, plots: Path) -> str:
         return kernels(result)
     if result["benchmark"] == "live_painting":
         return live_painting(result)
+    if result["benchmark"] == "coding":
+        return coding(result)
+    if result["benchmark"] == "stages":
+        return stages(result)
     parts = [f"{describe_machine(result['machine'])}; {result['rounds']} interleaved rounds."]
     if result["benchmark"] == "bench":
         speed = result["speed"]
@@ -109,6 +113,28 @@ def live_painting(result: Mapping[str, Any]) -> str:
             f"{load['interactive_ms']:.0f} ms and first painted after {load['painted_ms']:.0f} ms.",
         ]
     )
+
+
+def coding(result: Mapping[str, Any]) -> str:
+    """Each way to code a picture: how long, and how large."""
+    lines = [["pictures", "size", "coded as", "ms each", "kB each"], ["---"] * 5]
+    for case in result["cases"]:
+        for row in case["rows"]:
+            ms, kb = row["median_ms"] / case["of"], case["kb"][row["name"]]
+            lines.append([*case["label"].values(), row["name"], f"{ms:.2f}", f"{kb:.1f}"])
+    told = f"{describe_machine(result['machine'])}; {result['rounds']} interleaved rounds."
+    return "\n".join([told, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def stages(result: Mapping[str, Any]) -> str:
+    """Milliseconds of each stage, for each number of pictures."""
+    cases = [
+        (case["label"]["pictures"], {row["name"]: row["median_ms"] for row in case["rows"]}) for case in result["cases"]
+    ]
+    lines = [["stage, ms", *(f"{pictures} pictures" for pictures, _ in cases)], ["---"] * (1 + len(cases))]
+    lines += [[name, *(f"{taken[name]:.1f}" for _, taken in cases)] for name in cases[0][1]]
+    told = f"{describe_machine(result['machine'])}; {result['backend']}; {result['rounds']} interleaved rounds."
+    return "\n".join([told, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _throughput(case: Mapping[str, Any]) -> str:

@@ -45,6 +45,23 @@ def test_a_section_holds_table_machine_and_plot(tmp_path):
     assert (tmp_path / "plots" / "callers.svg").read_bytes() == plot, "the same result must give the same file"
 
 
+def test_each_way_to_code_a_picture_is_told_by_time_and_size(tmp_path):
+    rows = compare([Contender("PNG", object), Contender("raw", object)], {"PNG": [4.0] * 6, "raw": [1.0] * 6})
+    case = {"label": {"pictures": "drawn", "size": "8x8"}, "of": 4, "rows": rows, "kb": {"PNG": 1.25, "raw": 3.0}}
+    (tmp_path / "coding.json").write_text(json.dumps(assemble("coding", 6, [case])))
+    text = section("coding", tmp_path, tmp_path)
+    assert "| drawn | 8x8 | PNG | 1.00 | 1.2 |\n| drawn | 8x8 | raw | 0.25 | 3.0 |" in text
+
+
+def test_stages_are_told_by_number_of_pictures(tmp_path):
+    rows = [compare([Contender("U-Net", object)], {"U-Net": [ms] * 6}) for ms in (15.0, 60.0)]
+    cases = [{"label": {"pictures": n, "steps": 1}, "rows": each} for n, each in zip((1, 8), rows, strict=True)]
+    (tmp_path / "stages.json").write_text(json.dumps(assemble("stages", 6, cases, backend="torch")))
+    text = section("stages", tmp_path, tmp_path)
+    assert "| stage, ms | 1 pictures | 8 pictures |" in text
+    assert "| U-Net | 15.0 | 60.0 |" in text
+
+
 def test_what_was_not_measured_is_said_to_be_so(tmp_path):
     assert section("nothing", tmp_path, tmp_path) == "Not measured yet."
 
@@ -52,5 +69,6 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path):
 def test_the_page_has_a_place_for_every_result_that_make_writes():
     expected = {"nothing_asked", "mini-cpu", "many_callers", "served", "references", "sdxl-turbo-gpu", "sdxl-turbo-cpu"}
     expected |= {"many_callers-gpu", "kernels", "train_beside_saelens", "train_beside_published", "start"}
+    expected |= {"coding", "stages"}
     assert set(marked((DOCS / "performance.md").read_text())) == expected
     assert marked((DOCS / "studio.md").read_text()) == ["live_painting"]
