@@ -111,7 +111,8 @@ class ServerConfig:
     max_batch: int = MAX_BATCH
     """Most pictures that run together, of one caller or several; memory for so many must be free at start."""
     batch_wait_ms: float = 5.0
-    """How long a batch waits, after one of several callers, for them to come back; an idle server never waits."""
+    """How long a batch waits, after one of several requests, for them to come back; for callers who are told apart, a
+    tenth of that batch's time where that is more. An idle server never waits; with 0 none does."""
     max_queue: int = 64
     """Requests that may wait; one more is refused with the time to come back."""
     max_queue_pictures: int = 256

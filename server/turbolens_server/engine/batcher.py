@@ -12,7 +12,12 @@ within it. The caller's job of the lowest place is its next. Hence
   small ones that come after it, and still advances by one place with each of them.
 
 The next batch starts with the job that is first in this order, and the jobs of the same key that follow fill it up;
-but where callers share it, none gets more lanes of it than the most modest of the others asks for, or a fourth.
+but where callers share it, none gets more lanes of it than the most modest of the others asks for, or a fourth
+(:func:`most_of_one`).
+
+Who was just answered is likely to ask again, and looks idle until then. Where callers shared a batch, those who are
+back wait a moment for the others: else who has much waiting would start the next batch in each such moment, and who
+asks for one thing at a time would always find it begun.
 """
 
 from __future__ import annotations
@@ -20,8 +25,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
-import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from turbolens_server.engine.types import Job
@@ -36,6 +40,9 @@ _PARTS: Final = 4
 """One of so many parts of a batch is any caller's, however little others ask for."""
 _RECENT: Final = 2
 """Batches whose callers are taken for ones who will ask again."""
+_WORTH_WAITING: Final = 0.1
+"""Of the time that a batch of several callers took: more than an answer's way there and a request's way back, and so
+little that one who stays away costs nobody much."""
 
 
 class BatchKey(NamedTuple):
@@ -88,6 +95,49 @@ class Slot(Generic[R]):
         return batch_key(self.job), self.group
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shared:
+    """A batch that several requests shared, and that has ended."""
+
+    ended: float
+    took_s: float
+    lanes: int
+    callers: frozenset[str]
+
+    def start_at(self, lanes: int, back: Collection[str], wait_s: float) -> float:
+        """When the next batch may start, 0 for at once.
+
+        Args:
+            lanes: that it would have now.
+            back: callers who have something waiting.
+            wait_s: how long it waits for requests, where it is smaller than this one; 0: never.
+        """
+        if lanes >= self.lanes or not wait_s:
+            return 0.0
+        missing = len(self.callers) > 1 and not self.callers <= set(back)
+        return self.ended + (max(wait_s, _WORTH_WAITING * self.took_s) if missing else wait_s)
+
+
+def most_of_one(waiting: Mapping[str, int], lately: Mapping[str, int], max_batch: int) -> dict[str, int]:
+    """How many lanes of the next batch each caller may have, beside others who wait for all of it.
+
+    As many as each of the others asks for, or did lately, but always a fourth: a caller who wants one picture at a time
+    is answered in little more than what it and an equal take, and two who want many fill a batch. Who waits alone gets
+    no fourth: the others may be back in the middle of this batch, and have the next one before them as well.
+
+    Args:
+        waiting: lanes that each caller waits for.
+        lately: lanes that each had of the last batches.
+        max_batch: lanes of a batch.
+    """
+    asked = {name: max(waiting.get(name, 0), lately.get(name, 0)) for name in {**lately, **waiting}}
+    least = max(max_batch // _PARTS, 1) if len(waiting) > 1 else 1
+    return {
+        caller: max(least, min((lanes for name, lanes in asked.items() if name != caller), default=max_batch))
+        for caller in waiting
+    }
+
+
 class Batcher(Generic[R]):
     """The queue of jobs. Times are seconds of any clock that does not go back."""
 
@@ -96,7 +146,8 @@ class Batcher(Generic[R]):
 
         Args:
             max_batch: lanes of a batch, at most; no job has more.
-            wait_s: how long after a shared batch a smaller one waits for the callers just answered to come back.
+            wait_s: how long after a shared batch a smaller one waits for those just answered to come back, at least;
+                0: not at all.
         """
         self._max_batch = max_batch
         self._wait_s = wait_s
@@ -108,7 +159,8 @@ class Batcher(Generic[R]):
         """Where on that scale the last batch began."""
         self.first_come = False
         """Strictly by arrival, request by request: what is begun is finished first."""
-        self._shared_until: tuple[float, int] | None = None
+        self._shared: Shared | None = None
+        """The last batch, where it was one."""
         self._lane_s: dict[BatchKey, float] = {}
         self._recent: collections.deque[collections.Counter[str]] = collections.deque(maxlen=_RECENT)
         """Lanes that each caller had of the last batches."""
@@ -142,14 +194,14 @@ class Batcher(Generic[R]):
         """When the next batch may start, if nothing runs: 0 for at once, None where nothing waits.
 
         A batch waits only after one that several requests shared, only while it is smaller than that one, and only
-        for `wait_s` from that one's end: the callers just answered are likely to ask again. An idle queue, and a
-        caller who is alone, never wait.
+        for `wait_s` from that one's end, or a tenth of its time where one of its callers is missing: those just
+        answered are likely to ask again. An idle queue, and a request that was alone, never wait.
         """
         if not self._slots:
             return None
-        if self._shared_until is None or _lanes(self._next()) >= self._shared_until[1]:
+        if self._shared is None or self.first_come:
             return 0.0
-        return self._shared_until[0]
+        return self._shared.start_at(_lanes(self._next()), {slot.caller for slot in self._slots}, self._wait_s)
 
     def take(self) -> list[Slot[R]]:
         """Take out the next batch, in order; empty where nothing waits."""
@@ -167,7 +219,11 @@ class Batcher(Generic[R]):
         first = next(self._in_order(self._slots), None)
         if first is None:
             return []
-        batch, free, most = [], self._max_batch, self._most_of_one()
+        lately: collections.Counter[str] = collections.Counter()
+        for recent in self._recent:
+            lately |= recent
+        most = {} if self.first_come else most_of_one(_lanes_of(self._slots), lately, self._max_batch)
+        batch, free = [], self._max_batch
         had: collections.Counter[str] = collections.Counter()
         for slot in self._in_order([slot for slot in self._slots if slot.key == first.key], first):
             if slot.job.lanes > free:  # what fits would overtake it
@@ -179,23 +235,6 @@ class Batcher(Generic[R]):
             free -= slot.job.lanes
             had[slot.caller] += slot.job.lanes
         return batch
-
-    def _most_of_one(self) -> dict[str, int]:
-        """How many lanes of the next batch each caller may have beside others, who wait for all of it.
-
-        As many as each of the others asks for, or did lately, but always a fourth: a caller who wants one picture at a
-        time is answered in little more than what it and an equal take, and two who want many fill a batch.
-        """
-        if self.first_come:
-            return {}
-        wants = _lanes_of(self._slots)
-        for recent in self._recent:
-            wants |= recent
-        least = max(self._max_batch // _PARTS, 1)
-        return {
-            caller: max(least, min((lanes for other, lanes in wants.items() if other != caller), default=sys.maxsize))
-            for caller in wants
-        }
 
     def _in_order(self, slots: Sequence[Slot[R]], first: Slot[R] | None = None) -> Iterator[Slot[R]]:
         """Slots in the order in which they are served if nothing else comes; `first`, one of them, before all."""
@@ -219,7 +258,8 @@ class Batcher(Generic[R]):
     def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
         """A batch that ran from `started` to `now` is done."""
         shared = len({slot.request for slot in batch}) > 1
-        self._shared_until = (now + self._wait_s, _lanes(batch)) if shared else None
+        callers = frozenset(slot.caller for slot in batch)
+        self._shared = Shared(now, now - started, _lanes(batch), callers) if shared else None
         key, newest = batch_key(batch[0].job), (now - started) / _lanes(batch)
         known = self._lane_s.get(key, newest)
         self._lane_s[key] = known + _NEWEST_WEIGHT * (newest - known)

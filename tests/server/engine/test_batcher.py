@@ -68,6 +68,33 @@ def test_only_a_shared_batch_makes_the_next_one_wait_for_its_callers():
     assert queue.start_at() == 0  # as many as last time: nobody is missing
 
 
+def test_a_caller_who_shared_a_batch_is_waited_for_and_no_longer_than_a_tenth_of_it():
+    queue = Batcher(MAX_BATCH, wait_s=0.005)
+    queue.add("one", jobs(1), "modest")
+    queue.add("much", jobs(6), "greedy")
+    batch = queue.take()
+    assert [slot.caller for slot in batch] == ["modest", "greedy"]
+    queue.ended(batch, 10.0, 10.25)
+    assert queue.start_at() == pytest.approx(10.275)
+    queue.drop("much")
+    queue.add("less", jobs(1), "greedy")
+    queue.add("again", jobs(1), "modest")
+    assert queue.start_at() == 0  # nobody is missing
+    queue.ended(queue.take(), 11.0, 11.01)
+    queue.add("again", jobs(1), "modest")
+    assert queue.start_at() == pytest.approx(11.015)  # a tenth of a short one is less than it waits anyway
+
+
+def test_a_caller_of_many_requests_is_not_waited_for_longer_and_nobody_is_where_waiting_is_off():
+    for wait_s, caller, expected in ((0.005, "a", 10.005), (0.0, "b", 0.0)):
+        queue = Batcher(MAX_BATCH, wait_s)
+        queue.add("first", jobs(1), "a")
+        queue.add("second", jobs(1), caller)
+        queue.ended(queue.take(), 8.0, 10.0)
+        queue.add("third", jobs(1), "a")
+        assert queue.start_at() == pytest.approx(expected)
+
+
 def test_how_long_the_queue_takes_is_learnt_from_batches():
     queue = Batcher(MAX_BATCH, 0)
     queue.add("a", jobs(4))
