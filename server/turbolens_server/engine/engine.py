@@ -306,7 +306,7 @@ class Engine:
             whole = [all(finite[walk] for walk in lanes.walks_of(row)) for row in range(len(jobs))]
             for row in [row for row, alive in enumerate(live) if alive and not whole[row]]:
                 live[row] = False
-                emit(NotFinite(row, "U-Net", step, self.info.dtype))
+                emit(NotFinite(row, "U-Net", step, self.info.dtype, edited=bool(jobs[row].edits)))
             for row, codes in tap.collect():
                 if live[row]:
                     features[row].append(codes)

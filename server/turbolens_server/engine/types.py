@@ -236,11 +236,13 @@ class NotFinite:
     """Step of the U-Net after which it showed."""
     dtype: str = ""
     """Precision of the part."""
+    edited: bool = False
+    """The job has edits."""
 
     def __str__(self) -> str:
         where = f"the {self.part}" if self.step is None else f"the {self.part} at step {self.step}"
-        way_out = "weaker edits" if self.part == "U-Net" else "another --vae"
-        return f"{where} gave values that are not finite in {self.dtype}; try {way_out}, or another --dtype"
+        way_out = "another --vae, or " if self.part == "VAE" else "weaker edits, or " if self.edited else ""
+        return f"{where} gave values that are not finite in {self.dtype}; try {way_out}another --dtype"
 
 
 Event = StepDone | FeaturesReady | Result | NotFinite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,6 +48,18 @@ def read_part(folder: Path, kind: Any, weights: Weights, dtype: torch.dtype) -> 
         shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
         raise LoadError(f"{weights.name} lacks {len(missing)} tensor{'s'[: len(missing) > 1]}: {shown}")
     return part
+
+
+def check_finite(parts: Mapping[str, Any]) -> None:
+    """Raise LoadError where a weight of a part of a model is not finite: what comes of it would not be, either."""
+    for part, module in parts.items():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+                continue
+            if not all(bound.isfinite() for bound in tensor.detach().aminmax()):  # one pass, no copy; NaN is both
+                kind = str(tensor.dtype).removeprefix("torch.")
+                past = "" if tensor.dtype == torch.float32 else f", or is past {kind} (try --dtype float32)"
+                raise LoadError(f"{part}: {name} holds values that are not finite; its file is damaged{past}")
 
 
 def read_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from turbolens_server.loading.hub import config_folder, file_of, resolve
 from turbolens_server.loading.lora import fuse_loras
 from turbolens_server.loading.memory import count
 from turbolens_server.loading.model import folder_of, read_pipeline
+from turbolens_server.loading.parts import check_finite
 from turbolens_server.loading.vae import load_vae
 from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.tapped import UnsupportedUNet, check_supported, find_hook_points
@@ -64,7 +65,9 @@ def read_model(
     read = Read(pipeline.unet.eval(), load_vae(vae_at, pipeline.vae, dtype).eval(), encoders)
     try:
         check_supported(read.unet)
-    except UnsupportedUNet as error:
+        named = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "unet": read.unet, "vae": read.vae}
+        check_finite(named)
+    except (UnsupportedUNet, LoadError) as error:
         raise LoadError(f"{model}: {error}") from error
     downscale = pipeline.vae_scale_factor
     modules = Modules(lambda: read)

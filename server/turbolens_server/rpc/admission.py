@@ -83,6 +83,8 @@ class Account:
         self._caller = caller
         self.held = 0
         self.pictures = 0
+        self.refused = False
+        """The call was refused for now: its pictures are none of its caller's quota."""
 
     def close(self) -> None:
         """Give it all back."""
@@ -90,7 +92,7 @@ class Account:
         self._ledger.give_back(self._caller.name, held)
         pictures, self.pictures = self.pictures, 0
         if self._caller.quota is not None:
-            self._caller.quota.give_back(pictures)
+            self._caller.quota.give_back(pictures, used=not self.refused)
 
     def __enter__(self) -> Account:
         return self
@@ -122,9 +124,11 @@ class Account:
         self.held += count
 
 
-def answer_bytes(jobs: Sequence[Job], info: EngineInfo) -> int:
-    """About what the results of a request take until they are delivered."""
-    return sum(_result_bytes(job, info) for job in jobs)
+def bytes_of(jobs: Sequence[Job], info: EngineInfo) -> int:
+    """About what the jobs of a request take until they are delivered: pixels and latents that they start from, which
+    may be many times their file and which they share, and their results."""
+    starts = {start for job in jobs for start in (job.start, *(one.start for one in job.references)) if start}
+    return sum(start.values.nbytes for start in starts) + sum(_result_bytes(job, info) for job in jobs)
 
 
 def _result_bytes(job: Job, info: EngineInfo) -> int:

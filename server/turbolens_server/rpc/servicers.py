@@ -29,7 +29,7 @@ from turbolens_server.catalog.catalog import Catalog
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.types import Event, FeaturesReady, Job, NotFinite, Result, StepDone
 from turbolens_server.rpc import bulk, convert, questions, traces
-from turbolens_server.rpc.admission import Account, answer_bytes
+from turbolens_server.rpc.admission import Account, bytes_of
 from turbolens_server.rpc.calls import current_call, current_deadline, current_request_id
 from turbolens_server.rpc.check_pool import CheckPool
 from turbolens_server.rpc.errors import answer_too_large, loading, not_finite
@@ -96,7 +96,7 @@ class Readiness:
         info = ready.engine.info
         valid = await self.checks.run(check, request, info, self.limits)
         structlog.contextvars.bind_contextvars(pictures=len(valid.jobs))
-        current_call().account.hold_answer(answer_bytes(valid.jobs, info), len(valid.jobs))
+        current_call().account.hold_answer(bytes_of(valid.jobs, info), len(valid.jobs))
         return valid
 
 
@@ -248,7 +248,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                 self._readiness.checks.run, validate_extract, request, ready.engine.info, self._readiness.limits
             )
             valid = await bulk.when_there_is_room(check)
-            size = answer_bytes(valid.jobs, ready.engine.info)
+            size = bytes_of(valid.jobs, ready.engine.info)
             await bulk.when_there_is_room(functools.partial(_hold, account, size, len(valid.jobs)))
             pictures += len(valid.jobs)
             return await bulk.when_there_is_room(functools.partial(self._extract, ready, valid))

@@ -186,6 +186,8 @@ def test_a_row_that_is_not_finite_ends_alone(engine, active):
     assert [type(event) for event in events if event.job == 1] == [NotFinite]
     (told,) = [event for event in events if isinstance(event, NotFinite)]
     assert (told.part, told.step, told.dtype) == ("U-Net", 0, "float32")
+    assert "weaker edits" in str(told)
+    assert "edits" not in str(dataclasses.replace(told, edited=False))  # of the weights alone
     assert results[1] is None
     assert np.array_equal(results[0].latents, mate.latents)
     assert np.array_equal(results[0].picture, mate.picture)

@@ -64,6 +64,7 @@ def with_tensors(change):
         (changed(blocks={"outer": ["mid.0"]}), "nobody knows ['mid.bias'"),
         (with_tensors(lambda t: t.pop("mid.bias")), "missing are ['mid.bias']"),
         (with_tensors(lambda t: t["mid.bias"].fill_(torch.nan)), "mid.bias holds values"),
+        (with_tensors(lambda t: t["mid.tokens.in_weight"][0].fill_(torch.inf)), "mid.tokens.in_weight holds values"),
         (with_tensors(lambda t: t.update({"mid.bias": torch.zeros(1)})), "mid.bias has shape (1,)"),
         (with_tensors(lambda t: t.update({"mid.bias": torch.zeros((), dtype=torch.int64)})), "not floating-point"),
         (

@@ -379,6 +379,34 @@ def test_weights_that_are_missing_are_named_at_load(part, model_copy, tiny_folde
             load_engine(model=str(tiny_folder), vae=str(model_copy / part))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("part", FILES)
+def test_weights_that_are_not_finite_are_named_at_load(part, value, model_copy, tiny_folder):
+    """One value is enough: not each of them shows in what a start tries."""
+    file = model_copy / part / FILES[part]
+    tensors = load_file(file)
+    name = sorted(tensors)[7]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, {"format": "pt"})
+    told = rf"{part}: \S*{re.escape(name)} holds values that are not finite; its file is damaged$"
+    with pytest.raises(LoadError, match=told) as caught:
+        load_engine(model=str(model_copy))
+    assert str(caught.value).startswith(str(model_copy))
+    if part == "vae":
+        with pytest.raises(LoadError, match=told):
+            load_engine(model=str(tiny_folder), vae=str(model_copy / part))
+
+
+def test_weights_past_a_narrow_type_are_named_with_one_that_holds_them(model_copy):
+    file = model_copy / "unet" / FILES["unet"]
+    tensors = load_file(file)
+    tensors["conv_in.bias"][0] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=r"unet: conv_in\.bias .* or is past float16 \(try --dtype float32\)$"):
+        load_engine(model=str(model_copy), dtype="float16")
+    load_engine(model=str(model_copy))
+
+
 def test_weights_under_other_names_are_missing(model_copy):
     file = model_copy / "text_encoder_2" / "model.safetensors"
     save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})

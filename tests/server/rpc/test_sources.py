@@ -15,6 +15,7 @@ from PIL import Image
 from tests import messages
 from tests.server.rpc.fake_engine import an_info
 from turbolens_proto.v1 import run_pb2
+from turbolens_server.rpc.admission import bytes_of
 from turbolens_server.rpc.errors import RpcError
 from turbolens_server.rpc.validation import RequestLimits, sources, validate_generate
 from turbolens_server.rpc.validation.sources import taken_steps
@@ -158,6 +159,17 @@ def test_pixels_are_those_of_the_file(kind, name):
     assert (job.prompt, job.steps, job.skipped, job.height, job.width) == ("x", 2, 2, 64, 64)
     assert valid.run.sampling.steps == 4
     assert valid.run.source.picture.picture.data == data
+
+
+def test_pixels_that_a_run_starts_from_are_counted_once_for_all_its_pictures():
+    """A small file can be many pixels; they are held until the answer is."""
+    request = from_picture()
+    plain, several = messages.generate(prompt="x", seeds=range(1)), from_picture()
+    several.run.seeds[:] = range(3)
+    counts = [bytes_of(validate_generate(one, INFO, LIMITS).jobs, INFO) for one in (plain, request, several)]
+    pixels = 64 * 64 * 3
+    assert counts[1] == counts[0] + pixels
+    assert counts[2] == 3 * counts[0] + pixels
 
 
 def test_a_run_takes_the_size_of_its_picture():

@@ -65,6 +65,17 @@ def test_a_setting_of_another_kind_is_named(bundle: Path, entry: dict[str, objec
         load_bundle(bundle)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_weights_that_are_not_finite_are_named(bundle: Path, name: str, value: float) -> None:
+    file = bundle / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file)
+    with pytest.raises(BundleError, match=f"{name} holds values that are not finite"):
+        load_bundle(bundle)
+
+
 def test_weights_of_whole_numbers_are_refused(bundle: Path) -> None:
     """Those of a quantized file, without its scales, would be other weights."""
     file = bundle / "sae_weights.safetensors"

@@ -14,6 +14,7 @@ from turbolens_server.rpc.errors import Violation, invalid
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_REFERENCES: Final = 4
 _SHOWN: Final = 60  # characters of a received value in an error
+_TOLD: Final = 400  # of all that is said of a field: names that a caller made up may be part of it
 _MOST_VIOLATIONS: Final = 100
 """No more are looked for."""
 
@@ -69,7 +70,7 @@ class Checks:
         Raises:
             RpcError: INVALID_ARGUMENT once so much is wrong that more would help nobody.
         """
-        self.violations.append(Violation(field, description))
+        self.violations.append(Violation(field, description[:_TOLD]))
         if len(self.violations) >= _MOST_VIOLATIONS:
             self.refuse()
 
@@ -84,7 +85,7 @@ class Checks:
 
     def bad(self, field: str, value: Any, allowed: str) -> None:
         """A value that is not allowed."""
-        shown = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
+        shown = repr(value[: _SHOWN + 1] if isinstance(value, str | list | tuple) else value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         self.wrong(field, f"got {shown}; {allowed}")
 

@@ -54,17 +54,6 @@ class EditChecks:
 
     def edits(self, field: str, edits: Sequence[steering_pb2.Edit]) -> tuple[Edit, ...]:
         """The edits that are right, as the engine has them: what a `transfer` takes away is a `scale` by 0 after it."""
-        limits = self._checks.limits
-        if len(edits) > limits.max_edits:
-            self._checks.bad(field, f"{len(edits)} edits", f"at most {limits.max_edits} are allowed")
-            return ()
-        count = sum(
-            len(edit.features) + len(edit.transfer.remove) + 2 * max(edit.transfer.choice.features, 0) for edit in edits
-        )
-        if count > limits.max_request_features:
-            allowed = f"the edits of a request may name {limits.max_request_features} in all"
-            self._checks.bad(field, f"{count} features", allowed)
-            return ()
         before = len(self._checks.violations)
         by_message = [self._edit(f"{field}[{i}]", edit, i) for i, edit in enumerate(edits)]
         if len(self._checks.violations) == before:

@@ -70,7 +70,9 @@ class MaskChecks:
         if not polygons:
             self._checks.wrong(field, "is empty; give at least one polygon")
             return None
-        if not self._fits(field, shapes=len(polygons), corners=sum(len(polygon.points) for polygon in polygons)):
+        if not self._fits(field, shapes=len(polygons)):  # first, so that there are few to count the corners of
+            return None
+        if not self._fits(field, shapes=0, corners=sum(len(polygon.points) for polygon in polygons)):
             return None
         shapes = []
         for i, polygon in enumerate(polygons):

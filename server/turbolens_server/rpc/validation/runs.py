@@ -142,14 +142,10 @@ def check_references(
     Args:
         checks: where what is wrong goes.
         field: path of the map.
-        references: by name; without a seed it has that of each picture.
+        references: by name, no more than are allowed; without a seed one has that of each picture.
         read: names that edits read.
         sampled: how the run is sampled that they are beside.
     """
-    most = checks.limits.max_references
-    if len(references) > most:
-        checks.bad(field, f"{len(references)} references", f"at most {most} are allowed")
-        return {}
     found = {}
     for name, reference in sorted(references.items()):
         path = f"{field}[{name[:64]!r}]"

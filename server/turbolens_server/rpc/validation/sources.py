@@ -28,6 +28,8 @@ _TYPES: Final = {
     run_pb2.VALUE_TYPE_FLOAT16: "<f2",
     run_pb2.VALUE_TYPE_FLOAT32: "<f4",
 }
+_AXES: Final = 3
+"""Of latents."""
 _LARGEST: Final = 1e4
 """Of a latent: one of a picture is about 1, and half precision ends at 65,504."""
 
@@ -164,12 +166,13 @@ def sizes_served(info: EngineInfo) -> str:
 
 def _values(checks: Checks, field: str, tensor: run_pb2.Tensor) -> npt.NDArray[np.float32] | None:
     """Latents [C, h, w] of a size that is served; None where something is wrong with them."""
-    info, shape = checks.info, tuple(tensor.shape)
+    info, shape = checks.info, tuple(tensor.shape[:_AXES])
     if not checks.known(f"{field}.type", tensor.type, run_pb2.ValueType):
         return None
     served = [(info.latent_channels, *(edge // info.vae_downscale for edge in size)) for size in info.sizes]
-    if shape not in served:
-        checks.bad(f"{field}.shape", list(shape), f"must be one of {', '.join(str(list(one)) for one in served)}")
+    if shape not in served or len(tensor.shape) > _AXES:
+        shown = list(shape) if len(tensor.shape) <= _AXES else f"{len(tensor.shape)} axes"
+        checks.bad(f"{field}.shape", shown, f"must be one of {', '.join(str(list(one)) for one in served)}")
         return None
     kind = np.dtype(_TYPES[tensor.type])
     if len(tensor.data) != math.prod(shape) * kind.itemsize:
