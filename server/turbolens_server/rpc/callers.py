@@ -36,8 +36,8 @@ class Allowance(Protocol):
         """Take pictures or raise."""
         ...
 
-    def give_back(self, pictures: int) -> None:
-        """They are no longer in flight."""
+    def give_back(self, pictures: int, *, used: bool = True) -> None:
+        """They are no longer in flight; `used` False: nor were they ever made."""
         ...
 
     def same_as(self, other: Any) -> bool:

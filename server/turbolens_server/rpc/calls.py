@@ -302,6 +302,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     raise
                 except Exception as error:
                     call.error = error
+                    account.refused = isinstance(error, RpcError) and error.retry_after_s is not None
             if isinstance(call.error, Stalled):
                 self._ledger.hold_after(caller, call.error.message_bytes, context)
         finally:

@@ -53,6 +53,8 @@ class Quota:
             self._left -= pictures
         self.in_flight += pictures
 
-    def give_back(self, pictures: int) -> None:
-        """So many are no longer in flight."""
+    def give_back(self, pictures: int, *, used: bool = True) -> None:
+        """So many are no longer in flight; those that were not used count for nothing."""
         self.in_flight -= pictures
+        if self.per_minute is not None and not used:
+            self._left = min(self._left + pictures, float(self.per_minute))

@@ -12,6 +12,8 @@ than answers may have, and still four masks of the largest size."""
 MAX_STREAMS: Final = 100
 """Calls at once on one connection. Opened and reset without this bound, calls take memory faster than it is freed."""
 MAX_CONNECTIONS: Final = 1024
+HANDSHAKE_S: Final = 20.0
+"""In which a new connection must have said that it speaks HTTP/2, and TLS where that is asked for."""
 _IDENTITY_ONLY: Final = 1  # a bitset: bit 0 is "no compression"
 
 
@@ -30,6 +32,8 @@ def server_options(max_connection_age_s: float = 0) -> tuple[tuple[str, Any], ..
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        # Of those, one that says nothing is no caller's.
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
         # Callers may keep quiet connections open with pings, since a long call must not die of them; who pings more
         # often than this is disconnected, since every ping costs work.
         ("grpc.keepalive_permit_without_calls", 1),

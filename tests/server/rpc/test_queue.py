@@ -98,6 +98,26 @@ async def test_a_caller_who_leaves_stops_the_engine_and_not_the_next_caller(runn
     assert (await second).generations[0].seed == 1
 
 
+async def test_steps_of_who_left_are_counted_as_saved_or_wasted(running):
+    def counted() -> list[int]:
+        steps = running.serving.metrics.steps
+        return [int(steps.labels(fate)._value.get()) for fate in ("used", "saved", "wasted")]
+
+    running.engine.gate.clear()
+    runs, waits = (
+        asyncio.ensure_future(
+            running.generation.Generate(messages.generate(prompt="", seeds=[seed], sampling={"steps": 4}))
+        )
+        for seed in (0, 1)
+    )
+    await started(running)
+    await until(lambda: waiting(running) == 1)
+    waits.cancel()
+    await until(lambda: counted() == [0, 4, 0])
+    runs.cancel()
+    await until(lambda: counted() == [0, 8, 0])
+
+
 async def test_a_broken_connection_stops_the_engine(running):
     running.engine.gate.clear()
 

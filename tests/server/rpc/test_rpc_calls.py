@@ -234,6 +234,12 @@ async def test_a_model_that_cannot_warm_up_is_no_model(kind, loading, fake):
         await loading.serving.make_ready(fake)
 
 
+async def test_a_start_without_memory_for_a_batch_says_what_to_lower(loading, fake):
+    fake.warm_up_fails = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(LoadError, match="no memory for a batch to warm up with; lower --max-batch, which is 8"):
+        await loading.serving.make_ready(fake)
+
+
 SLOW_LOAD = """
 import sys, time
 from turbolens_server import app, serving

@@ -233,6 +233,23 @@ async def test_a_quota_holds_and_says_when_more_is_there(fake, tokens):
         assert (await generate(running.channel, metadata=bearer(given["all"]))).generations  # nobody else's matter
 
 
+async def test_a_call_that_a_full_server_refused_uses_no_quota_up(fake, tokens):
+    path, given = tokens
+    async with serve(fake, tokens=str(path), max_queue=1) as running:
+        fake.gate.clear()
+        others = [asyncio.ensure_future(generate(running.channel, metadata=bearer(given["all"])))]
+        assert await asyncio.to_thread(fake.started.wait, 5)
+        others.append(asyncio.ensure_future(generate(running.channel, metadata=bearer(given["all"]))))
+        await asyncio.sleep(0.2)
+        for _ in range(3):  # of two pictures each, where four are a minute's
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await generate(running.channel, seeds=[1, 2], metadata=bearer(given["limited"]))
+            assert reason_of(caught.value) == "QUEUE_FULL"
+        fake.gate.set()
+        await asyncio.gather(*others)
+        await generate(running.channel, seeds=[1, 2], metadata=bearer(given["limited"]))
+
+
 def test_a_minutes_pictures_come_back_evenly():
     now = 0.0
     quota = Quota("x", per_minute=60, clock=lambda: now)
@@ -243,6 +260,10 @@ def test_a_minutes_pictures_come_back_evenly():
         quota.take(1)
     now = 1000.0
     quota.take(60)
+    with pytest.raises(RpcError):
+        quota.take(1)
+    quota.give_back(5, used=False)
+    quota.take(5)
     with pytest.raises(RpcError):
         quota.take(1)
 

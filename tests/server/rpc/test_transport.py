@@ -84,6 +84,18 @@ async def test_connections_are_bounded(fake, monkeypatch):
         assert answered == [True] * 3 + [False] * 3
 
 
+async def test_a_connection_that_says_nothing_is_ended(fake, monkeypatch):
+    monkeypatch.setattr(transport, "HANDSHAKE_S", 0.5)
+    async with serve(fake) as running:
+        host, _, port = running.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        async with asyncio.timeout(10):
+            while await reader.read(4096):  # what the server says of itself, and then the end
+                pass
+        writer.close()
+        await running.generation.Generate(messages.generate(prompt=""))
+
+
 async def test_who_pings_without_end_is_disconnected(running):
     host, _, port = running.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import json
 import logging
 import os
@@ -15,17 +16,21 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 
 from tests import messages
 from turbolens_proto.v1 import model_service_pb2 as ms
+from turbolens_server.engine.types import NotFinite
 from turbolens_server.logs import configure_logging, get_logger, through_ours
-from turbolens_server.rpc import convert
+from turbolens_server.rpc import convert, errors
 from turbolens_server.rpc.check_pool import CheckPool
-from turbolens_server.rpc.errors import RpcError
+from turbolens_server.rpc.errors import RpcError, Violation
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "docs" / name for name in ("reliability.md", "security.md")]
@@ -65,6 +70,43 @@ def test_every_refusal_of_the_code_is_in_the_table_and_none_else():
     found = reasons()
     assert len(found) > 15
     assert table == found
+
+
+MADE_OF = {str: "x", int: 1, float: 1.0, NotFinite: NotFinite(0, "VAE"), Sequence[Violation]: [Violation("f", "d")]}
+
+
+def refusals() -> dict[str, tuple[str, set[str]]]:
+    """Of each reason, gRPC's code and the kinds of detail that come with it, beside the info that all have."""
+    made = [errors.overloaded("x", 1.0, reason) for reason in ("SHARE_FULL", "MEMORY_FULL", "CHECKS_FULL")]
+    made.append(errors.no_token("x", "TOKEN_UNKNOWN"))
+    for make in vars(errors).values():
+        if inspect.isfunction(make) and make.__module__ == errors.__name__:
+            types = get_type_hints(make)
+            if types.pop("return") is RpcError:
+                required = [one for one in inspect.signature(make).parameters.values() if one.default is one.empty]
+                made.append(make(*(MADE_OF[types[one.name]] for one in required)))
+    made.append(errors.Stalled(1.0, 1))
+    for file in set(RPC.glob("**/*.py")) - {RPC / "errors.py"}:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RpcError" and len(node.args) == 3:
+                code, _, reason = node.args
+                if isinstance(code, ast.Attribute) and isinstance(reason, ast.Constant):
+                    made.append(RpcError(getattr(grpc.StatusCode, code.attr), "x", reason.value))
+    found = {}
+    for error in made:
+        trailing = dict(error.trailing_metadata("id"))
+        kinds = {one.TypeName() for one in status_pb2.Status.FromString(trailing["grpc-status-details-bin"]).details}
+        assert "google.rpc.ErrorInfo" in kinds
+        assert ("google.rpc.RetryInfo" in kinds) == ("grpc-retry-pushback-ms" in trailing)
+        found[error.reason] = error.code.name, {kind.rpartition(".")[2] for kind in kinds} - {"ErrorInfo"}
+    return found
+
+
+def test_the_table_says_of_every_refusal_which_code_and_details_it_has():
+    told = {}
+    for _, code, reason, details, _ in rows(PAGES[0], 5):
+        told[reason.strip("`")] = code.strip("`"), set(re.findall(r"`(BadRequest|RetryInfo|QuotaFailure)`", details))
+    assert told == refusals()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -237,4 +279,21 @@ async def test_checks_are_bounded():
     gate.set()
     await asyncio.gather(*waiting)
     assert await pool.run(lambda: 3) == 3
+    pool.close()
+
+
+async def test_a_check_whose_caller_left_is_not_begun():
+    pool, gate = CheckPool(), threading.Event()
+    busy = [asyncio.create_task(pool.run(gate.wait)) for _ in range(2)]
+    await asyncio.sleep(0)
+    begun = []
+    leaving = asyncio.create_task(pool.run(begun.append, 1))
+    await asyncio.sleep(0.05)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    gate.set()
+    await asyncio.gather(*busy)
+    await pool.run(time.sleep, 0)
+    assert begun == []
     pool.close()
