@@ -119,7 +119,7 @@ def test_the_sdk_is_a_small_wheel_that_runs_alone(wheels, others, tmp_path):
     assert wheels.keys() == {"turbolens", "turbolens_server", "turbolens_studio", "turbolens_training"}
     assert wheels["turbolens"].stat().st_size < 2**18
     inside = {name.partition("/")[0] for name in zipfile.ZipFile(wheels["turbolens"]).namelist()}
-    assert inside == {"turbolens", "turbolens_proto", "turbolens-0.1.0.dist-info"}
+    assert inside == {"turbolens", "turbolens_command", "turbolens_proto", "turbolens-0.1.0.dist-info"}
     light = site(tmp_path, wheels["turbolens"])
     code = "import turbolens.cli, sys; print(turbolens.__file__, 'torch' in sys.modules); turbolens.cli.main({})"
     helped = python(light, others, code=code.format(["--help"]))

@@ -78,19 +78,21 @@ async def _serve(config: ServerConfig) -> int | None:
 
     Returns:
         The exit code where the process cannot end in the ordinary way: 0 where it was told to stop while the model was
-        loading, which then goes on in its thread, and 1 where the GPU is lost; else None.
+        loading, which then goes on in its thread, or 130 where that was by Ctrl-C; 1 where the GPU is lost; else None.
     """
     from turbolens_server.serving import Serving, load_and_serve
 
     through_ours()
     log = get_logger()
     told = asyncio.Event()
+    signs: list[signal.Signals] = []
     loop = asyncio.get_running_loop()
 
     def stop(sign: signal.Signals) -> None:
         if told.is_set():
             log.warning("ended", why="told to stop a second time")
             _end_at_once(sign)
+        signs.append(sign)
         told.set()
 
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -117,4 +119,5 @@ async def _serve(config: ServerConfig) -> int | None:
     log.info("stopped")
     if serving.device_lost.is_set():
         return 1
-    return 0 if left_loading else None
+    interrupted = signs == [signal.SIGINT]
+    return (128 + signal.SIGINT if interrupted else 0) if left_loading else None

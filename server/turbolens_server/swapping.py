@@ -86,7 +86,11 @@ async def _compile(config: ServerConfig) -> str | None:
     settings = dataclasses.replace(config, threads=torch.get_num_threads(), backend=NAME, warm_up=False)
     pipe = asyncio.subprocess.PIPE
     worker = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", _WORKER, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe
+        *(sys.executable, "-m", _WORKER),
+        stdin=pipe,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=pipe,
+        start_new_session=True,  # Ctrl-C in a terminal is for the server, which ends it
     )
     assert worker.stdin is not None
     assert worker.stderr is not None

@@ -6,9 +6,12 @@ import asyncio
 import dataclasses
 import os
 import secrets
+import signal
 import socket
 import sys
 import webbrowser
+from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Final
 
 import tyro
@@ -60,10 +63,20 @@ def main(argv: list[str]) -> None:
         listening = _listen(config.host, config.port)
     except (ValueError, OSError) as error:
         sys.exit(f"turbolens studio: {error}")
+    opened = False
+
+    def end(sign: int, _: object = None) -> None:
+        """Until there is something to end: at once, without waiting for imports or a model."""
+        if not opened:
+            os._exit(128 + sign)
+
+    def on_open() -> None:
+        nonlocal opened
+        opened = True
+
+    signal.signal(signal.SIGINT, end)
     try:
-        asyncio.run(_serve(config, listening))
-    except KeyboardInterrupt:
-        pass
+        asyncio.run(_serve(config, listening, on_open, end))
     except RuntimeError as error:
         sys.exit(f"turbolens studio: {error}")
 
@@ -81,7 +94,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def _serve(config: StudioConfig, listening: socket.socket) -> None:
+async def _serve(
+    config: StudioConfig, listening: socket.socket, on_open: Callable[[], None], end: Callable[[int], None]
+) -> None:
     # Imported late: a command's help must not wait for them.
     import uvicorn
 
@@ -94,7 +109,13 @@ async def _serve(config: StudioConfig, listening: socket.socket) -> None:
     name = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{name}:{port}{config.root_path}/?token={token}"
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            end(sig)
+            super().handle_exit(sig, frame)
+
     def on_ready() -> None:
+        on_open()
         print(f"The studio is at {address}", flush=True)
         if config.open:
             asyncio.get_running_loop().call_later(0.5, webbrowser.open, address)
@@ -106,7 +127,7 @@ async def _serve(config: StudioConfig, listening: socket.socket) -> None:
     # The browser draws on the same cores: a picture that uses all of them waits for it at every operation.
     spare = max(1, (os.cpu_count() or 2) - 1)
     connection = Connection("embedded", threads=spare) if config.embedded else Connection(config.server)
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             build_app(connection, access, on_ready, config.root_path),
             ws="websockets-sansio",

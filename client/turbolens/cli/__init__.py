@@ -1,11 +1,12 @@
 """The `turbolens` command: its own verbs, and those that other distributions bring.
 
-Exit codes: 0, it worked; 1, it failed; 2, it was asked for what cannot be, so asking again is of no use.
+Exit codes: 0, it worked; 1, it failed; 2, it was asked for what cannot be, so asking again is of no use; 130, Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second one waits for nothing
         sys.exit(130)
 
 
