@@ -25,6 +25,8 @@ WORDS = (
     (r"\bAsyncLens\b", "Lens"),
     (r"\basync_channel\b", "sync_channel"),
     (r"\basync_window\b", "sync_window"),
+    (r"\basync_messages\b", "sync_messages"),
+    (r"\basync_home\b", "sync_home"),
     (
         r"turbolens\._many\.run import extract_many, generate_many, run_async",
         "turbolens._many.run import extract_many, generate_many",

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Unpack, overload
@@ -18,7 +18,7 @@ from turbolens._channel import TLS, Connection, Token, async_channel, connection
 from turbolens._contrast import contrast
 from turbolens._edits import FeatureLike, Features, replace, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
+from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error, out_of_time
 from turbolens._features import NEARNESS, Feature, Match, Near, Nearness
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
@@ -48,6 +48,7 @@ from turbolens._run import (
 )
 from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
+from turbolens._waiting import async_home, async_messages
 from turbolens._window import async_window
 from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -92,6 +93,7 @@ class AsyncLens:
         self._embedded = embedded
         self._closed = False
         self._services: Services | None = None
+        self._at_home: Callable[[], bool]
         self._model: Model | None = None
         self._labels = Labels()
         self._window = async_window()
@@ -670,6 +672,9 @@ class AsyncLens:
                 target = await asyncio.to_thread(self._embedded.start)
                 to = dataclasses.replace(to, target=target)
             self._services = self._services or _services(async_channel(to))
+            self._at_home = async_home()
+        if not self._at_home():
+            raise Closed(f"the connection to {self._target} belongs to another event loop; make one in each")
         return self._services
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
@@ -700,10 +705,10 @@ class AsyncLens:
             await asyncio.sleep(wait)
 
     async def _attempt(self, method: Any, request: Any, call: Call, timeout: float | None) -> AsyncIterator[Event]:
-        messages = method(request, timeout=timeout, metadata=self._to.metadata())
+        messages = method(request, metadata=self._to.metadata())
         heard: set[int] = set()
         try:
-            async for message in messages:
+            async for message in async_messages(messages, timeout):
                 kind = message.WhichOneof("event")
                 if kind in ("features", "picture"):
                     heard.add(getattr(message, kind).seed_index)
@@ -713,6 +718,8 @@ class AsyncLens:
                     call.check(len(heard))
                     self._labels.have(call.run)
                 yield event_of(message, call.run, self._labels.of)
+        except TimeoutError:
+            raise out_of_time(self._target) from None
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
         finally:
@@ -745,7 +752,7 @@ def connect(
         tls: for a server behind TLS; True: with the system's certificates; False: in the clear even with a token. None:
             by TURBOLENS_TLS_CA, TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY, files in PEM, where one is set.
         timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise;
-            None: no limit.
+            of a stream, seconds that it may be waited for, however long its reader takes in between. None: no limit.
         attempts: of a call at a server that is full and says when to come back; 1: none but the first.
         settings: of the embedded server, such as `model` or `sae`.
 

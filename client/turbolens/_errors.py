@@ -92,7 +92,7 @@ class Unimplemented(TurboLensError):
 
 
 class Closed(TurboLensError):
-    """The connection was closed before the call."""
+    """The connection was closed before the call, or belongs to another event loop."""
 
 
 class InternalError(TurboLensError):
@@ -115,6 +115,12 @@ EXCEPTIONS: Final[dict[grpc.StatusCode, type[TurboLensError]]] = {
     grpc.StatusCode.UNKNOWN: InternalError,
 }
 """Status codes and what they become; any other is a plain TurboLensError."""
+
+
+def out_of_time(target: str, said: str = "its stream stood still") -> DeadlineExceeded:
+    """What a call that was not answered in time raises."""
+    message = f"{target} did not answer in time; give the call a longer timeout ({said})"
+    return DeadlineExceeded(message, code="DEADLINE_EXCEEDED")
 
 
 def _details(value: bytes) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Unpack, overload
@@ -17,7 +17,7 @@ from turbolens._channel import TLS, Connection, Token, connection, sync_channel
 from turbolens._contrast import contrast
 from turbolens._edits import FeatureLike, Features, replace, to_ref
 from turbolens._embedded import Embedded
-from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error
+from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error, out_of_time
 from turbolens._features import NEARNESS, Feature, Match, Near, Nearness
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
@@ -48,6 +48,7 @@ from turbolens._run import (
 from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
 from turbolens._twin import run_sync
+from turbolens._waiting import sync_home, sync_messages
 from turbolens._window import sync_window
 from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -92,6 +93,7 @@ class Lens:
         self._embedded = embedded
         self._closed = False
         self._services: Services | None = None
+        self._at_home: Callable[[], bool]
         self._model: Model | None = None
         self._labels = Labels()
         self._window = sync_window()
@@ -664,6 +666,9 @@ class Lens:
                 target = self._embedded.start()
                 to = dataclasses.replace(to, target=target)
             self._services = self._services or _services(sync_channel(to))
+            self._at_home = sync_home()
+        if not self._at_home():
+            raise Closed(f"the connection to {self._target} belongs to another event loop; make one in each")
         return self._services
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
@@ -694,10 +699,10 @@ class Lens:
             time.sleep(wait)
 
     def _attempt(self, method: Any, request: Any, call: Call, timeout: float | None) -> Iterator[Event]:
-        messages = method(request, timeout=timeout, metadata=self._to.metadata())
+        messages = method(request, metadata=self._to.metadata())
         heard: set[int] = set()
         try:
-            for message in messages:
+            for message in sync_messages(messages, timeout):
                 kind = message.WhichOneof("event")
                 if kind in ("features", "picture"):
                     heard.add(getattr(message, kind).seed_index)
@@ -707,6 +712,8 @@ class Lens:
                     call.check(len(heard))
                     self._labels.have(call.run)
                 yield event_of(message, call.run, self._labels.of)
+        except TimeoutError:
+            raise out_of_time(self._target) from None
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
         finally:
@@ -739,7 +746,7 @@ def connect(
         tls: for a server behind TLS; True: with the system's certificates; False: in the clear even with a token. None:
             by TURBOLENS_TLS_CA, TURBOLENS_TLS_CERT and TURBOLENS_TLS_KEY, files in PEM, where one is set.
         timeout: seconds that a call may take, attempts and the waits between them included, unless it says otherwise;
-            None: no limit.
+            of a stream, seconds that it may be waited for, however long its reader takes in between. None: no limit.
         attempts: of a call at a server that is full and says when to come back; 1: none but the first.
         settings: of the embedded server, such as `model` or `sae`.
 

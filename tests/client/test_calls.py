@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -216,6 +217,43 @@ def test_a_stream_of_features(client):
     events = list(client.stream_features("x", seed=1, steps=2, saes=["up.0.1"]))
     assert [type(e) for e in events] == [tl.Queued, tl.Features, tl.Features, tl.Done]
     assert np.array_equal(events[2].block.to_dense()[0], activations(1, 1))
+
+
+def test_who_reads_a_stream_slowly_is_not_out_of_time(running):
+    with tl.connect(running.target, timeout=0.5) as client:
+        kinds = []
+        for event in client.stream_generate("x", seeds=[1, 2], steps=2):
+            kinds.append(type(event))
+            time.sleep(0.2)
+        assert kinds[-1] is tl.Done
+        assert len(kinds) > 4  # all of it took longer than the call may wait
+
+    async def read() -> list[type]:
+        async with tl.aio.connect(running.target, timeout=0.5) as client:
+            kinds = []
+            async for event in client.stream_generate("x", seeds=[1, 2], steps=2):
+                kinds.append(type(event))
+                await asyncio.sleep(0.2)
+            return kinds
+
+    assert asyncio.run(read()) == kinds
+
+
+def test_a_stream_that_stands_still_is_out_of_time_and_ends_the_run(running, fake):
+    fake.on["StreamGenerate"] = lambda context: (context.add_callback(fake.cancelled.set), time.sleep(1.5))
+    started = time.monotonic()
+    with tl.connect(running.target, timeout=0.2) as client, pytest.raises(tl.DeadlineExceeded, match="longer timeout"):
+        list(client.stream_generate("x", seed=1))
+    assert fake.cancelled.wait(5)
+
+    async def read() -> None:
+        async with tl.aio.connect(running.target) as client:
+            async for _ in client.stream_generate("x", seed=1, timeout=0.2):
+                pass
+
+    with pytest.raises(tl.DeadlineExceeded, match="did not answer in time"):
+        asyncio.run(read())
+    assert time.monotonic() - started < 5
 
 
 def test_leaving_a_stream_cancels_the_run(client, fake):

@@ -196,6 +196,17 @@ def test_a_closed_connection_says_so(running):
         client.generate("x")
 
 
+def test_a_connection_of_another_event_loop_says_so(running):
+    client = tl.aio.connect(running.target)
+
+    async def call() -> None:
+        await client.generate("x")
+
+    asyncio.run(call())
+    with pytest.raises(tl.Closed, match="belongs to another event loop"):
+        asyncio.run(call())
+
+
 def test_a_server_of_another_version_is_warned_of(client, fake, monkeypatch):
     fake.versions = {"turbolens": "0.1.7"}
     monkeypatch.setattr("turbolens._retry.client_version", lambda: "9.9.0")
