@@ -55,6 +55,7 @@ from turbolens._errors import (
 )
 from turbolens._features import Effect, Example, Feature, Label, Match, Near
 from turbolens._gallery import Gallery, gallery
+from turbolens._leave_out import LeftOut
 from turbolens._many.progress import ManyReport, Progress
 from turbolens._model import HookPoint, Limits, Model, Sae
 from turbolens._provenance import Chosen, Provenance
@@ -95,6 +96,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "Label",
+    "LeftOut",
     "Lens",
     "Limits",
     "Located",

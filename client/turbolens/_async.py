@@ -13,15 +13,16 @@ from typing import Any, Final, NamedTuple, Unpack, overload
 
 import grpc
 
-from turbolens._attribution import Attribution
+from turbolens._attribution import Attribution, Position
 from turbolens._channel import TLS, Connection, Token, async_channel, connection
 from turbolens._contrast import contrast
-from turbolens._edits import FeatureLike, Features, replace, to_ref
+from turbolens._edits import FeatureLike, Features, Mask, replace, to_ref
 from turbolens._embedded import Embedded
 from turbolens._errors import Closed, InvalidRequest, Overloaded, Unavailable, from_rpc_error, out_of_time
 from turbolens._features import NEARNESS, Feature, Match, Near, Nearness
 from turbolens._gallery import Gallery, gallery
 from turbolens._labels import Labels
+from turbolens._leave_out import leave_out
 from turbolens._many.options import ExtractManyOptions, GenerateManyOptions
 from turbolens._many.progress import ManyReport
 from turbolens._many.prompts import Prompts as ManyPrompts
@@ -302,6 +303,44 @@ class AsyncLens:
             answer = await self._call(services.features.AttributeFeature, request, call.timeout)
         account, warnings = Provenance.from_proto(answer.provenance), warnings_of(answer.warnings)
         return Attribution(answer, ref, prompt, account, warnings)
+
+    @takes(AttributeOptions)
+    async def leave_out(
+        self,
+        prompt: str,
+        feature: FeatureLike,
+        *,
+        seed: int | None = None,
+        step: int | None = None,
+        at: Position | None = None,
+        region: Mask | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> Table:
+        """Which word made a feature fire, by what its pre-activation loses when each is left out of the prompt.
+
+        A run for each word. Slower than :meth:`attribute`, and through the whole model: a text encoder hands words on
+        to the tokens after them, so the token that a layer hears need not be the word that it is about.
+
+        Args:
+            prompt: any text.
+            feature: as of :meth:`attribute`.
+            seed: of all runs; None: the server draws one.
+            step: from 0; None: the last.
+            at: at this position of the grid alone.
+            region: mean over a mask. Without both: over the positions where the feature is active with the whole
+                prompt, or everywhere where it is nowhere.
+            options: as of :meth:`attribute`.
+
+        Returns:
+            A list of :class:`LeftOut`, what drops most first; a word that stands twice is left out at one place a row.
+
+        Raises:
+            IndexError: `at` is not on the grid.
+            ValueError: both were given, or the mask covers nothing of the grid.
+            InvalidRequest: as of :meth:`attribute`.
+        """
+        given = (seed, step, at, region, options)
+        return await run_async(lambda lens: leave_out(lens, prompt, to_ref(feature), *given), self)
 
     async def replay(self, file: str | Path, *, tolerance: int = TOLERANCE) -> Replay:
         """Make a result again and say whether it is equal, equal within tolerance, or what differs.

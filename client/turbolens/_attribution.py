@@ -93,7 +93,7 @@ class Attribution:
             IndexError: `at` is not on the grid.
             ValueError: both were given, or the mask covers nothing of the grid.
         """
-        mean = self._weights(at, region) @ self.by_source
+        mean = self.weights(at, region) @ self.by_source
         merged = [(name, places, float(mean[list(places)].sum())) for name, places in self._named()]
         spoke_for = sum(max(value, 0.0) for *_, value in merged)
         rows = [
@@ -104,7 +104,7 @@ class Attribution:
 
     def heads(self, *, at: Position | None = None, region: Mask | None = None) -> Floats:
         """Contribution of each head, [heads], over the same positions as of :meth:`sources`."""
-        mean: Floats = self._weights(at, region) @ self.by_head
+        mean: Floats = self.weights(at, region) @ self.by_head
         return mean
 
     def map(self, source: str | Source) -> Floats:
@@ -146,7 +146,7 @@ class Attribution:
         size = (360 + self.width * _CELL // 2, tall * len(rows) + _ROW + 8)
         sheet = Image.new("RGB", size, "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-        title = f"{self.feature}, step {self.step}: pre-activation {self._weights(at, region) @ self.pre.ravel():.3g}"
+        title = f"{self.feature}, step {self.step}: pre-activation {self.weights(at, region) @ self.pre.ravel():.3g}"
         draw.text((6, 4), title, "black", font)
         for i, row in enumerate(rows):
             top = _ROW + 6 + i * tall
@@ -206,8 +206,8 @@ class Attribution:
                     word, places = "", []
         return found
 
-    def _weights(self, at: Position | None, region: Mask | None) -> Floats:
-        """Weight of each position, [height * width], summing to 1."""
+    def weights(self, at: Position | None = None, region: Mask | None = None) -> Floats:
+        """Weight of each position, [height * width], summing to 1; arguments and errors as of :meth:`sources`."""
         if at is not None and region is not None:
             raise ValueError("give at or region, and not both")
         weights = (self.activation > 0).astype(np.float32).ravel()

@@ -31,7 +31,8 @@ class ServerConfig:
     sae: tuple[str, ...] = ()
     """SAEs: a bundle, the folder of an SAE of another project, a folder of several, or a hub id each; `BLOCK=PATH` says
     where one sits whose folder does not, `NAME=PATH` or `NAME@BLOCK=PATH` what requests call it, which is how several
-    of one block are served. `mini` brings its own, `mini-saes`, and beside them `mini-nested` and `mini-temporal`."""
+    of one block are served. `mini` brings its own, `mini-saes`, and beside them `mini-nested`,
+    `mini-temporal` and `mini-attention`."""
     force_sae: bool = False
     """Serve an SAE on a model that it was not trained on; every result says so."""
     gate: str = ""

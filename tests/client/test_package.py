@@ -11,15 +11,17 @@ import turbolens as tl
 NAMES = """
 Attribution Average AverageFeature BlockFeatures Cancelled Choice Chosen Closed Coded Comparison Condition
 DeadlineExceeded Difference Done Edit Effect Example Extraction Feature FeatureRef Features FieldViolation Gallery
-HookPoint InternalError InvalidRequest Label Lens Limits Located Manifest ManyReport Mask Match Model Near NotFound
-Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Replay Run RunFeatures
-Sae Source Step Sweep Swept TLS Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented Warning
+HookPoint InternalError InvalidRequest Label LeftOut Lens Limits Located Manifest ManyReport Mask Match Model Near
+NotFound Overloaded PermissionDenied Picture PictureReady Pictures Progress Provenance Queued Reference Replay Run
+RunFeatures Sae Source Step Sweep Swept TLS Table TopFeature TurboLensError Unauthenticated Unavailable Unimplemented
+Warning
 ablate add aio average box boxes choose compare connect edits_from_json edits_to_json feature gallery manifest mask
 patch polygon reference replace scale set_to steering transfer where
 """
 METHODS = """
-attribute close contrast examples extract extract_many generate generate_many get_feature icon list_features load_saes
-model nearest_features reload_sae replay search_features stream_features stream_generate sweep unload_sae wait_ready
+attribute close contrast examples extract extract_many generate generate_many get_feature icon leave_out list_features
+load_saes model nearest_features reload_sae replay search_features stream_features stream_generate sweep unload_sae
+wait_ready
 """
 
 

@@ -82,6 +82,28 @@ def test_as_table_text_and_picture(lens):
     assert len(np.unique(np.asarray(left))) > 10
 
 
+def test_leaving_words_out_is_asking_without_each(lens):
+    region, given = tl.box(0, 0, 0.5, 1), {"seed": 7, "steps": 2, "step": 0}
+    rows = lens.leave_out(PROMPT, f"{CROSS}/3", region=region, **given)
+    assert sorted(row.word for row in rows) == sorted(PROMPT.split())
+    assert [row.drop for row in rows] == sorted((row.drop for row in rows), reverse=True)
+    own = lens.attribute(PROMPT, f"{CROSS}/3", **given)
+    weights = own.weights(region=region)
+    for row in rows:
+        other = lens.attribute(PROMPT.replace(row.word, "", 1).replace("  ", " ").strip(), f"{CROSS}/3", **given)
+        if row.word != "a":  # which is in other words too
+            assert row.prompt.split() == [word for word in PROMPT.split() if word != row.word]
+            assert row.drop == pytest.approx(float(weights @ (own.pre - other.pre).ravel()), abs=1e-4)
+    fell = sum(row.drop > 0 for row in rows)
+    assert sum(row.share for row in rows) == pytest.approx(float(fell > 0))
+    twice = lens.leave_out("a red star, a star", f"{CROSS}/3", **given)
+    assert sorted(row.prompt for row in twice if row.word == "star") == ["a red , a star", "a red star, a"]
+    nothing = lens.leave_out("", f"{CROSS}/3", **given)
+    assert (len(nothing), str(nothing)) == (0, "the prompt has no words")
+    with pytest.raises(ValueError, match="not both"):
+        lens.leave_out(PROMPT, f"{CROSS}/3", at=(0, 0), region=region, **given)
+
+
 @pytest.mark.parametrize(
     ("feature", "options", "field", "told"),
     [
@@ -114,6 +136,26 @@ def test_the_command(lens, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["sources"][0]["contribution"] >= told["sources"][1]["contribution"]
     assert out.read_bytes().startswith(b"\x89PNG")
+    main(
+        [
+            "attribute",
+            PROMPT,
+            f"{CROSS}/3",
+            "--server",
+            lens._target,
+            "--seed",
+            "7",
+            "--leave-out",
+            "--limit",
+            "2",
+            "--json",
+        ]
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert [row.keys() for row in told["words"]] == [{"word", "drop", "share"}] * 2
+    with pytest.raises(SystemExit) as ended:
+        main(["attribute", PROMPT, f"{CROSS}/3", "--server", lens._target, "--leave-out", "--out", str(out)])
+    assert ended.value.code not in (None, 0)
     with pytest.raises(SystemExit) as ended:
         main(["attribute", PROMPT, "mid.0/1", "--server", lens._target])
     assert ended.value.code == 2

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from visitor import PROMPT
+from starlette.testclient import TestClient
+from visitor import ACCESS, PROMPT, TOKEN
 
 import turbolens as tl
+from turbolens_server.embedded import start
+from turbolens_studio.app import build_app
+from turbolens_studio.connection import Connection
 from turbolens_studio.sample import together_with
 from turbolens_studio.uploads import as_mask, read_picture
 
@@ -112,6 +116,22 @@ def test_what_the_server_refuses_names_its_field(live):
     error = frames_of(live, "error")[-1][0]["error"]
     assert error["code"] == "INVALID_ARGUMENT"
     assert error["violations"][0]["field"].endswith("edits[0].add.strength")
+
+
+def test_steps_that_an_sae_of_whole_runs_does_not_serve_are_refused_here_too():
+    edit = {"features": [{"feature": {"sae": "run", "index": 3}}], "add": {"strength": 8}}
+    with start(sae=("run=mini-temporal",)) as server:
+        app = build_app(Connection(server.target), ACCESS)
+        client = TestClient(app, base_url="http://localhost", headers={"authorization": f"Bearer {TOKEN}"})
+        with client, client.websocket_connect("/api/live", headers={"host": "localhost"}) as socket:
+            while frames_of(socket, "state")[-1][0]["state"] != "ready":
+                pass
+            ask(socket, {**PLAIN, "steps": 2, "edits": [edit]})
+            (violation,) = frames_of(socket, "error")[-1][0]["error"]["violations"]
+            ask(socket, {**PLAIN, "steps": 4, "edits": [edit]}, rev=2)
+            assert frames_of(socket, "picture")
+    assert violation["field"].endswith("sampling.steps")
+    assert violation["description"].endswith("the temporal SAE run serves runs of 4 steps alone")
 
 
 @pytest.mark.parametrize(

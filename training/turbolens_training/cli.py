@@ -232,7 +232,7 @@ def run(command: Command) -> None:
 
 
 def beside(config: RebuildConfig, work: Path) -> list[tuple[SaeConfig, BuildConfig]]:
-    """How each set of SAEs beside `mini-saes` is trained, and its catalog made, without what features move."""
+    """How each set of SAEs beside `mini-saes` is trained, and its catalog made."""
     told: dict[str, Any] = {"model": config.model, "seed": config.seed, "device": config.device, "json": config.json}
     found = []
     for name, settings in BESIDE.items():
@@ -244,7 +244,7 @@ def beside(config: RebuildConfig, work: Path) -> list[tuple[SaeConfig, BuildConf
             overwrite=not resume,
         )  # fmt: skip
         images = min(config.images, BESIDE_IMAGES)
-        found.append((training, BuildConfig(**told, saes=folder, work=own, images=images, effect_scenes=0)))
+        found.append((training, BuildConfig(**told, saes=folder, work=own, images=images)))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -35,6 +36,9 @@ class Attribute(Calls):
     """ROW,COLUMN of the grid; left out: where the feature is active."""
     region: str | None = None
     """Box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture, in place of --at."""
+    leave_out: bool = False
+    """Leave each word out of the prompt instead, a run for each, and say what the feature loses: through the whole
+    model, and not at this layer alone."""
     limit: int = 12
     """At most so many rows."""
     out: Path | None = None
@@ -47,8 +51,16 @@ class Attribute(Calls):
             position = (int(row), int(column))
         if self.region is not None:
             region = tl.box(*_numbers("region", self.region, 4, "LEFT,TOP,RIGHT,BOTTOM"))
+        if self.leave_out and self.out is not None:
+            raise ValueError("--out draws where each word contributes, which leaving words out does not tell")
         with self.connect() as lens:
-            found = lens.attribute(self.prompt, self.feature, seed=self.seed, step=self.step, steps=self.steps)
+            given: dict[str, Any] = {"seed": self.seed, "step": self.step, "steps": self.steps}
+            if self.leave_out:
+                lost = lens.leave_out(self.prompt, self.feature, at=position, region=region, **given)
+                shown = tl.Table(lost[: self.limit], ("word", "drop", "share"), lost.hint)
+                self.show({"feature": self.feature, "words": rows_of(shown)}, str(shown))
+                return
+            found = lens.attribute(self.prompt, self.feature, **given)
         rows = found.sources(at=position, region=region)
         shown = tl.Table(rows[: self.limit], ("name", "contribution", "share"))
         if self.out is not None:

@@ -29,9 +29,9 @@ class StepTap:
         self._step = step
         self._edits = {point: plan.edits_at(point, step) for point in plan.saes_at}
         self._read: list[tuple[str, tuple[int, int], list[int], Codes]] = []
-        attributed = [point for point, at in plan.attributed if at == step]
-        self._inner = {inner: layer_of(point) for point in attributed for inner in inner_names(layer_of(point))}
-        self._seen: dict[str, Tensor] = {}
+        attributed = {point: [row for row, _ in asked] for (point, at), asked in plan.attributed.items() if at == step}
+        self._inner = {name: rows for point, rows in attributed.items() for name in inner_names(layer_of(point))}
+        self._seen: dict[tuple[str, int], Tensor] = {}
         self._attributions: list[tuple[int, Attribution]] = []
         self.at = frozenset(
             point
@@ -47,7 +47,8 @@ class StepTap:
     def __call__(self, point: str, update: Tensor, grid: tuple[int, int]) -> Tensor:
         """Read and steer the update [B, P, d_model] of one hook point; keep what is within an attention layer."""
         if point in self._inner:
-            self._seen[point] = update
+            rows = self._inner[point]
+            self._seen |= {(point, row): own for row, own in zip(rows, update[rows], strict=True)}  # of those alone
             return update
         with self._timed(point):
             for row, asked in self._plan.attributed.get((point, self._step), ()):
@@ -81,7 +82,7 @@ class StepTap:
         sae, layer = self._plan.saes[asked.sae], layer_of(point)
         weights = sae.bundle.weights
         column, b_dec = (part.to(update.device) for part in (weights.W_enc[:, asked.index], weights.b_dec))
-        pattern, values = self._seen[pattern_name(layer)][row], self._seen[values_name(layer)][row]
+        pattern, values = self._seen[pattern_name(layer), row], self._seen[values_name(layer), row]
         parts = contributions(pattern, values, column, b_dec)  # [heads, P, sources]
         bias = float(weights.b_enc[asked.index])
         pre = (update[row].float() - b_dec) @ column + bias

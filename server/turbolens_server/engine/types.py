@@ -14,6 +14,8 @@ from turbolens_server.steering.edits import Edit
 from turbolens_server.steering.masks import Mask
 from turbolens_server.unet.points import hears_text
 
+MAX_REGIONS: Final = 8
+"""Of a run; each lengthens the text by as much as a prompt."""
 _HEADS: Final = 32
 """Of an attention layer, about at most."""
 

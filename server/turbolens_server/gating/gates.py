@@ -35,6 +35,10 @@ class Gates:
     closed: float
     """What is added to the logits of a token that is not heard."""
 
+    def tensors(self) -> list[Tensor]:
+        """All weights."""
+        return [weight for head in self.heads.values() for weight in (*head.features, *head.tokens, head.bias)]
+
     def to(self, device: torch.device) -> Gates:
         """The same on a device."""
         heads = {name: _moved(head, device) for name, head in self.heads.items()}

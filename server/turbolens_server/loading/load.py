@@ -19,6 +19,7 @@ from turbolens_server.engine.modules import Modules, Read
 from turbolens_server.engine.running import Running
 from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import Encode, Encoders, TextEncoder
+from turbolens_server.engine.types import MAX_REGIONS
 from turbolens_server.loading.compiled import Shape, cannot_compile, ensure_compiled, find_packages
 from turbolens_server.loading.described import Model
 from turbolens_server.loading.device import describe, pick_device, pick_dtype, versions
@@ -26,7 +27,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.gates import open_gates
 from turbolens_server.loading.hub import embedded_saes
 from turbolens_server.loading.kept import find_kept, folder_of_kept, keep, place_of
-from turbolens_server.loading.memory import available_bytes, memory_need
+from turbolens_server.loading.memory import Asked, available_bytes, memory_need
 from turbolens_server.loading.places import EMBEDDED, is_random
 from turbolens_server.loading.saes import fitting, load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
@@ -34,7 +35,7 @@ from turbolens_server.logs import get_logger, through_ours
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.backend import BackendError
 from turbolens_server.unet.compiled import NAME
-from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint, list_points
+from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint, is_z, layer_of, list_points
 from turbolens_server.unet.spec import GraphSpec
 
 KEPT: Final = "auto: compiled for this CPU ahead of time, and kept in the cache"
@@ -121,7 +122,17 @@ def load_engine(
     able_to = backend in ("auto", NAME) and on.type == "cpu" and precision == torch.float32
     as_it_is = {variant, vae, model_config, scheduler, timestep_spacing} == {None} and not loras
     if ahead_of_modules and able_to and as_it_is and (folder := folder_of_kept(model)) is not None:
-        settings = {"max_batch": max_batch, "max_steps": max_steps, "size": size, "more_sizes": list(more_sizes)}
+        settings: dict[str, object] = {
+            "max_batch": max_batch,
+            "max_steps": max_steps,
+            "size": size,
+            "more_sizes": list(more_sizes),
+        }
+        settings |= {
+            "gate": gate,
+            "hook_points": list(hook_points),
+            "saes": saes and list(saes),
+        }  # what is counted with
         place = place_of(artifacts.root, folder, settings)
         found = find_kept(place, folder, Modules(lambda: _told(read, model))) if place else None
     parts = found or read()
@@ -146,9 +157,9 @@ def load_engine(
     points = parts.points
     changed = "unet" in parts.fused.parts
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
-    gates = None
+    gates, ahead_of_time = None, backend in ("onnx", "tensorrt")
     if gate is not None:
-        if backend in ("onnx", "tensorrt"):  # now, and not when a graph was exported for minutes
+        if ahead_of_time:  # now, and not when a graph was exported for minutes
             raise LoadError(f"--gate {gate}: the backend {backend} takes no gates; use --backend torch")
         gates = open_gates(gate, points, parts.unet["cross_attention_dim"], parts.hash, force=force_gate, fused=changed)
     tapped = _tapped_points(model, hook_points, served, points)
@@ -163,11 +174,16 @@ def load_engine(
         latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
         picture_size=largest,
         tokens=tokens,
+        asked=Asked(
+            regions=0 if ahead_of_time else MAX_REGIONS,
+            gates=None if gates is None else gates.gates,
+            opened=frozenset(() if ahead_of_time else (layer_of(point.name) for point in tapped if is_z(point.name))),
+        ),
     )
     need = memory_need(
         counted,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
-        gates=() if gates is None else gates.bundle.tensors().values(),
+        gates=() if gates is None else gates.gates.tensors(),
         dictionaries=[(math.prod(points[sae.hook_point].grid(*largest)), sae.bundle.d_sae) for sae in served],
         runs=[math.prod(points[s.hook_point].grid(*largest)) * s.bundle.d_in for s in served if s.bundle.steps],
         max_batch=max_batch,

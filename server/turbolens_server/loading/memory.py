@@ -25,6 +25,10 @@ from turbolens_server.engine.info import MemoryNeed
 from turbolens_server.engine.modules import Read
 from turbolens_server.engine.text import PROMPTS_KEPT
 from turbolens_server.files import available_host_bytes
+from turbolens_server.gating.gates import Gates
+from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.points import inner_names, z_name
+from turbolens_server.unet.tapped import attention_blocks, tapped_forward
 
 _SLACK: Final = 1.25
 """Over the counted activations: kernels have scratch space of their own, and allocators round up."""
@@ -86,18 +90,56 @@ def _twin(module: Any) -> Any:
     return copy.deepcopy(module, empty)
 
 
-def unet_bytes(unet: Any, batch: int, height: int, width: int, tokens: int) -> int:
-    """Activations of one pass of an SDXL-type U-Net over latents [batch, C, height, width] and `tokens` of text."""
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What requests may ask of a pass of the U-Net beside a picture, at most."""
+
+    regions: int = 0
+    gates: Gates | None = None
+    opened: frozenset[str] = frozenset()
+    """Attention layers whose patterns are read, for attributions."""
+
+
+_NOTHING: Final = Asked()
+
+
+def unet_bytes(unet: Any, batch: int, height: int, width: int, tokens: int, asked: Asked = _NOTHING) -> int:
+    """Activations of one pass of an SDXL-type U-Net over latents [batch, C, height, width] and `tokens` of text.
+
+    Counted with it, where they are asked for: regions' phrases and their bias, what gates compute, and what
+    attributions keep to the pass's end, of each row what they read in one layer.
+    """
     twin, options = _twin(unet), {"dtype": unet.dtype, "device": "meta"}
-    text = torch.empty(batch, tokens, unet.config.cross_attention_dim, **options)
-    time_width = 6 * unet.config.addition_time_embed_dim
+    text_width, time_width = unet.config.cross_attention_dim, 6 * unet.config.addition_time_embed_dim
     pooled = torch.empty(batch, unet.config.projection_class_embeddings_input_dim - time_width, **options)
-    conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6, **options)}
+    time_ids = torch.empty(batch, 6, **options)
     sample = torch.empty(batch, unet.config.in_channels, height, width, **options)
     timestep = torch.empty((), device="meta")
-    return peak_bytes(
-        lambda: twin(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions), twin.parameters()
-    )
+    prompts = torch.empty(batch, tokens, text_width, **options)
+    gates = None if asked.gates is None else asked.gates.to(torch.device("meta"))
+    inner = frozenset(name for layer in asked.opened for name in (z_name(layer), *inner_names(layer)))
+
+    def run() -> None:
+        kept: list[Tensor] = []
+        text, bias = prompts, {}
+        if asked.regions:
+            length = tokens * (1 + asked.regions)
+            text = torch.empty(batch, length, text_width, **options)
+            grids = {2**halvings for _, halvings, _ in attention_blocks(unet)}
+            positions = {halving: (height // halving) * (width // halving) for halving in grids}
+            added = {halving: torch.empty(batch, count, length, **options) for halving, count in positions.items()}
+            bias = {(height // halving, width // halving): grid for halving, grid in added.items()}
+        gating = None if gates is None else gates.of(text)
+        conditions = Conditions(text, pooled, time_ids, bias=bias, gating=gating)
+
+        def keep(_: str, update: Tensor, __: tuple[int, int]) -> Tensor:
+            if not kept or update.nbytes > kept[0].nbytes:
+                kept[:] = [update]
+            return update
+
+        tapped_forward(twin, sample, timestep, conditions, tap=keep, at=inner)
+
+    return peak_bytes(run, twin.parameters())
 
 
 def vae_bytes(vae: Any, batch: int, height: int, width: int) -> int:
@@ -156,7 +198,13 @@ class Counted:
 
 
 def count(
-    modules: Read, *, max_batch: int, latent_size: tuple[int, int], picture_size: tuple[int, int], tokens: int
+    modules: Read,
+    *,
+    max_batch: int,
+    latent_size: tuple[int, int],
+    picture_size: tuple[int, int],
+    tokens: int,
+    asked: Asked = _NOTHING,
 ) -> Counted:
     """Count by the modules' own code.
 
@@ -166,13 +214,14 @@ def count(
         latent_size: (height, width) of the largest latents.
         picture_size: of their pictures.
         tokens: text tokens of a prompt.
+        asked: the most that requests may ask of a pass beside pictures.
     """
     height, width = latent_size
     copied, reading = encoder_bytes(modules.vae, *picture_size)  # one by one, before their walk begins
     parts = (modules.unet, modules.vae, *modules.encoders)
     return Counted(
         weights=copied + sum(size_of(weight) for part in parts for weight in part.parameters()),
-        denoising=unet_bytes(modules.unet, max_batch, height, width, tokens),
+        denoising=unet_bytes(modules.unet, max_batch, height, width, tokens, asked),
         reading=reading,
         decoding=vae_bytes(modules.vae, 1, height, width),
         texts=text_bytes(modules.unet, modules.encoders[0].dtype, PROMPTS_KEPT, tokens),

@@ -8,7 +8,8 @@ sae_weights.safetensors      W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d
                              a TopK whose k and width are chosen when it is served, and for `turbolens-temporal`,
                              a TopK over whole runs of `steps` steps (`turbolens_server.sae.temporal`): d_in is
                              steps * d_model, step by step, scales [steps] is added, and where a step is not
-                             predicted to be as the one before, predictors [steps - 1, d_model, d_model]
+                             predicted to be as the one before, predictors [steps - 1, d_model, d_model]; with a
+                             threshold [d_sae] it is a JumpReLU over whole runs, and has no k
 feature_stats.safetensors    mean, max, frequency [d_sae]; timesteps, update_rms [T]   (optional)
 features.parquet             labels and top examples, see `turbolens_server.catalog`     (optional)
 co_firing.safetensors        which features fire together, likewise                      (optional)
@@ -54,7 +55,7 @@ _UNKNOWN_SCALE: Final = 1000.0
 """Of activations. SAEs of SDXL's updates are known with activations of thousands."""
 _MORE_TENSORS: Final = {"jumprelu": ("threshold",), "turbolens-temporal": ("scales",)}
 """What an architecture has beside the four tensors of all."""
-_MAY_HAVE: Final = {"turbolens-temporal": ("predictors",)}
+_MAY_HAVE: Final = {"turbolens-temporal": ("predictors", "threshold")}
 """What it may have."""
 
 
@@ -70,7 +71,7 @@ class SaeWeights:
     b_enc: Tensor  # [d_sae]
     W_dec: Tensor  # [d_sae, d_in]
     b_dec: Tensor  # [d_in]
-    threshold: Tensor | None = None  # [d_sae], JumpReLU only
+    threshold: Tensor | None = None  # [d_sae], of a JumpReLU, or a temporal that selects as one
     scales: Tensor | None = None  # [T], temporal only: what the change of each step is divided by; d_in is T * d_model
     predictors: Tensor | None = None  # [T - 1, d_model, d_model], of a temporal: each step from the one before
 
@@ -119,7 +120,8 @@ class Bundle:
     hook_point: str
     architecture: Architecture
     k: int | None
-    """Features active at a position, at most; None for JumpReLU. Of a Matryoshka, unless a request says otherwise."""
+    """Features active at a position, at most; None where thresholds select. Of a Matryoshka, unless a request says
+    otherwise."""
     weights: SaeWeights
     stats: FeatureStats | None
     hash: str
@@ -359,8 +361,11 @@ def load_bundle(folder: Path) -> Bundle:
     for key, size in zip(("d_in", "d_sae"), weights.W_enc.shape, strict=True):
         if config.get(key, size) != size:
             raise BundleError(f"{folder}: cfg.json has {key}={config[key]!r}, expected {size}, as the weights have")
-    k = None if architecture == "jumprelu" else config.get("k")
-    if architecture != "jumprelu" and not (_whole(k) and 0 < k <= weights.W_enc.shape[1]):
+    thresholded = weights.threshold is not None
+    if thresholded and architecture != "jumprelu" and config.get("k") is not None:
+        raise BundleError(f"{folder}: cfg.json has k={config['k']!r} beside a threshold in the weights, expected none")
+    k = None if thresholded else config.get("k")
+    if not thresholded and not (_whole(k) and 0 < k <= weights.W_enc.shape[1]):
         raise BundleError(f"{folder}: cfg.json has k={k!r}, expected 1 to {weights.W_enc.shape[1]}")
     ours = _object(_object(config, "metadata", folder), "turbolens", folder)
     nesting = None

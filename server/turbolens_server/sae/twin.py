@@ -18,10 +18,15 @@ def encode_dense(bundle: Bundle, x: Tensor, k: int | None = None, prefix: int | 
     Of a Matryoshka at another k than its own, and at a prefix: 0 past it.
     """
     w = bundle.weights
-    pre = (x.float() - w.b_dec) @ w.W_enc + w.b_enc
-    if w.threshold is not None:
+    return _selected(bundle, (x.float() - w.b_dec) @ w.W_enc + w.b_enc, k, prefix)
+
+
+def _selected(bundle: Bundle, pre: Tensor, k: int | None = None, prefix: int | None = None) -> Tensor:
+    """Dense activations of pre-activations [N, d_sae]."""
+    threshold = bundle.weights.threshold
+    if threshold is not None:
         within = torch.arange(pre.shape[-1]) < (prefix or bundle.d_sae)
-        return torch.where((pre > w.threshold) & within, pre, 0).relu()
+        return torch.where((pre > threshold) & within, pre, 0).relu()
     k = k or bundle.k
     if k is None:
         raise ValueError("a TopK bundle has a k")
@@ -80,8 +85,7 @@ def encode_run_dense(bundle: Bundle, updates: Tensor) -> Tensor:
         changed = (update - _expected(bundle, last, step)) / scales[step]
         pre += (changed - b_dec[step]) @ W_enc[step]
         last = update
-    values, indices = pre.topk(bundle.k or 0, dim=-1)
-    return torch.zeros_like(pre).scatter(-1, indices, values).relu()
+    return _selected(bundle, pre)
 
 
 def decode_run_dense(bundle: Bundle, z: Tensor) -> Tensor:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from turbolens_server.engine.encode import PictureEncoder
-from turbolens_server.engine.info import MemoryNeed
+from turbolens_server.engine.info import MemoryNeed, SaeInfo
+from turbolens_server.engine.lanes import Lanes
+from turbolens_server.engine.plan import BatchPlan
+from turbolens_server.engine.tap import StepTap
 from turbolens_server.engine.text import PROMPTS_KEPT
+from turbolens_server.engine.types import Attribute, Job
 from turbolens_server.files import available_host_bytes
 from turbolens_server.loading import load, memory
 from turbolens_server.loading.memory import (
+    Asked,
     count,
     encoder_bytes,
     memory_need,
@@ -22,6 +28,10 @@ from turbolens_server.loading.memory import (
     unet_bytes,
     vae_bytes,
 )
+from turbolens_server.sae.sae import Sae
+from turbolens_server.unet.conditions import Conditions
+from turbolens_server.unet.points import layer_of
+from turbolens_server.unet.tapped import tapped_forward
 
 
 def test_the_count_is_that_of_a_real_run(engine):
@@ -29,13 +39,9 @@ def test_the_count_is_that_of_a_real_run(engine):
     config = unet.config
     sample, text = torch.randn(2, config.in_channels, 16, 16), torch.randn(2, 5, config.cross_attention_dim)
     pooled = torch.randn(2, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-    conditions = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
-
-    def real() -> None:
-        unet(sample, torch.tensor(999.0), encoder_hidden_states=text, added_cond_kwargs=conditions)
-
+    conditions = Conditions(text, pooled, torch.zeros(2, 6))
     with torch.no_grad(), memory._LiveBytes(unet.parameters()) as counted:
-        real()
+        tapped_forward(unet, sample, torch.tensor(999.0), conditions)
     assert unet_bytes(unet, 2, 16, 16, 5) == pytest.approx(counted.peak, rel=0.05)
     with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
         vae.decode(torch.randn(2, vae.config.latent_channels, 16, 16))
@@ -43,6 +49,62 @@ def test_the_count_is_that_of_a_real_run(engine):
     with torch.no_grad(), memory._LiveBytes(vae.parameters()) as counted:
         vae.encode(torch.randn(1, 3, 128, 128))
     assert encoder_bytes(vae, 128, 128) == (0, pytest.approx(counted.peak, rel=0.05))
+
+
+def test_what_requests_ask_beside_pictures_is_counted_as_in_a_real_run(gated_engine):
+    """Regions, gates and attributions together: the walk itself, over tensors with contents."""
+    parts, tokens, batch, edge = gated_engine.components, 5, 2, 16
+    layer = "up.0.1.attn2.0"
+    gates = gated_engine.info.gate.gates
+    config = parts.unet.config
+    width = config.cross_attention_dim
+    asked = Asked(regions=3, gates=gates, opened=frozenset([layer]))
+    length = tokens * (1 + asked.regions)
+    pooled = torch.zeros(batch, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    sample = torch.randn(batch, config.in_channels, edge, edge)
+    grids = {edge * parts.vae_downscale // stride for stride in gated_engine.info.region_strides}
+    kept = []
+
+    def keep(point, update, grid):
+        kept.append(update) if point.endswith(".pattern") else None
+        return update
+
+    with torch.no_grad(), memory._LiveBytes((*parts.unet.parameters(), *gates.tensors())) as counted:
+        text = torch.randn(batch, length, width)
+        bias = {(grid, grid): torch.zeros(batch, grid**2, length) for grid in grids}
+        given = Conditions(text, pooled, torch.zeros(batch, 6), bias=bias, gating=gates.of(text))
+        at = frozenset([f"{layer}.z", f"{layer}.pattern", f"{layer}.v"])
+        tapped_forward(parts.unet, sample, torch.tensor(999.0), given, tap=keep, at=at)
+    found = unet_bytes(parts.unet, batch, edge, edge, tokens, asked)
+    assert found == pytest.approx(counted.peak, rel=0.1)
+    alone = unet_bytes(parts.unet, batch, edge, edge, tokens)
+    for one in (Asked(regions=3), Asked(gates=gates), Asked(opened=asked.opened)):
+        assert alone <= unet_bytes(parts.unet, batch, edge, edge, tokens, one) <= found
+    assert unet_bytes(parts.unet, batch, edge, edge, 77, Asked(regions=8)) > unet_bytes(
+        parts.unet, batch, edge, edge, 77
+    )
+
+
+def test_gates_count_with_the_weights_and_in_a_batch(engine, gated_engine):
+    told, plain = gated_engine.info.memory, engine.info.memory
+    assert told.weights - plain.weights == sum(weight.nbytes for weight in gated_engine.info.gate.gates.tensors())
+    assert told.activations > plain.activations
+
+
+def test_an_attribution_keeps_no_more_than_the_rows_that_asked(engine):
+    """Else a batch of one that asks and of seven that do not would hold eight patterns to the pass's end."""
+    z = "up.0.1.attn2.0.z"
+    bundle = dataclasses.replace(engine.info.saes["up.0.1"].bundle, name=z, hook_point=z)
+    info = dataclasses.replace(engine.info, saes={z: SaeInfo(z, z, bundle, forced=False)})
+    jobs = [Job("a star", row, 1, *info.default_size, attribute=Attribute(z, 3, 0) if row == 1 else None)
+            for row in range(3)]  # fmt: skip
+    saes = {z: Sae(bundle, engine.device)}
+    tap = StepTap(BatchPlan(jobs, Lanes.of(jobs), info, saes, engine.device, [999]), 0)
+    pattern = torch.randn(3, 4, 64, 77)
+    assert tap(f"{layer_of(z)}.pattern", pattern, (8, 8)) is pattern
+    (kept,) = tap._seen.values()
+    assert torch.equal(kept, pattern[1])
+    assert kept.untyped_storage().nbytes() == pattern[1].nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,21 +10,24 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from fake_engine import D_SAE, DEAD, a_gate, a_nested_bundle, an_info
+from fake_engine import D_SAE, DEAD, a_bundle, a_gate, a_nested_bundle, an_info
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests import messages
+from turbolens_proto.v1 import feature_service_pb2 as fs
 from turbolens_proto.v1 import generation_service_pb2 as gs
 from turbolens_proto.v1 import run_pb2 as run
 from turbolens_proto.v1 import steering_pb2 as steering
+from turbolens_server.engine.info import SaeInfo
 from turbolens_server.engine.types import Reference, SaeOptions
 from turbolens_server.rpc.errors import RpcError
-from turbolens_server.rpc.validation import RequestLimits, validate_extract, validate_generate
+from turbolens_server.rpc.validation import RequestLimits, validate_attribute, validate_extract, validate_generate
 from turbolens_server.rpc.validation.answer import features_bytes
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.kinds import KINDS
+from turbolens_server.unet.points import HookPoint
 
 INFO, LIMITS = an_info(), RequestLimits()
 _PLAIN = INFO.saes["up.0.1"]
@@ -736,10 +739,10 @@ def test_regions_come_with_their_masks_on_the_grids_of_the_run():
 
 def test_a_backend_that_serves_no_regions_refuses_them_by_name():
     with pytest.raises(RpcError) as caught:
-        validate_generate(a_request(regions=[a_region()]), an_info(region_strides=(), backend="onnx"), LIMITS)
+        validate_generate(a_request(regions=[a_region()]), an_info(region_strides=(), backend="tensorrt"), LIMITS)
     (violation,) = caught.value.violations
     assert (violation.field, violation.description) == (
-        "run.regions", "the backend onnx serves none; serve with --backend torch"
+        "run.regions", "the backend tensorrt serves none; serve with --backend torch"
     )  # fmt: skip
 
 
@@ -756,6 +759,46 @@ def test_gates_that_are_not_served_are_refused_by_name(strides, told):
     (violation,) = caught.value.violations
     assert (violation.field, violation.description) == ("run.gate", told)
     assert not validate_generate(a_request(gate=False), INFO, LIMITS).jobs[0].gate
+
+
+def an_attribution(**fields) -> fs.AttributeFeatureRequest:
+    feature = {"sae": Z, "index": 1} | fields.pop("feature", {})
+    return fs.AttributeFeatureRequest(run=messages.extract(**{"prompt": "x", **fields}).run, feature=feature)
+
+
+def an_info_with_z(**changes):
+    """With an SAE at the z of a layer, read by a temporal one too where `steps` are given."""
+    steps = changes.pop("steps", 0)
+    bundle = dataclasses.replace(a_bundle("up.0.1", stats=True), name=Z, hook_point=Z)
+    if steps:
+        weights = dataclasses.replace(bundle.weights, W_enc=torch.zeros(8, D_SAE), scales=torch.ones(steps))
+        bundle = dataclasses.replace(bundle, weights=weights)
+    points = (*INFO.hook_points, HookPoint(Z, "module", 4, 16))
+    saes = {**INFO.saes, Z: SaeInfo(Z, Z, bundle, forced=False)}
+    return an_info(hook_points=points, saes=saes, **changes)
+
+
+Z = "up.0.1.attn2.0.z"
+
+
+@pytest.mark.parametrize(
+    ("info", "fields", "field", "told"),
+    [
+        ({"opens_attention": False, "backend": "onnx"}, {}, "feature",
+         "the backend onnx does not show attention; serve with --backend torch"),
+        ({"steps": 2}, {"sampling": {"steps": 2}}, "feature.sae", "its features are of whole runs"),
+        ({}, {"feature": {"sae": "mid.0"}}, "feature.sae", f"this server has {Z}"),
+        ({}, {"gate": True}, "run.gate", "no learned region gates are served"),
+        ({}, {"seeds": [1, 2]}, "run.seeds", "one run is attributed at a time"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_attributed_is_refused_by_name(info, fields, field, told):
+    with pytest.raises(RpcError) as caught:
+        validate_attribute(an_attribution(**fields), an_info_with_z(**info), LIMITS)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert told in violation.description
+    assert validate_attribute(an_attribution(), an_info_with_z(), LIMITS).jobs[0].attribute is not None
 
 
 def test_gates_are_those_of_the_job():

@@ -72,6 +72,20 @@ def test_encoding_and_decoding_are_those_of_the_slow_twins(seed: int, positions:
     assert torch.allclose(made, decode_run_dense(bundle, dense), atol=1e-4)
 
 
+@given(SEEDS, st.integers(1, 9), st.floats(0, 8))
+def test_above_a_threshold_encoding_is_that_of_the_slow_twin(seed: int, positions: int, threshold: float) -> None:
+    bundle, updates = make_bundle(seed), make_updates(seed, positions)
+    weights = dataclasses.replace(bundle.weights, threshold=torch.full((D_SAE,), threshold))
+    bundle = dataclasses.replace(bundle, k=None, weights=weights)
+    codes = Sae(bundle, CPU).encode(side_by_side(updates))
+    dense = torch.zeros(positions, D_SAE).scatter_add(-1, codes.indices, codes.values)
+    slow = encode_run_dense(bundle, updates)
+    near = ((slow - threshold).abs() < 1e-4) | ((dense - threshold).abs() < 1e-4)  # a rounding decides
+    assert torch.allclose(dense.masked_fill(near, 0), slow.masked_fill(near, 0), atol=1e-4)
+    alone = Sae(bundle, CPU).encode(side_by_side(updates[:, :1]))  # nothing depends on its mates
+    assert torch.allclose(alone.values.sum(), codes.values[0].sum(), atol=1e-3)
+
+
 @given(SEEDS)
 def test_changes_are_since_the_step_before_in_the_units_of_the_steps(seed: int) -> None:
     updates, scales = make_updates(seed), make_bundle(seed).weights.scales
@@ -155,6 +169,15 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (config["architecture"], config["steps"], config["d_in"]) == ("turbolens-temporal", STEPS, STEPS * D_MODEL)
 
 
+def test_a_bundle_with_a_threshold_is_read_as_it_was_written(tmp_path: Path) -> None:
+    bundle = make_bundle(1)
+    weights = dataclasses.replace(bundle.weights, threshold=torch.rand(D_SAE))
+    read = load_bundle(write(dataclasses.replace(bundle, k=None, weights=weights), tmp_path))
+    assert (read.architecture, read.steps, read.k) == ("turbolens-temporal", STEPS, None)
+    assert read.weights.threshold is not None
+    assert torch.equal(read.weights.threshold, weights.threshold)
+
+
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
@@ -165,7 +188,9 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"architecture": "topk"}, {}, "'scales'"),
         ({"architecture": "turbolens-other"}, {}, "served are"),
         ({}, {"scales": None}, "expected .*'scales'"),
-        ({}, {"threshold": torch.zeros(D_SAE)}, "threshold"),
+        ({}, {"threshold": torch.zeros(D_SAE)}, "k=4 beside a threshold"),
+        ({"k": None}, {"threshold": torch.zeros(3)}, r"threshold has shape \(3,\), expected \(30,\)"),
+        ({"k": None}, {}, "k=None, expected 1 to 30"),
         ({"steps": 5}, {"scales": torch.ones(5)}, "5 steps, expected at least 2 that divide d_in=24"),
         ({"steps": 1}, {"scales": torch.ones(1)}, "1 steps, expected at least 2"),
         ({}, {"scales": torch.tensor([1.0, 0.0, 1.0])}, "scales holds values that are not positive"),

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turbolens_training.evaluation.regions import HEARD, TwoThings, exchanged, score
+from turbolens_training.evaluation.regions import (
+    BINDS,
+    CLAIMS,
+    HEARD,
+    LEAKS,
+    RELATES,
+    TwoThings,
+    exchanged,
+    judge_claims,
+    judge_time,
+    score,
+    shares,
+)
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import Scene, Thing, encode_scenes, jitter_from_noise, thing_column
 
@@ -21,7 +33,7 @@ def scenes(engine) -> TwoThings:
 
 def drawn(scenes: TwoThings, codes: torch.Tensor) -> dict[str, float]:
     pictures, _ = render(codes, jitter_from_noise(scenes.noise), 32)
-    return {name: float(str(share).split()[0]) for name, share in score(scenes, pictures).items()}
+    return {name: float(str(share).split()[0]) for name, share in shares(score(scenes, pictures)).items()}
 
 
 def test_scenes_have_two_things_that_differ(scenes):
@@ -52,6 +64,33 @@ def test_things_that_changed_places_are_not_right(scenes):
     assert wrong["leaked"] > 40
     assert wrong["all of both"] == 0
     assert wrong["arrangement"] < 5
+
+
+def hits(right: int, n: int = 40) -> dict[str, torch.Tensor]:
+    """So many of n right, and none leaked where they are."""
+    each = torch.arange(n) < right
+    return {BINDS: each, RELATES: each, LEAKS: ~each}
+
+
+def test_claims_are_judged_over_pairs_and_only_where_both_ways_were_drawn():
+    claims = judge_claims({"prompt": hits(20), "prompt, gates": hits(34), "prompt, regions": hits(8)})
+    holds = {claim["claim"]: claim["holds"] for claim in claims}
+    assert [holds[name] for name, *_ in CLAIMS if name in holds] == ["yes"] * 3 + ["no"] * 4
+    gates = claims[0]
+    assert (gates["n"], gates["won"], gates["lost"]) == (40, 14, 0)
+    assert gates["better by"] == "+35.0 ± 14.8"  # 1.96 sqrt(.35 (1 - .35) / 40)
+    assert gates["here"].startswith("prompt, gates: 85.0 (")
+    assert {claim["holds"] for claim in judge_claims({"prompt": hits(20), "prompt, gates": hits(21)})} == {"not shown"}
+    assert judge_claims({"prompt": hits(20)}) == []
+
+
+@pytest.mark.parametrize(("ratio", "holds"), [(1.01, "yes"), (1.2, "no"), (1.05, "not shown")])
+def test_time_is_told_by_the_batches_that_were_drawn_in_turns(ratio, holds):
+    plain = torch.tensor([1.0, 2.0, 1.0, 2.0])
+    gated = ratio * plain * torch.tensor([1.001, 0.999, 1.001, 0.999])
+    (claim,) = judge_time({"prompt": plain, "prompt, gates": gated})
+    assert (claim["holds"], claim["n"]) == (holds, 4)
+    assert judge_time({"prompt": plain}) == []
 
 
 def test_what_the_halves_hear():

@@ -27,10 +27,12 @@ from turbolens_training.activations.temporal import TemporalSource, sample_tempo
 from turbolens_training.catalog import cli as catalog
 from turbolens_training.measures.quality import measure
 from turbolens_training.sae import twin
+from turbolens_training.sae.architectures.batch_topk import BatchTopK
 from turbolens_training.sae.architectures.temporal import RIDGE, Temporal
+from turbolens_training.sae.architectures.topk import TopK
 from turbolens_training.sae.config import Prediction, SaeConfig
 from turbolens_training.sae.normalizer import Normalizer
-from turbolens_training.sae.trainer import SaeTraining
+from turbolens_training.sae.trainer import SaeTrainer, SaeTraining
 
 CPU = torch.device("cpu")
 STEPS, D_MODEL, D_SAE, K = 3, 6, 24, 4
@@ -65,7 +67,7 @@ def random_weights(seed: int) -> SaeWeights:
 @given(SEEDS, st.integers(1, 9))
 def test_the_loss_is_that_of_the_slow_twin(seed: int, k: int) -> None:
     weights, updates = random_weights(seed), random_updates(seed)
-    architecture = Temporal(k, STEPS)
+    architecture = Temporal(TopK(k), STEPS)
     done = architecture.run(weights, architecture.read(weights, torch.cat([*updates], 1)))
     assert done.loss.item() == pytest.approx(twin.temporal_loss(weights, updates, k))
 
@@ -77,7 +79,7 @@ def test_ridge_predictors_are_those_of_the_normal_equations_and_leave_what_they_
     matrix = torch.randn(D_MODEL, D_MODEL, generator=g)
     x = torch.cat([first, first @ matrix + 0.01 * noise], 1)
     x = x - x.mean(0)
-    weights = Temporal(K, 2, "ridge").initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
+    weights = Temporal(TopK(K), 2, "ridge").initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
     assert weights.predictors is not None
     (found,) = weights.predictors
     before, after = x[:, :D_MODEL].double(), x[:, D_MODEL:].double()
@@ -95,7 +97,7 @@ def test_ridge_predictors_are_those_of_the_normal_equations_and_leave_what_they_
 def test_what_is_read_is_what_each_prediction_leaves(prediction: Prediction) -> None:
     updates = random_updates(3, 400).float()
     x = side_by_side(updates - updates.mean(1, keepdim=True))
-    architecture = Temporal(K, STEPS, prediction)
+    architecture = Temporal(TopK(K), STEPS, prediction)
     weights = architecture.initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
     assert weights.scales is not None
     y = by_step(architecture.read(weights, x), STEPS) * weights.scales[:, None, None]
@@ -110,7 +112,7 @@ def test_what_is_read_is_what_each_prediction_leaves(prediction: Prediction) -> 
 def test_the_changes_of_every_step_start_with_unit_variance() -> None:
     updates = random_updates(0, 4000)
     x = Normalizer.fit(side_by_side(updates))(side_by_side(updates))
-    architecture = Temporal(K, STEPS)
+    architecture = Temporal(TopK(K), STEPS)
     weights = architecture.initial_weights(x, D_SAE, torch.Generator().manual_seed(0))
     y = by_step(architecture.read(weights, x), STEPS)
     assert torch.allclose(y.square().mean((1, 2)), torch.ones(STEPS), atol=1e-3)
@@ -125,7 +127,7 @@ def test_the_served_sae_does_on_updates_what_the_trained_one_does_on_normalised_
     g = torch.Generator().manual_seed(seed)
     weights = SaeWeights(**{name: tensor.float() for name, tensor in random_weights(seed).tensors().items()})
     mean = torch.randn(STEPS * D_MODEL, generator=g) + offset
-    architecture, normalizer = Temporal(K, STEPS), Normalizer(mean, scale)
+    architecture, normalizer = Temporal(TopK(K), STEPS), Normalizer(mean, scale)
     read_mean = dataclasses.replace(normalizer, mean=architecture.read(weights, mean))
     served, trained = (_as_bundle(w) for w in (read_mean.fold(weights), weights))
     normal = random_updates(seed, 20).float()
@@ -135,8 +137,47 @@ def test_the_served_sae_does_on_updates_what_the_trained_one_does_on_normalised_
     assert ((served_z / scale - trained_z).abs() < slack).all(1).float().mean() > 0.7  # but for ties at rank k
 
 
+def test_by_batch_topk_runs_share_k_on_average_and_a_threshold_serves_them_one_by_one() -> None:
+    """Trained as published, served apart: as many features on average as were aimed at, whoever the mates are."""
+    config = dataclasses.replace(CONFIG, selection="batch-topk", steps=120)
+    x = side_by_side(random_updates(5, 4096).float())
+    trainer = SaeTrainer(config, x[:512], 0, Normalizer.fit(x))
+    assert trainer.weights.threshold is not None
+    assert (trainer.weights.threshold < 0).all(), "nothing is observed yet"
+    for step in range(config.steps):
+        trainer.step(x[step % 60 * 64 :][:64], step)
+    export = trainer.export()
+    assert (export.architecture, export.k) == ("turbolens-temporal", None)
+    sae = Sae(Bundle("b", "b", export.architecture, None, export.weights, None, "", None, {}), CPU)
+    codes = sae.encode(x)
+    counts = (codes.values > 0).sum(-1).float()
+    # The running mean of the thresholds is still on its way from those of the first steps, which were lower.
+    assert counts.mean() == pytest.approx(config.k, rel=0.5)
+    assert counts.std() > 0.2, "each run has as many as it needs"
+    assert torch.allclose(sae.encode(x[:1]).values.sum(), codes.values[0].sum(), rtol=1e-4)
+    explained = 1 - (sae.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert explained > 0.5
+
+
+def test_the_threshold_is_the_running_mean_of_the_smallest_selected() -> None:
+    architecture = Temporal(BatchTopK(2), STEPS)
+    g = torch.Generator().manual_seed(0)
+    weights = architecture.initial_weights(torch.randn(64, STEPS * D_MODEL, generator=g), D_SAE, g)
+    assert weights.threshold is not None
+    expected = None
+    for seed in range(3):
+        x = torch.randn(16, STEPS * D_MODEL, generator=torch.Generator().manual_seed(seed))
+        done = architecture.run(weights, architecture.read(weights, x))
+        assert len(done.active.values) == 16 * 2
+        smallest = float(done.pre.relu().flatten().sort(descending=True).values[31])
+        expected = smallest if expected is None else 0.99 * expected + 0.01 * smallest
+        architecture.observe(weights, done)
+        assert weights.threshold.unique().tolist() == pytest.approx([expected], rel=1e-5)
+    assert "threshold" not in architecture.trainable(weights)
+
+
 def _as_bundle(weights: SaeWeights) -> Bundle:
-    export = Temporal(K, STEPS).export(weights)
+    export = Temporal(TopK(K), STEPS).export(weights)
     return Bundle("b", "b", export.architecture, export.k, export.weights, None, "", None, {})
 
 

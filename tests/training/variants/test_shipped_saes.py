@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tomllib
 from pathlib import Path
 
@@ -10,12 +12,18 @@ from torch import Tensor
 
 import turbolens as tl
 from turbolens_server.engine.engine import Engine
-from turbolens_server.loading.hub import embedded_saes
+from turbolens_server.gating.bundle import load_gates
+from turbolens_server.loading.hub import embedded_gates, embedded_saes
 from turbolens_server.loading.load import load_engine
 from turbolens_server.loading.places import EMBEDDED_SAES, nowhere
+from turbolens_server.sae.bundle import load_bundle
 from turbolens_server.sae.sae import Codes
 from turbolens_server.sae.temporal import by_step, side_by_side
 from turbolens_training.activations.stream import HELD_OUT, SceneStream
+from turbolens_training.cli import RebuildConfig, beside
+from turbolens_training.gating.config import GateConfig
+from turbolens_training.sae.config import SaeConfig
+from turbolens_training.sae.export.bundles import recipe_of
 from turbolens_training.sae.shipped import BESIDE
 from turbolens_training.variants.reconstruction import Fit
 
@@ -39,7 +47,7 @@ def test_what_is_trained_is_what_has_a_name_and_a_place_in_the_package() -> None
 
 @pytest.mark.parametrize(("name", "folder"), BUNDLES)
 def test_each_is_small_fits_mini_and_is_trained_as_the_list_says(name: str, folder: Path, engine: Engine) -> None:
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 700_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 750_000
     (sae,) = [sae for sae in load_engine(saes=[name]).info.saes.values() if sae.hook_point == folder.name]
     assert sae.bundle.model_hash == engine.info.model_hash
     recipe = sae.bundle.provenance["recipe"]
@@ -47,6 +55,29 @@ def test_each_is_small_fits_mini_and_is_trained_as_the_list_says(name: str, fold
         if setting not in ("hook_points", "half"):
             assert recipe[setting] == (list(value) if isinstance(value, tuple) else value)
     assert (folder / "features.parquet").exists()
+
+
+def test_the_first_set_and_the_gates_are_trained_by_the_defaults() -> None:
+    """So that a rebuild, which gives none of these settings, makes what ships."""
+    defaults = json.loads(json.dumps(recipe_of(SaeConfig())))
+    for folder in embedded_saes().iterdir():
+        recipe = load_bundle(folder).provenance["recipe"]
+        assert {name: recipe[name] for name in recipe.keys() & defaults.keys() - {"prefixes"}} == {
+            name: defaults[name] for name in recipe.keys() & defaults.keys() - {"prefixes"}
+        }
+    gates = json.loads(json.dumps(dataclasses.asdict(GateConfig()), default=str))
+    recipe = load_gates(embedded_gates()).provenance["recipe"]
+    assert recipe == {name: gates[name] for name in recipe}
+
+
+def test_a_rebuild_makes_every_set_in_its_place_as_the_list_says(tmp_path: Path) -> None:
+    made = beside(RebuildConfig(saes=tmp_path / "mini-saes"), tmp_path / "work")
+    assert [training.out.name for training, _ in made] == list(BESIDE)
+    for (training, catalog), (name, settings) in zip(made, BESIDE.items(), strict=True):
+        assert training.out == catalog.saes == tmp_path / name
+        assert training.work == tmp_path / "work" / name
+        assert recipe_of(training) == recipe_of(SaeConfig(**settings))
+        assert training.overwrite
 
 
 def test_the_nested_one_explains_more_by_its_two_strongest_than_a_plain_one_by_its_own(engine: Engine) -> None:

@@ -22,7 +22,7 @@ from turbolens_training.evaluation.plots import labelled_grid
 from turbolens_training.evaluation.sampling import decode, thumbnails
 from turbolens_training.measures.concepts import check_truth
 from turbolens_training.measures.counterfactual import interval
-from turbolens_training.measures.report import markdown_table, write_table
+from turbolens_training.measures.report import fill, markdown_table, write_table
 from turbolens_training.mini.captions import describe, plain_caption
 from turbolens_training.mini.render import render
 from turbolens_training.mini.scenes import (
@@ -47,6 +47,24 @@ _BOUND: Final = ("color", "shape", "texture")
 _FIELDS: Final = tuple((name, values) for name, values in THING_FIELDS if name in _BOUND)
 GATED: Final = ", gates"
 """What is added to the name of a way that is heard through learned gates."""
+_LITTLE: Final = 1.05
+BINDS, LEAKS, RELATES = "all of both", "leaked", "arrangement"
+CLAIMS: Final = (
+    ("2509.15357: learned gates bind attributes better", BINDS, "prompt, gates", "prompt"),
+    ("2509.15357: learned gates leak less", LEAKS, "prompt, gates", "prompt"),
+    ("2509.15357: learned gates get relations right more often", RELATES, "prompt, gates", "prompt"),
+    ("regions bind attributes better than the prompt alone", BINDS, "prompt, regions", "prompt"),
+    ("regions leak less than the prompt alone", LEAKS, "prompt, regions", "prompt"),
+    ("regions get relations right more often than the prompt alone", RELATES, "prompt, regions", "prompt"),
+    ("regions bind better than learned gates", BINDS, "prompt, regions", "prompt, gates"),
+    ("gates bind better where regions are heard too", BINDS, "prompt, regions, gates", "prompt, regions"),
+    ("whole phrases bind what the prompt does not say", BINDS, "background alone, regions in full", "background alone"),
+    ("whole phrases get relations right that the prompt does not say", RELATES, "background alone, regions in full",
+     "background alone"),
+    ("whole phrases win over a prompt that says the opposite", RELATES, "exchanged prompt, regions in full",
+     "exchanged prompt"),
+)  # fmt: skip
+"""What is claimed, the measure, and the two ways of saying a scene that are compared."""
 Said = tuple[str, tuple[str, ...]]
 """A prompt, and the phrases under the two halves; none: no regions."""
 
@@ -148,8 +166,7 @@ class Drawn:
     """The scenes drawn in one way."""
 
     latents: Tensor  # [N, C, h, w]
-    seconds: float
-    """All batches together."""
+    seconds: Tensor  # [batches]
 
 
 def draw_in_turns(
@@ -157,14 +174,14 @@ def draw_in_turns(
 ) -> dict[str, Drawn]:
     """Every way by turns, a batch each, so that times compare; a way is what is said, and whether through gates."""
     latents: dict[str, list[Tensor]] = {name: [] for name in methods}
-    seconds = dict.fromkeys(methods, 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for start in tqdm(range(0, len(scenes.seeds), batch), desc="regions", unit="batch"):
         some = scenes.part(start, start + batch)
         for name, (said, gate) in methods.items():
             began = time.perf_counter()
             latents[name].append(draw_all(engine, said[start : start + batch], some, batch, gate=gate))
-            seconds[name] += time.perf_counter() - began
-    return {name: Drawn(torch.cat(each), seconds[name]) for name, each in latents.items()}
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Drawn(torch.cat(each), torch.tensor(seconds[name])) for name, each in latents.items()}
 
 
 def nearest(codes: Tensor, noise: Tensor, pictures: Tensor, column: int, values: int) -> Tensor:
@@ -189,8 +206,9 @@ def arrangement_right(codes: Tensor, noise: Tensor, pictures: Tensor) -> Tensor:
     return torch.stack(errors, 1).argmin(1) == own
 
 
-def score(scenes: TwoThings, pictures: Tensor) -> dict[str, object]:
-    """A row of the table: shares with Wilson's intervals at 95 %, over things or pictures.
+def score(scenes: TwoThings, pictures: Tensor) -> dict[str, Tensor]:
+    """What is right in pictures [N, 3, h, w], true or false of each thing or picture, in one order for all pictures of
+    the same scenes.
 
     An attribute of a thing is right where the picture is nearest to its own value's rendering, of all values. It leaked
     where it is nearest to the *other* thing's, of those that differ.
@@ -207,11 +225,64 @@ def score(scenes: TwoThings, pictures: Tensor) -> dict[str, object]:
     both = torch.stack([hits for each in right.values() for hits in each]).all(0)
     rows = {name: torch.cat(each) for name, each in right.items()}
     rows |= {
-        "all of both": both,
-        "arrangement": arrangement_right(scenes.codes, scenes.noise, pictures),
-        "leaked": torch.cat(leaked),
+        BINDS: both,
+        RELATES: arrangement_right(scenes.codes, scenes.noise, pictures),
+        LEAKS: torch.cat(leaked),
     }
-    return {name: _share(hits) for name, hits in rows.items()}
+    return rows
+
+
+def shares(hits: Mapping[str, Tensor]) -> dict[str, object]:
+    """A row of the table: shares with Wilson's intervals at 95 %."""
+    return {name: _share(each) for name, each in hits.items()}
+
+
+def judge_claims(scored: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, object]]:
+    """What one way of saying a scene wins over another, of the same scenes: differences in per cent of pictures or
+    things, with their intervals at 95 % over pairs."""
+    found = []
+    for claim, measure, mine, other in CLAIMS:
+        if not {mine, other} <= scored.keys():
+            continue
+        ours, theirs = (scored[name][measure].double() for name in (mine, other))
+        gaps = (ours - theirs) * (-1 if measure == LEAKS else 1)
+        mean, half = 100 * gaps.mean().item(), 196 * gaps.std(correction=0).item() / len(gaps) ** 0.5
+        holds = "yes" if mean > half else "no" if mean < -half else "not shown"
+        found.append(
+            {
+                "claim": claim,
+                "n": len(gaps),
+                "here": f"{mine}: {_share(scored[mine][measure])}",
+                "beside": f"{other}: {_share(scored[other][measure])}",
+                "won": int((gaps > 0).sum()),
+                "lost": int((gaps < 0).sum()),
+                "better by": f"{mean:+.1f} ± {half:.1f}",
+                "holds": holds,
+            }
+        )
+    return found
+
+
+def judge_time(seconds: Mapping[str, Tensor]) -> list[dict[str, object]]:
+    """Whether learned gates cost little time, by the batches that both ways drew in turns."""
+    gated, plain = f"prompt{GATED}", "prompt"
+    if not {gated, plain} <= seconds.keys():
+        return []
+    ratios = (seconds[gated] / seconds[plain]).double()
+    mean, half = ratios.mean().item(), 1.96 * ratios.std(correction=0).item() / len(ratios) ** 0.5
+    holds = "yes" if mean + half < _LITTLE else "no" if mean - half > _LITTLE else "not shown"
+    return [
+        {
+            "claim": f"2509.15357: learned gates cost negligible time (below {_LITTLE:g} times)",
+            "n": len(ratios),
+            "here": f"{gated}: {mean:.2f} ± {half:.2f}",
+            "beside": f"{plain}: 1, batch by batch",
+            "won": int((ratios < 1).sum()),
+            "lost": int((ratios > 1).sum()),
+            "better by": f"{100 * (1 - mean):+.1f} %",
+            "holds": holds,
+        }
+    ]
 
 
 def _share(hits: Tensor) -> str:
@@ -234,15 +305,21 @@ def measure_regions(config: RegionsConfig) -> None:
         raise ValueError(f"methods: no {', '.join(sorted(unknown))}; there are {'; '.join(methods)}")
     methods = {name: method for name, method in methods.items() if name in (config.methods or methods)}
     drawn = draw_in_turns(engine, methods, scenes, config.batch)
-    rows: list[dict[str, object]] = []
-    first = next(iter(drawn.values())).seconds
-    for name, one in drawn.items():
-        scored = score(scenes, thumbnails(one.latents))
-        rows.append({"heard": name, "n": len(one.latents), **scored, "time": f"{one.seconds / first:.2f}"})
+    first = next(iter(drawn.values())).seconds.sum()
+    scored = {name: score(scenes, thumbnails(one.latents)) for name, one in drawn.items()}
+    rows = [
+        {"heard": name, "n": len(one.latents), **shares(scored[name]), "time": f"{one.seconds.sum() / first:.2f}"}
+        for name, one in drawn.items()
+    ]
+    claims = judge_claims(scored) + judge_time({name: one.seconds for name, one in drawn.items()})
     write_table(config.out / "regions", rows)
+    write_table(config.out / "claims", claims)
+    page = config.out.parent / f"{config.out.name}.md"
+    fill(page, "regions", markdown_table(rows))
+    fill(page, "claims", markdown_table(claims))
     examples = {name: one.latents[: config.examples] for name, one in drawn.items()}
     show(config.out / "regions.png", engine, scenes, examples)
-    config.tell(markdown_table(rows), out=config.out, rows=rows)
+    config.tell(f"{markdown_table(rows)}\n{markdown_table(claims)}", out=config.out, rows=rows, claims=claims)
 
 
 def show(path: Path, engine: Engine, scenes: TwoThings, drawn: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,9 +23,10 @@ from turbolens_server.engine.types import Attribute, Attribution, Job
 from turbolens_server.loading.load import load_engine
 from turbolens_server.unet.points import hears_text, is_z
 from turbolens_training.evaluation.config import WordsConfig
+from turbolens_training.evaluation.z_claims import judge_claims
 from turbolens_training.measures.concepts import check_truth
 from turbolens_training.measures.counterfactual import interval
-from turbolens_training.measures.report import markdown_table, write_table
+from turbolens_training.measures.report import fill, markdown_table, write_table
 from turbolens_training.mini.captions import plain_caption
 from turbolens_training.mini.scenes import COUNT, Scene, decode_scenes, sample_codes
 
@@ -36,6 +37,8 @@ _SELECTIVE: Final = 0.9
 _OTHER: Final = 0.8
 """Most that the same may be for a value of another attribute: a feature of one attribute."""
 _EXACT: Final = 1e-4
+_RIGHT: Final = 0.95
+"""Share of cases in which the right word should win."""
 _END: Final = "</w>"
 Floats = npt.NDArray[np.float64]
 Said = tuple[str, str]
@@ -50,10 +53,20 @@ def measure_words(config: WordsConfig) -> None:
     if not names:
         raise ValueError(f"--saes {config.saes}: no SAE at the z of a cross-attention; there are {[*engine.info.saes]}")
     scenes = list(_scenes(2 * config.scenes, config.seed))
-    rows = [row for name in names for row in _rows(engine, name, scenes, config)]
+    rows: list[dict[str, object]] = []
+    claims: list[dict[str, object]] = []
+    for name in names:
+        asked, found = _measure(engine, name, scenes, config)
+        rows, claims = rows + asked, claims + [{"SAE": name, **claim} for claim in found]
     write_table(config.out / "words", rows)
-    print(markdown_table(rows))
-    config.tell(config.out / "words.md", report=config.out / "words.md")
+    write_table(config.out / "claims", claims)
+    page = config.out.parent / f"{config.out.name}.md"
+    fill(page, "words", markdown_table(rows))
+    fill(page, "claims", markdown_table(claims))
+    config.tell(
+        f"{markdown_table(rows)}\n{markdown_table(claims)}\n{config.out / 'words.md'}", report=config.out / "words.md",
+        rows=rows, claims=claims,
+    )  # fmt: skip
 
 
 def _scenes(n: int, seed: int) -> Iterator[Scene]:
@@ -164,7 +177,14 @@ def _ask(engine: Engine, sae: str, feature: int, scene: Scene, right: Said, seed
     return answer, error
 
 
-def _rows(engine: Engine, sae: str, scenes: Sequence[Scene], config: WordsConfig) -> Iterator[Mapping[str, object]]:
+def _measure(
+    engine: Engine, sae: str, scenes: Sequence[Scene], config: WordsConfig
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """The table of one SAE, and the claims.
+
+    Raises:
+        ArithmeticError: a sum of contributions is not the pre-activation.
+    """
     told, tried = scenes[: config.scenes], scenes[config.scenes :]
     stands_for = meanings(_means(engine, sae, told, config.batch), told)
     cases = [
@@ -183,23 +203,39 @@ def _rows(engine: Engine, sae: str, scenes: Sequence[Scene], config: WordsConfig
         answer, error = _ask(engine, sae, feature, scene, pair, seed)
         worst, positions = max(worst, error), positions + rows * columns
         answers += [] if answer is None else [answer]
+    if worst > _EXACT:
+        raise ArithmeticError(f"{sae}: a sum of contributions is off by {worst:.1e}, more than {_EXACT}")
+    table: list[dict[str, object]] = []
     for attribute in [*sorted({answer.attribute for answer in answers}), "all"]:
         some = [answer for answer in answers if attribute in (answer.attribute, "all")]
         if not some:
             continue
-        yield {
-            "SAE": sae,
-            "attribute": attribute,
-            "features": sum(attribute in (pair[0], "all") for pair in stands_for.values()),
-            "n": len(some),
-            "right word first": _share([answer.first for answer in some]),
-            "first of all sources": _share([answer.first_of_all for answer in some]),
-            "said by end and padding": f"{np.mean([answer.at_end for answer in some]):.2f}",
-            "right by leaving out": _share([answer.by_leaving_out for answer in some]),
-            "largest error of a sum": f"{worst:.1e} of {positions:,}" if attribute == "all" else "",
-        }
-    if worst > _EXACT:
-        raise ArithmeticError(f"{sae}: a sum of contributions is off by {worst:.1e}, more than {_EXACT}")
+        table.append(
+            {
+                "SAE": sae,
+                "attribute": attribute,
+                "features": sum(attribute in (pair[0], "all") for pair in stands_for.values()),
+                "n": len(some),
+                "right word first": _share([answer.first for answer in some]),
+                "first of all sources": _share([answer.first_of_all for answer in some]),
+                "said by end and padding": f"{np.mean([answer.at_end for answer in some]):.2f}",
+                "right by leaving out": _share([answer.by_leaving_out for answer in some]),
+                "largest error of a sum": f"{worst:.1e} of {positions:,}" if attribute == "all" else "",
+            }
+        )
+    claims = judge_claims(engine, sae, stands_for, worst, positions, config.scenes, config.batch)
+    for text, right in (
+        ("the right word contributes most", [answer.first_of_all for answer in answers]),
+        ("leaving the right word out takes most away", [answer.by_leaving_out for answer in answers]),
+    ):
+        if answers:
+            low, high = interval(float(np.mean(right)), len(right))
+            holds = "yes" if low >= _RIGHT else "no" if high < _RIGHT else "not told apart"
+            claims.append(
+                {"claim": text, "paper": f"not asked; aim {_RIGHT:.0%}", "n": len(right), "here": _share(right),
+                 "holds": holds}
+            )  # fmt: skip
+    return table, claims
 
 
 def _share(right: Sequence[bool]) -> str:

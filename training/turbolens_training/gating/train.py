@@ -24,7 +24,7 @@ from turbolens_server.unet.attention_taps import with_attention_points
 from turbolens_server.unet.points import HookPoint, block_of, is_cross_attention
 from turbolens_server.unet.tapped import find_hook_points, tapped_forward
 from turbolens_training.checkpoints import add_rows, cut_log, previous, read_states, save_state, terminated
-from turbolens_training.evaluation.regions import TwoThings, draw_all, score
+from turbolens_training.evaluation.regions import TwoThings, draw_all, score, shares
 from turbolens_training.evaluation.sampling import thumbnails
 from turbolens_training.gating.config import OF_THE_MACHINE, GateConfig
 from turbolens_training.gating.data import Batch, TwoThingScenes
@@ -288,7 +288,7 @@ def drawn(engine: Engine, folder: Path, config: GateConfig) -> list[dict[str, ob
     rows = []
     for name, gate in (("with gates", True), ("without", False)):
         latents = draw_all(gated, said, scenes, 8, gate=gate)
-        rows.append({"heard": name, "n": len(said), **score(scenes, thumbnails(latents))})
+        rows.append({"heard": name, "n": len(said), **shares(score(scenes, thumbnails(latents)))})
     return rows
 
 

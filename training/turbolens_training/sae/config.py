@@ -14,6 +14,7 @@ from turbolens_training.settings import counts_below_one, refuse
 ArchitectureName = Literal["topk", "batch-topk", "jumprelu", "matryoshka", "temporal"]
 LevelWeights = Literal["uniform", "reverse"]
 Prediction = Literal["last", "ridge", "nothing"]
+Selection = Literal["topk", "batch-topk"]
 ARCHITECTURES: Final[tuple[ArchitectureName, ...]] = get_args(ArchitectureName)
 OF_EXPORT: Final = ("gates", "allow_below_gates", "overwrite", "resume")
 """Settings that decide whether a result is exported, not what it is."""
@@ -30,6 +31,7 @@ OF_ARCHITECTURE: Final = {
     "prefixes": "matryoshka",
     "prediction": "temporal",
     "run_steps": "temporal",
+    "selection": "temporal",
 }
 """Settings that only one architecture has."""
 
@@ -93,7 +95,8 @@ class SaeConfig(DataConfig):
     d_sae: int = 256
     """Features of each SAE."""
     k: int = 10
-    """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`)."""
+    """Features active at a position: at most, on average (`batch-topk`), or aimed at (`jumprelu`); of a `temporal`, for
+    all steps of a run together."""
     nested_k: tuple[int, ...] = (4, 16)
     """Other k that a `matryoshka` is trained at; every k up to the largest can be served."""
     prefixes: tuple[int, ...] | None = None
@@ -108,6 +111,9 @@ class SaeConfig(DataConfig):
     prediction: Prediction = "last"
     """What a `temporal` takes from each step before its features see it: `last`, the step before; `ridge`, what a ridge
     regression expects of the step before (arXiv 2605.27813); `nothing`: the steps are side by side as they are."""
+    selection: Selection = "topk"
+    """How a `temporal` selects. `topk`: k at each position; `batch-topk`: k on average over a batch, as published, and
+    where it is served what is above a fixed threshold, so that no run depends on its batch mates."""
     bandwidth: float = 0.5
     """Width of the kernel by which a `jumprelu` estimates the gradient of its thresholds, on normalised updates."""
     l0_coefficient: float = 1.0

@@ -20,7 +20,7 @@ from turbolens_training.activations.stream import HELD_OUT, SceneStream
 from turbolens_training.evaluation.plots import save_figure
 from turbolens_training.evaluation.probes import best_probe, splits
 from turbolens_training.measures.concepts import Concept, check_truth
-from turbolens_training.measures.report import markdown_table
+from turbolens_training.measures.report import fill, markdown_table
 from turbolens_training.sae.shipped import NESTED
 from turbolens_training.variants.config import NestedConfig, VariantsConfig
 from turbolens_training.variants.pushes import Bench, Choice, make_pushes
@@ -30,6 +30,7 @@ from turbolens_training.variants.trained import trained
 ATTRIBUTES: Final = ("shape", "color", "texture", "size")
 """Those that `up.0.0` of `mini` carries."""
 UNIFORM, REVERSE = "nested, uniform", "nested, reverse"
+MSAE, MATRYOSHKA = "2502.20578", "2503.17547"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +108,20 @@ def measure_nested(config: NestedConfig) -> None:
         write_file(folder / f"{name}.json", json.dumps(table, indent=1) + "\n")
     draw(folder / "nested.png", rows, coarse)
     write_file(folder / "README.md", "\n".join(_page(rows, coarse, claims, config)))
+    fill(config.out / "nested.md", "curve", short(rows))
+    fill(config.out / "nested.md", "claims", markdown_table(claims))
     config.tell(folder / "README.md", report=folder / "README.md", claims=claims)
 
 
 def judge_claims(rows: Sequence[Mapping[str, Any]], coarse: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-    """Each claim of the papers that these pictures can test: by how much it holds."""
+    """Each claim of the papers that these pictures can test: what they say, what was found, and whether it holds."""
     at = {(row["kind"], row["k"], row["width"]): row for row in rows}
     full, own = max(row["width"] for row in rows), NESTED["k"]
     ks = sorted({row["k"] for row in rows})
     widths = sorted({row["width"] for row in rows} - {full})
     found: list[dict[str, object]] = []
 
-    def claim(text: str, measure: str, least: float, pairs: Sequence[tuple[Any, Any]]) -> None:
+    def claim(text: str, paper: str, measure: str, least: float, pairs: Sequence[tuple[Any, Any]]) -> None:
         gaps = [at[mine][measure] - at[other][measure] for mine, other in pairs]
         names = [f"k {mine[1]}, {mine[2]}: {gap:+.3f}" for (mine, _), gap in zip(pairs, gaps, strict=True)]
         holds = "yes" if min(gaps) >= least else "no"
@@ -128,33 +131,78 @@ def judge_claims(rows: Sequence[Mapping[str, Any]], coarse: Sequence[Mapping[str
             better = all(mine[0] > other[1] for mine, other in ends)
             if (holds == "no" and not worse) or (least == 0 and holds == "yes" and not better):
                 holds = "not told apart"
-        found.append({"claim": text, "holds": holds, "by how much": "; ".join(names)})
+        n = at[pairs[0][0]].get("n" if measure == "nearest" else "pictures", "")
+        found.append({"claim": text, "paper": paper, "n": n, "here": "; ".join(names), "holds": holds})
 
     for kind in (UNIFORM, REVERSE):
         how = kind.partition(", ")[2]
-        claim(f"{how}: one SAE explains as much at each k as a TopK trained at it, within 0.01", "explained", -0.01,
-              [((kind, k, full), ("topk", k, full)) for k in ks])  # fmt: skip
-        claim(f"{how}: each prefix explains as much as a TopK of its size, within 0.01", "explained", -0.01,
+        claim(f"{how}: one SAE explains as much at each k as a TopK trained at it, within 0.01", MSAE, "explained",
+              -0.01, [((kind, k, full), ("topk", k, full)) for k in ks])  # fmt: skip
+        claim(f"{how}: each prefix explains as much as a TopK of its size, within 0.01", MATRYOSHKA, "explained", -0.01,
               [((kind, own, width), ("topk", own, width)) for width in widths])  # fmt: skip
         if kind == REVERSE:  # is not steered
             continue
-        claim(f"{how}: it steers as well at each k as a TopK trained at it, within 0.05", "nearest", -0.05,
+        claim(f"{how}: it steers as well at each k as a TopK trained at it, within 0.05", "not asked", "nearest", -0.05,
               [((kind, k, full), ("topk", k, full)) for k in ks])  # fmt: skip
-        claim(f"{how}: each prefix steers as well as a TopK of its size, within 0.05", "nearest", -0.05,
+        claim(f"{how}: each prefix steers as well as a TopK of its size, within 0.05", "not asked", "nearest", -0.05,
               [((kind, own, width), ("topk", own, width)) for width in widths])  # fmt: skip
-    claim("reverse weighting explains more at the smallest k than uniform", "explained", 0.0,
+    claim("reverse weighting explains more at the smallest k than uniform", MSAE, "explained", 0.0,
           [((REVERSE, ks[0], full), (UNIFORM, ks[0], full))])  # fmt: skip
+    found += list(_headline(at[UNIFORM, ks[-1], full]))
     first = {row["features"]: row for row in coarse}
     few, whole = first[f"{UNIFORM}, {widths[0]}"], first[f"{UNIFORM}, {full}"]
     shares = {name: few[name] - whole[name] for name in ATTRIBUTES}
     found.append(
         {
-            "claim": f"the first {widths[0]} features tell of an attribute as well as all do, within 0.05 of AUROC",
+            "claim": f"features go from coarse to fine: the first {widths[0]} tell of an attribute as well as all do, "
+            "within 0.05 of AUROC",
+            "paper": f"{MSAE}; {MATRYOSHKA}",
+            "n": few.get("n", ""),
+            "here": "; ".join(f"{name} {few[name]:.3f} of {whole[name]:.3f}" for name in ATTRIBUTES),
             "holds": ", ".join(name for name, gap in shares.items() if gap >= -0.05) or "of none",
-            "by how much": "; ".join(f"{name} {few[name]:.3f} of {whole[name]:.3f}" for name in ATTRIBUTES),
         }
     )
     return found
+
+
+def _headline(row: Mapping[str, Any]) -> Iterator[dict[str, object]]:
+    """The figures of 2502.20578's abstract, of CLIP's embeddings with about 80 % of the features silent."""
+    silent = 1 - row["k"] / row["width"]
+    for text, paper, measure, bound in (
+        ("cosine of reconstructions", "0.99", "cosine", 0.99),
+        ("variance left unexplained", "below 0.1", "explained", 0.9),
+    ):
+        low, high = row[f"{measure}_95"]
+        told = (row[measure], low, high) if measure == "cosine" else (1 - row[measure], 1 - high, 1 - low)
+        yield {
+            "claim": f"{text} where few fire ({silent:.0%} silent here)",
+            "paper": f"{MSAE}: {paper} at about 80 %",
+            "n": row["pictures"],
+            "here": f"{told[0]:.4f} ({told[1]:.4f} to {told[2]:.4f})",
+            "holds": "yes" if low >= bound else "no" if high < bound else "not told apart",
+        }
+
+
+def short(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The curves as the page shows them: a row for each kind and measure, and how far the intervals go."""
+    full = max(row["width"] for row in rows)
+    names = {(row["k"], row["width"]): f"k {row['k']}" if row["width"] == full else f"first {row['width']}"
+             for row in rows}  # fmt: skip
+    table: list[dict[str, object]] = []
+    ends = []
+    for measure, text in (("explained", "explained"), ("cosine", "cosine"), ("nearest", "steered to the value")):
+        some = [row for row in rows if measure in row]
+        for kind in dict.fromkeys(row["kind"] for row in some):
+            label = "a TopK trained for each" if kind == "topk" else kind
+            row: dict[str, object] = {"": f"{text}, {label}"}
+            for each in (each for each in some if each["kind"] == kind):
+                row[names[each["k"], each["width"]]] = f"{each[measure]:.{2 if measure == 'nearest' else 3}f}"
+            table.append(row)
+        known = [each[f"{measure}_95"] for each in some if f"{measure}_95" in each]
+        halves = [(high - low) / 2 for low, high in known]
+        if halves:
+            ends.append(f"{measure} ± {min(halves):.3f} to {max(halves):.3f}")
+    return f"{markdown_table(table)}\nIntervals at 95 %: {', '.join(ends)}.\n"
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], coarse: Sequence[Mapping[str, Any]]) -> None:

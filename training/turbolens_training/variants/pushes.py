@@ -112,17 +112,21 @@ class Pushed:
     """As `others`, of the pictures without a push."""
 
     def row(self) -> dict[str, object]:
-        low, high = interval(self.nearest, self.count)
+        """Shares with Wilson's intervals at 95 %; per unit of change, the same by the change that was measured."""
+        per = 1 / max(self.change, 1e-6)
+        moved, right = interval(self.nearest, self.count), interval(self.others, self.count)
         return {
             "n": self.count,
             "length": self.length,
             "nearest": round(self.nearest, 3),
-            "nearest_95": [round(low, 3), round(high, 3)],
+            "nearest_95": [round(end, 3) for end in moved],
             "others_right": round(self.others, 3),
-            "others_95": [round(end, 3) for end in interval(self.others, self.count)],
+            "others_95": [round(end, 3) for end in right],
             "change": round(self.change, 3),
-            "nearest_per_change": round(self.nearest / max(self.change, 1e-6), 2),
-            "harm_per_change": round((self.others_before - self.others) / max(self.change, 1e-6), 3),
+            "nearest_per_change": round(per * self.nearest, 2),
+            "nearest_per_change_95": [round(per * end, 2) for end in moved],
+            "harm_per_change": round(per * (self.others_before - self.others), 3),
+            "harm_per_change_95": [round(per * (self.others_before - end), 3) for end in reversed(right)],
         }
 
 

@@ -39,10 +39,11 @@ class Fit:
 
     def interval(self) -> tuple[float, float]:
         """Of the explained variance, at 95 %, by drawing the pictures again."""
-        picks = torch.randint(len(self.error), (_DRAWS, len(self.error)), generator=torch.Generator().manual_seed(0))
-        drawn = 1 - self.error[picks].sum(1) / self.spread[picks].sum(1)
-        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return low, high
+        picks = self._picks()
+        return _middle(1 - self.error[picks].sum(1) / self.spread[picks].sum(1))
+
+    def _picks(self) -> Tensor:
+        return torch.randint(len(self.error), (_DRAWS, len(self.error)), generator=torch.Generator().manual_seed(0))
 
     def row(self) -> dict[str, object]:
         return {
@@ -50,4 +51,10 @@ class Fit:
             "explained": round(self.explained, 4),
             "explained_95": [round(end, 4) for end in self.interval()],
             "cosine": round(float(self.cosine.mean()), 4),
+            "cosine_95": [round(end, 4) for end in _middle(self.cosine[self._picks()].mean(1))],
         }
+
+
+def _middle(drawn: Tensor) -> tuple[float, float]:
+    low, high = drawn.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -9,6 +9,7 @@ from typing import Any, Final
 from turbolens_proto.v1 import steering_pb2
 from turbolens_server.engine.batcher import MAX_BATCH
 from turbolens_server.engine.info import EngineInfo
+from turbolens_server.engine.types import MAX_REGIONS
 from turbolens_server.rpc.errors import Violation, invalid
 
 MAX_REQUEST_ID_CHARS: Final = 128
@@ -38,8 +39,7 @@ class RequestLimits:
     max_lanes: int = MAX_BATCH
     """Of one picture, its references' included: a batch holds no more."""
     max_guidance_scale: float = 100.0
-    max_regions: int = 8
-    """Each lengthens the text by as much as a prompt."""
+    max_regions: int = MAX_REGIONS
     max_strength: float = 1000.0
     max_picture_bytes: int = 8 * 2**20
     """Of one that a run starts from."""

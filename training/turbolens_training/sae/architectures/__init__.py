@@ -23,4 +23,5 @@ def build_architecture(config: SaeConfig) -> SaeArchitecture:
         case "matryoshka":
             return Matryoshka(config.k, config.nested_k, config.matryoshka_prefixes, config.level_weights)
         case "temporal":
-            return Temporal(config.k, config.run_steps, config.prediction)
+            selection = BatchTopK(config.k) if config.selection == "batch-topk" else TopK(config.k)
+            return Temporal(selection, config.run_steps, config.prediction)
