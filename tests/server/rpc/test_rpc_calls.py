@@ -141,7 +141,7 @@ async def test_a_grace_that_passes_ends_what_runs(running):
 
 
 async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, log_lines):
-    monkeypatch.setattr(serving, "load_from", lambda config: fake)
+    monkeypatch.setattr(serving, "load_from", lambda config, **_: fake)
     program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1, backend="torch")))
     async with asyncio.timeout(5):
         while not any(line["event"] == "ready" for line in log_lines):
@@ -208,7 +208,7 @@ from fake_engine import FakeEngine
 from turbolens_server import app, serving
 engine = FakeEngine()
 engine.fails = RuntimeError("CUDA error: an illegal memory access was encountered")
-serving.load_from = lambda config: engine
+serving.load_from = lambda config, **_: engine
 app.main(["--port", "0", "--log-format", "json"])
 """
 
@@ -243,7 +243,7 @@ async def test_a_start_without_memory_for_a_batch_says_what_to_lower(loading, fa
 SLOW_LOAD = """
 import sys, time
 from turbolens_server import app, serving
-serving.load_from = lambda config: time.sleep(60)
+serving.load_from = lambda config, **_: time.sleep(60)
 app.main(["--port", "0", "--log-format", "json"])
 """
 
@@ -260,7 +260,7 @@ def test_a_program_told_to_stop_while_it_loads_stops_at_once():
 SLOW_STOP = """
 import asyncio, time
 from turbolens_server import app, serving
-serving.load_from = lambda config: time.sleep(60)
+serving.load_from = lambda config, **_: time.sleep(60)
 serving.Serving.stop = lambda self, grace_s: asyncio.sleep(60)
 app.main(["--port", "0", "--log-format", "json"])
 """
@@ -284,7 +284,7 @@ async def test_a_taken_port_is_one_clear_line(running):
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(monkeypatch):
-    def fail(config):
+    def fail(config, **_):
         raise LoadError("no such model")
 
     monkeypatch.setattr(serving, "load_from", fail)
