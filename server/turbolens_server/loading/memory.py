@@ -28,7 +28,6 @@ from turbolens_server.files import available_host_bytes
 from turbolens_server.gating.gates import Gates
 from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.points import inner_names, z_name
-from turbolens_server.unet.tapped import attention_blocks, tapped_forward
 
 _SLACK: Final = 1.25
 """Over the counted activations: kernels have scratch space of their own, and allocators round up."""
@@ -109,6 +108,8 @@ def unet_bytes(unet: Any, batch: int, height: int, width: int, tokens: int, aske
     Counted with it, where they are asked for: regions' phrases and their bias, what gates compute, and what
     attributions keep to the pass's end, of each row what they read in one layer.
     """
+    from turbolens_server.unet.tapped import attention_blocks, tapped_forward  # with diffusers, which not all need
+
     twin, options = _twin(unet), {"dtype": unet.dtype, "device": "meta"}
     text_width, time_width = unet.config.cross_attention_dim, 6 * unet.config.addition_time_embed_dim
     pooled = torch.empty(batch, unet.config.projection_class_embeddings_input_dim - time_width, **options)
