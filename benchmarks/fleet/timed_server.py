@@ -47,13 +47,15 @@ class TimedEngine:
         return jobs, time.perf_counter() - start
 
     def decode(self, denoised: tuple[Sequence[Job], float], *, on_event: Callable[[Result], None], **_: Any) -> None:
-        """Likewise; then everybody's answer, which is the same."""
+        """Likewise; then everybody's answer, which is the same but for what attributes."""
         jobs, denoise_s = denoised
         start = time.perf_counter()
         time.sleep(self._curve.stages(len(jobs))[1])
         self.took.append((len(jobs), denoise_s, time.perf_counter() - start))
-        for row in range(len(jobs)):
-            on_event(dataclasses.replace(self._made, job=row, batch_size=len(jobs)))
+        for row, job in enumerate(jobs):
+            made = self._made if job.attribute is None else self._engine.run([job])[0]  # of whose answer it is all
+            assert made is not None
+            on_event(dataclasses.replace(made, job=row, batch_size=len(jobs)))
 
 
 async def serve(curve: Curve, config: ServerConfig) -> None:

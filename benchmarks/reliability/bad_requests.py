@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from turbolens_proto.v1 import feature_service_pb2, generation_service_pb2, model_service_pb2, run_pb2, steering_pb2
 
 _TEXTS: Final = (
-    "", "mid.0", "up.0.0", "down.2.1", "mini", "a red star", "mid.0/features/3", "features/mid.0/3", "\x00", "\n{}",
+    "", "mid.0", "nested", "temporal", "up.0.1.attn2.0.z",
+    "up.0.0", "down.2.1", "mini", "a red star", "mid.0/features/3", "features/mid.0/3", "\x00", "\n{}",
     "../../etc/passwd", "%s%n", "é漢🙂", "\u202e", "a" * 3000, "label:star", 'label:"', "-frequency", "models/mini",
 )  # fmt: skip
 _WHOLE: Final = (0, 1, 2, 3, 4, 5, 7, 8, 16, 63, 64, 100, 128, 255, 256, 512, 4096, -1, 2**31 - 1, -(2**31))
@@ -69,7 +70,20 @@ def honest(method: MethodDescriptor, draw: random.Random) -> Message:
         run.edits.append(edit)
     if draw.random() < 0.5:
         run.features.saes.append("mid.0")
+    if draw.random() < 0.1:
+        run.gate = True
+    if draw.random() < 0.1:
+        run.more_prompts.append("a blue ring")
+    if draw.random() < 0.1:
+        run.regions.add(prompt="a blue ring").mask.boxes.boxes.add(left=0.5, top=0, right=1, bottom=1)
+    if draw.random() < 0.1:
+        run.features.saes.append("nested")
+        run.sae_options.add(sae="nested", k=draw.choice((1, 8, 20)))
     request = request_class(method)()
+    if method.name == "AttributeFeature":
+        run.ClearField("features")
+        run.ClearField("more_prompts")
+        request.feature.sae, request.feature.index = "up.0.1.attn2.0.z", draw.randrange(64)  # type: ignore[attr-defined]
     if "run" in method.input_type.fields_by_name:
         request.run.CopyFrom(run)  # type: ignore[attr-defined]
     elif "request" in method.input_type.fields_by_name:

@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import grpc
 import tyro
@@ -31,6 +31,9 @@ from benchmarks.reliability.bad_requests import bad_request, methods
 from benchmarks.reliability.corpus import OURS, Kept, Outcome, name_of
 from benchmarks.reliability.results import save, say
 from benchmarks.reliability.servers import Server, started, timed
+
+SAES: Final = ("mini-saes", "nested=mini-nested", "temporal=mini-temporal", "mini-attention")
+"""Of every kind that ships, so that fields of each can be served."""
 
 
 @dataclasses.dataclass
@@ -207,8 +210,9 @@ def main(
         keep: write all of interest there, and not only faults of the server.
         engine: what makes the pictures of what can be served.
     """
-    at_once = timed(Curve((1, 8), (0.0, 0.0), (0.0, 0.0)))
-    with at_once if engine == "at once" else started("--max-steps", "2", "--max-seeds", "2") as server:
+    at_once = timed(Curve((1, 8), (0.0, 0.0), (0.0, 0.0)), {"sae": SAES, "gate": "mini"})
+    flags = ["--max-seeds", "2", "--gate", "mini", "--sae", *SAES]
+    with at_once if engine == "at once" else started(*flags) as server:
         result = run(server, requests, seed, together, place, keep)
     save("fuzz", {"engine": engine, **result})
     if result["faults_of_the_server"] or not result["server_alive"]:
