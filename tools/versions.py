@@ -1,9 +1,10 @@
 """The SDK's tests, and every call to a real server, with the oldest and newest `grpcio` and `protobuf` that it allows.
 
     python tools/versions.py
+    python tools/versions.py --only 0 3    # oldest both, newest both
 
-Each pair has an environment of its own, made anew, into which pip puts the SDK as callers install it, and what tests
-need; the server beside them runs from this environment, at the versions that constraints.txt pins.
+The pairs take turns in an environment made anew, into which pip puts the SDK as callers install it, and what tests
+need; the server beside it runs from this environment, at the versions that constraints.txt pins.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ TOOLS: Final = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "pan
 """What the tests need beside the SDK."""
 NEED_THE_SERVER: Final = ("--ignore=tests/client/test_cli.py", "-k", "not shell_completes")
 """Tests of commands that the SDK alone does not bring."""
+_PIP: Final = ("-m", "pip", "--disable-pip-version-check")
 _STARTS_S: Final = 120.0
 
 
@@ -60,7 +63,9 @@ def a_server(folder: Path) -> Iterator[str]:
     """`turbolens serve` of this environment on a free port; its address."""
     log = folder / "server.log"
     command = [str(Path(sys.prefix) / "bin" / "turbolens"), "serve", "--port", "0", "--log-format", "json"]
-    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
+    # Pinned, so that nothing is compiled beside the tests.
+    environment = {"TURBOLENS_BACKEND": "torch", **os.environ}
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors, env=environment) as process:
         try:
             end = time.monotonic() + _STARTS_S
             events: dict[str, dict[str, str]] = {}
@@ -75,17 +80,25 @@ def a_server(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-def check(pair: tuple[str, ...], folder: Path, wheel: Path, target: str) -> bool:
+def build(folder: Path) -> Path:
+    """The SDK's wheel, made from a copy: a build leaves files where it runs, and takes those of earlier ones along."""
+    copy = folder / "repository"
+    shutil.copytree(ROOT / "client", copy / "client", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, copy)
+    subprocess.run([sys.executable, *_PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copy], check=True)
+    (wheel,) = folder.glob("turbolens-*.whl")
+    return wheel
+
+
+def check(pair: tuple[str, ...], python: str, wheel: Path, target: str) -> bool:
     """The tests with one pair of versions."""
-    python = str(folder / "bin" / "python")
     # What lies on PYTHONPATH would count as installed.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    (folder / "pins.txt").write_text(pins())
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--progress-bar", "off"]
-    subprocess.run(
-        [*pip, "-c", str(folder / "pins.txt"), f"{wheel}[tables,yaml]", *pair, *TOOLS], check=True, env=environment
-    )
+    pins_file = wheel.parent / "pins.txt"
+    pins_file.write_text(pins())
+    pip = [python, *_PIP, "install", "--quiet", "--progress-bar", "off", "--upgrade", "-c", str(pins_file)]
+    subprocess.run([*pip, f"{wheel}[tables,yaml]", *pair, *TOOLS], check=True, env=environment)
     told = subprocess.run(
         [python, "-c", "from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in "
          f"{VARIED}), sep=', ')"], check=True, capture_output=True, text=True, env=environment,
@@ -94,16 +107,11 @@ def check(pair: tuple[str, ...], folder: Path, wheel: Path, target: str) -> bool
     environment |= {
         "TURBOLENS_VERSIONS_SERVER": target,
         "CI": "1",  # hypothesis then has no clock
-        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *NEED_THE_SERVER]
     done = [
-        subprocess.run(
-            [*tests, *NEED_THE_SERVER, f"--confcutdir=tests/{name}", f"tests/{name}"],
-            cwd=ROOT,
-            env=environment,
-            check=False,
-        )
+        subprocess.run([*tests, f"--confcutdir=tests/{name}", f"tests/{name}"], cwd=ROOT, env=environment, check=False)
         for name in ("client", "versions")
     ]
     return not any(one.returncode for one in done)
@@ -112,17 +120,19 @@ def check(pair: tuple[str, ...], folder: Path, wheel: Path, target: str) -> bool
 def main() -> None:
     """Check every pair."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", type=int, help="of the pairs, by number from 0: oldest both first, newest both last")
-    chosen = parser.parse_args().only
-    every = pairs() if chosen is None else [pairs()[chosen]]
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="of the pairs, by number: 0, oldest both, to 3, newest both"
+    )
+    every = pairs()
+    chosen = parser.parse_args().only or range(len(every))
     with tempfile.TemporaryDirectory() as name, a_server(Path(name)) as target:
-        build = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-        subprocess.run([*build, "--wheel-dir", name, ROOT], check=True)
-        (wheel,) = Path(name).glob("turbolens-*.whl")
-        failed = [pair for number, pair in enumerate(every) if not check(pair, Path(name) / str(number), wheel, target)]
+        wheel = build(Path(name))
+        subprocess.run([sys.executable, "-m", "venv", Path(name) / "venv"], check=True)
+        python = str(Path(name) / "venv" / "bin" / "python")
+        failed = [every[number] for number in chosen if not check(every[number], python, wheel, target)]
     if failed:
         raise SystemExit(f"failed with: {'; '.join(', '.join(pair) for pair in failed)}")
-    print(f"passed with {len(every)} pairs of versions")
+    print(f"passed with {len(chosen)} pairs of versions")
 
 
 if __name__ == "__main__":
