@@ -6,6 +6,7 @@ process and shows them, and what libraries log or warn of, as JSON lines for mac
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from typing import Any, Final
@@ -34,8 +35,15 @@ _OF_LIBRARIES: Final[tuple[structlog.typing.Processor, ...]] = (
 _SHOW_THEIR_OWN: Final = ("diffusers", "transformers", "accelerate", "huggingface_hub")
 
 
-def through_ours() -> None:
-    """Have libraries that print their lines themselves send them the way of all others; once they are imported."""
+def through_ours(*to_import: str) -> None:
+    """Have libraries that print their lines themselves send them the way of all others; once they are imported.
+
+    Args:
+        to_import: libraries to import first. They come with a handler, and their modules, which are imported when
+            something asks for them, log on the way.
+    """
+    for name in to_import:
+        importlib.import_module(name)
     for name in _SHOW_THEIR_OWN:
         logger = logging.getLogger(name)
         logger.handlers = []

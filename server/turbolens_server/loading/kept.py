@@ -31,7 +31,7 @@ from turbolens_server.loading.hub import embedded_model
 from turbolens_server.loading.lora import Fused
 from turbolens_server.loading.memory import Counted
 from turbolens_server.loading.places import EMBEDDED
-from turbolens_server.logs import get_logger
+from turbolens_server.logs import get_logger, through_ours
 from turbolens_server.unet.points import HookPoint
 
 _UNET: Final = (
@@ -151,6 +151,7 @@ def _scheduler(folder: Path, told: Mapping[str, Any] | None) -> Any:
         return EulerAncestralDiscreteScheduler(told["config"], schedules)
     import diffusers  # takes longer than PyTorch's own import
 
+    through_ours()
     name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler", local_files_only=True)
 

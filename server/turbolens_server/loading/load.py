@@ -112,10 +112,10 @@ def load_engine(
     artifacts = ArtifactCache(cache or default_cache())
 
     def read() -> Model:
+        if ahead_of_modules:
+            through_ours("transformers", "diffusers")
         from turbolens_server.loading.whole import read_model  # with all that its modules are made of
 
-        if ahead_of_modules:
-            through_ours()
         return read_model(model, on, precision, variant, vae, loras, model_config)
 
     place, found = None, None

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import get_type_hints
 
 import grpc
 import pytest
+from certificates import make_ca, sign
 from google.rpc import status_pb2
 
 from tests import messages
@@ -231,19 +233,20 @@ def hook(event, arguments):
         print("LOOKED UP", arguments[0], file=sys.stderr, flush=True)
 sys.addaudithook(hook)
 from turbolens_server.app import main
-main(["--port", "0", "--log-format", "json"])
+main(["--port", "0", "--log-format", "json", *sys.argv[1:]])
 import gc
 print("LEFT TO COLLECT", len(gc.get_objects()), gc.get_freeze_count(), file=sys.stderr)
 """
 
 
 def test_a_server_looks_nobody_up_leaves_nothing_at_home_and_nothing_to_long_collections(tmp_path):
+    certificate, key = sign(make_ca(tmp_path), tmp_path, "server")
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ORT_", "XDG_"))}
     process = subprocess.Popen(
-        [sys.executable, "-c", _AUDITED], stderr=subprocess.PIPE, text=True,
-        env={**environment, "HOME": str(home)},
+        [sys.executable, "-c", _AUDITED, "--tls-cert", certificate, "--tls-key", key],
+        stderr=subprocess.PIPE, text=True, env={**environment, "HOME": str(home)},
     )  # fmt: skip
     try:
         lines = []
@@ -257,6 +260,10 @@ def test_a_server_looks_nobody_up_leaves_nothing_at_home_and_nothing_to_long_col
         if variables.exists():
             libraries = variables.read_text()
             assert "libonnxruntime" not in libraries or not any(home.rglob("*"))
+        port = json.loads(next(line for line in lines if '"listening"' in line))["address"].rpartition(":")[2]
+        for hostile in (b"GET / HTTP/1.1\r\n\r\n", b'\n{"event": "forged"}\n'):  # neither of them TLS
+            with socket.create_connection(("127.0.0.1", int(port))) as caller:
+                caller.sendall(hostile)
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=60)
@@ -266,6 +273,9 @@ def test_a_server_looks_nobody_up_leaves_nothing_at_home_and_nothing_to_long_col
     assert 10 * int(counts[0]) < int(counts[1])  # a full collection of all that is loaded would hold the event loop
     looked_up = [line.split()[-1] for line in [*lines, *rest.splitlines()] if line.startswith("LOOKED UP")]
     assert {host for host in looked_up if host not in ("127.0.0.1", "localhost")} == set()
+    told = [json.loads(line) for line in [*lines, *rest.splitlines()] if not line.startswith(("LOOKED UP", "LEFT TO"))]
+    assert {"listening", "ready", "stopped"} <= {line["event"] for line in told}
+    assert "forged" not in {line["event"] for line in told}
     assert [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()] == []
 
 
