@@ -184,7 +184,7 @@ def test_where_configurations_cannot_be_had_what_to_give_is_said(checkpoint: Pat
     def nothing(*_: object, **__: object) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr("turbolens_server.loading.hub.snapshot_download", nothing)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
     with pytest.raises(LoadError, match=r"neither configurations nor vocabularies.*--model-config.*hf download"):
         load("--model", str(checkpoint))
     with pytest.raises(LoadError, match=rf"a checkpoint in one file is given by its path: --model {checkpoint}"):
