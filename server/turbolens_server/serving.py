@@ -180,7 +180,7 @@ class Serving:
         queue = Queue(engine, limits, on_error=self._on_error, metrics=self.metrics)
         try:
             if config.warm_up:
-                await queue.call(lambda engine: engine.warm_up(config.max_batch))
+                await queue.warm_up()
             catalog = await queue.call(lambda engine: Catalog(engine.info.saes, engine.embed_text))
         except Exception as error:
             await queue.close()

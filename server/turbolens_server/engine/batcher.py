@@ -162,6 +162,8 @@ class Batcher(Generic[R]):
         self._shared: Shared | None = None
         """The last batch, where it was one."""
         self._lane_s: dict[BatchKey, float] = {}
+        self._expected: float | None = None
+        """What a lane takes for each of its steps and pixels, until a batch has ended; None: nobody knows."""
         self._recent: collections.deque[collections.Counter[str]] = collections.deque(maxlen=_RECENT)
         """Lanes that each caller had of the last batches."""
 
@@ -255,6 +257,10 @@ class Batcher(Generic[R]):
             if not by_caller[caller]:
                 del by_caller[caller]
 
+    def expect(self, job: Job, took_s: float) -> None:
+        """Jobs will take what this one did, and others by their steps and pixels, until a batch has ended."""
+        self._expected = took_s / (job.lanes * _size(batch_key(job))) or None
+
     def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
         """A batch that ran from `started` to `now` is done."""
         shared = len({slot.request for slot in batch}) > 1
@@ -265,19 +271,27 @@ class Batcher(Generic[R]):
         self._lane_s[key] = known + _NEWEST_WEIGHT * (newest - known)
 
     def drain_s(self, running: Iterable[Slot[R]] = ()) -> float | None:
-        """About how long all that waits and runs will take, from the batches so far; None where no batch has ended."""
+        """About how long all that waits and runs will take, as `takes_s` says."""
         return self.takes_s([slot.job for slot in (*self._slots, *running)])
 
     def takes_s(self, jobs: Iterable[Job]) -> float | None:
-        """About how long jobs take in full batches; None where no batch has ended."""
-        if not self._lane_s:
+        """About how long jobs take in full batches, from the batches so far: those of other shapes by their steps and
+        pixels. None where no batch has ended, and nothing is expected."""
+        rates = [seconds / _size(key) for key, seconds in self._lane_s.items()]
+        typical = sum(rates) / len(rates) if rates else self._expected
+        if typical is None:
             return None
-        typical = sum(self._lane_s.values()) / len(self._lane_s)
-        return sum(job.lanes * self._lane_s.get(batch_key(job), typical) for job in jobs)
+        keys = [(job.lanes, batch_key(job)) for job in jobs]
+        return sum(lanes * self._lane_s.get(key, typical * _size(key)) for lanes, key in keys)
 
     def jobs_of(self, request: R) -> list[Job]:
         """The jobs of a request that wait."""
         return [slot.job for slot in self._slots if slot.request == request]
+
+
+def _size(key: BatchKey) -> int:
+    """What a lane's time grows with: its steps times its pixels."""
+    return key.steps * key.height * key.width
 
 
 def _work(slot: Slot[R]) -> int:

@@ -391,11 +391,14 @@ class Engine:
             torch.cuda.empty_cache()
 
     @_on_own_device
-    def warm_up(self, max_batch: int) -> None:
+    def warm_up(self, max_batch: int) -> tuple[Job, float]:
         """Run what will be served once, so that the first caller does not wait for it.
 
         On a GPU every batch size counts: kernels are chosen and memory is reserved for each. A CPU does neither, so
         one picture is enough to touch all weights.
+
+        Returns:
+            A job, and the seconds that it took: more than it will, as it was among the first.
 
         Raises:
             FloatingPointError: the model gives values that are not finite.
@@ -410,7 +413,9 @@ class Engine:
             for steps, names in self._by_steps(self._saes).items():
                 job = Job("", 0, steps, height, width, saes=names)
                 for size in range(1, largest + 1):
+                    began = time.monotonic()
                     self.run([job] * size)
+        return job, (time.monotonic() - began) / largest
 
     def try_saes(self, names: Iterable[str]) -> None:
         """Read each of these SAEs in a run, so that what is wrong with one shows; in the thread of `denoise`."""

@@ -129,6 +129,11 @@ class Queue:
             self._on_error(error)
             raise
 
+    async def warm_up(self) -> None:
+        """Run what will be served once. It tells about how long jobs take, so that no more is let in than a stop can
+        finish even before a batch has ended."""
+        self._batcher.expect(*await self.call(lambda engine: engine.warm_up(self.limits.max_batch)))
+
     async def embed(self, text: str) -> npt.NDArray[np.float32]:
         """A text as the model's text encoder sees it. Texts that wait share a pass, and passes take turns with batches.
 

@@ -108,6 +108,18 @@ def test_how_long_the_queue_takes_is_learnt_from_batches():
     assert queue.drain_s() == pytest.approx(2 * 0.75)
 
 
+def test_what_was_not_yet_run_is_expected_by_its_steps_and_pixels():
+    queue, (job,) = Batcher(MAX_BATCH, 0), jobs(1)
+    twice = dataclasses.replace(job, steps=2 * job.steps)
+    queue.expect(job, 2.0)
+    assert queue.takes_s([job, twice]) == pytest.approx(2.0 + 4.0)
+    queue.add("a", [job])
+    queue.ended(queue.take(), 0.0, 1.0)  # what was measured counts
+    assert queue.takes_s([job, twice]) == pytest.approx(1.0 + 2.0)
+    wide = dataclasses.replace(job, width=3 * job.width)
+    assert queue.takes_s([wide]) == pytest.approx(3.0)
+
+
 @dataclasses.dataclass
 class Account:
     """A queue beside what must be true of it."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from turbolens_server.engine.info import EngineInfo, GateInfo, MemoryNeed, SaeInfo
-from turbolens_server.engine.types import FeaturesReady, NotFinite, Result, SparseCodes, StepDone
+from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, Result, SparseCodes, StepDone
 from turbolens_server.gating.bundle import GateBundle
 from turbolens_server.sae.bundle import Bundle, FeatureStats, Nesting, SaeWeights
 from turbolens_server.unet.points import HookPoint
@@ -110,6 +110,7 @@ class FakeEngine:
         """Seeds of every batch."""
         self.threads: set[str] = set()
         self.warmed_up: list[int] = []
+        self.warm_up_s = 0.0
 
     def embed_text(self, texts):
         self.threads.add(threading.current_thread().name)
@@ -123,6 +124,7 @@ class FakeEngine:
         if self.warm_up_fails:
             raise self.warm_up_fails
         self.warmed_up.append(max_batch)
+        return Job("", 0, 1, *self.info.default_size), self.warm_up_s
 
     def denoise(self, jobs, *, on_event, cancelled):
         self.threads.add(threading.current_thread().name)

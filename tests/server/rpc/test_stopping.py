@@ -61,3 +61,21 @@ async def test_no_more_is_let_in_than_a_stop_can_finish(fake):
         fake.gate.set()
         assert len(await asyncio.gather(*calls)) == 4
         await stopping
+
+
+async def test_the_first_callers_of_all_are_counted_by_the_warm_up(fake):
+    fake.warm_up_s = 0.99
+    fake.gate.clear()
+    async with serve(fake, max_batch=4, grace_s=50) as running:
+        calls = [ask(running, seed) for seed in range(12)]  # of 4 s each, of which 40 s may wait and run
+        done, _ = await asyncio.wait(calls, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.sleep(0.2)
+        refused = [call for call in calls if call.done()]
+        assert done
+        assert len(refused) == 2
+        assert {call.exception().code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        stopping = asyncio.create_task(running.serving.stop(50))
+        await asyncio.sleep(0.1)
+        fake.gate.set()
+        assert len(await asyncio.gather(*(call for call in calls if call not in refused))) == 10
+        await stopping
