@@ -53,7 +53,8 @@ def test_all_learn_and_what_they_cost_is_told(tmp_path: Path) -> None:
     assert case["label"] == {"prompts": 2 * (1 + 4), "steps": 8}
     assert all(set(case[what]) == set(names) for what in ("bytes", "pictures_ms", "explained"))
     for row in case["rows"]:
-        assert 0 < case["pictures_ms"][row["name"]] < row["median_ms"]
+        # A part of the whole; but of other chunks, in which a machine may be slower.
+        assert 0 < case["pictures_ms"][row["name"]] < 3 * row["median_ms"]
     assert case["bytes"]["published"] > case["bytes"]["published, lean"]
     (tmp_path / "whole.json").write_text(json.dumps(result))
     told = section("whole", tmp_path, tmp_path)
