@@ -51,7 +51,11 @@ def read_part(folder: Path, kind: Any, weights: Weights, dtype: torch.dtype) -> 
 
 
 def check_finite(parts: Mapping[str, Any]) -> None:
-    """Raise LoadError where a weight of a part of a model is not finite: what comes of it would not be, either."""
+    """Raise LoadError where a weight of a part of a model is not finite: what comes of it would not be, either.
+
+    A start from kept compiled code does not come here: that was made of weights which did, and is found by the hash of
+    their files, so that damage since then is another hash and reads the model.
+    """
     for part, module in parts.items():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from turbolens_server.engine.running import Running
 from turbolens_server.engine.text import Encoders
 from turbolens_server.engine.types import Job
 from turbolens_server.loading import load
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.kept import Place, find_kept, folder_of_kept
 from turbolens_server.loading.load import load_engine
 from turbolens_server.unet.compiled import NAME
@@ -112,6 +117,21 @@ def test_another_batch_is_counted_anew(plain, stand_in, tmp_path):
 
 def test_without_compiled_code_the_modules_run(starts, plain):
     assert starts[0]().info.backend == "torch"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_weights_that_were_damaged_since_are_read_and_named(small_model, tmp_path):
+    folder, cache = shutil.copytree(small_model[0], tmp_path / "model"), tmp_path / "cache"
+    start = functools.partial(load_engine, model=str(folder), saes=[], cache=cache, ahead_of_modules=True)
+    start()
+    assert not start().components.modules.are_read
+    (file,) = (folder / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=f"{re.escape(name)} holds values that are not finite"):
+        start()
 
 
 @pytest.mark.parametrize("settings", [{"backend": "torch"}, {"dtype": "bfloat16"}, {"vae": "VAE"}])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -18,6 +20,8 @@ from turbolens_server.rpc import transport
 GENERATE = "/turbolens.v1.GenerationService/Generate"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 PING = b"\0\0\x08\x06\0\0\0\0\0" + b"harmless"
+ACKNOWLEDGED = b"\0\0\0\4\1\0\0\0\0"
+HEADERS, DATA, RESET = 1, 0, 3
 
 
 def raw(running, method: str = GENERATE):
@@ -69,6 +73,52 @@ async def ask_until_taken(running, request: bytes) -> bytes:
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             await asyncio.sleep(0.1)
+
+
+def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+    return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+
+def opened(stream: int, message: bytes) -> bytes:
+    """A call whose caller has sent its request and will send no more."""
+    said = {":method": "POST", ":scheme": "http", ":path": GENERATE, ":authority": "x", "te": "trailers"}
+    fields = {**said, "content-type": "application/grpc"}.items()
+    head = b"".join(b"\0" + b"".join(bytes([len(part)]) + part.encode() for part in field) for field in fields)
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    return frame(HEADERS, 4, stream, head) + frame(DATA, 1, stream, body)
+
+
+def resident_mib() -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for memory")
+async def test_streams_opened_and_reset_at_once_keep_memory_and_health_bounded(running, log_lines):
+    host, _, port = running.address.rpartition(":")
+    message = messages.generate(prompt="", seeds=[1]).SerializeToString()
+    health, waited = HealthStub(running.channel), []
+    await health.Check(health_pb2.HealthCheckRequest())
+    before = resident_mib()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(PREFACE + ACKNOWLEDGED)
+    cancel = (8).to_bytes(4, "big")
+    for first in range(1, 2 * 4000, 2 * 500):
+        streams = range(first, first + 2 * 500, 2)
+        writer.write(b"".join(opened(stream, message) for stream in streams))
+        await writer.drain()
+        started = time.monotonic()
+        await health.Check(health_pb2.HealthCheckRequest())
+        waited.append(time.monotonic() - started)
+        writer.write(b"".join(frame(RESET, 0, stream, cancel) for stream in streams))
+        await writer.drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(1 << 20), 0.01)
+    writer.close()
+    assert sum(line["event"] == "rpc" for line in log_lines) > 50  # they did arrive
+    assert resident_mib() - before < 100
+    assert max(waited) < 1  # on a busy machine; without the bound more than two, and 23 from several callers
+    await running.generation.Generate(messages.generate(prompt="", seeds=[1]))
 
 
 async def test_connections_are_bounded(fake, monkeypatch):
