@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -32,7 +33,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     end = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("it did not come to that within a minute")
         time.sleep(0.002)
 
 
@@ -62,6 +65,24 @@ def interrupt(process: subprocess.Popen[str], *, within_s: float = 20) -> tuple[
     for noise in ("Traceback", "KeyboardInterrupt", "Exception ignored"):
         assert noise not in out + error
     return process.returncode, error
+
+
+def left(folder: Path) -> list[str]:
+    """Commands of what still runs of all that a process began, known by the home folder that it was given."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"HOME={folder}\0".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def ends_whole(folder: Path, *, within_s: float = 10) -> None:
+    """Nothing that it began outlives it."""
+    end = time.monotonic() + within_s
+    while outlives := left(folder):
+        assert time.monotonic() < end, outlives
+        time.sleep(0.1)
 
 
 @LINUX
@@ -95,6 +116,17 @@ def test_a_server_that_serves_and_compiles_in_the_background(tmp_path):
     code, error = interrupt(process)
     assert code == 0
     assert "not compiled" not in error
+
+
+@LINUX
+def test_a_server_that_compiles_before_it_serves(tmp_path):
+    process = start("serve", "--port", "0", "--log-format", "json", "--backend", "torch-compile", folder=tmp_path)
+    says('"part"', process)
+    time.sleep(1.0)
+    code, more = interrupt(process)
+    assert code == 130
+    assert '"stopped"' in more
+    ends_whole(tmp_path)
 
 
 @LINUX
