@@ -51,6 +51,9 @@ class ServerConfig:
     """What runs the U-Net; all but `torch` and `torch-compile` need an extra. What is asked for runs or the start
     fails; `tensorrt` needs an engine from `turbolens engine build`. On a CPU `auto` serves by `torch` at once and by
     `torch-compile` as soon as that is compiled, in the background or by an earlier start; `torch` pins it."""
+    onnx_regions: bool = False
+    """With `onnx` in `float32`: serve regions too, by a second graph, exported at the first start, which holds the
+    weights once more; without it such requests are refused. What has no regions runs on the first graph as before."""
     compile_cores: int = 1
     """Cores that may compile in the background, at the lowest priority, where `backend` is `auto`, on a CPU; 0: none,
     and what the cache has is taken all the same."""

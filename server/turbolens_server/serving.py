@@ -81,6 +81,7 @@ def load_from(config: ServerConfig, *, ahead_of_modules: bool = False) -> Engine
         size=config.size or None,
         more_sizes=config.more_sizes,
         backend=config.backend,
+        onnx_regions=config.onnx_regions,
         cache=Path(config.cache).expanduser() if config.cache else None,
         loras=config.lora,
         scheduler=config.scheduler or None,

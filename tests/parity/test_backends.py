@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import time
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from turbolens_server.engine.engine import Engine
-from turbolens_server.engine.types import Job
+from turbolens_server.engine.types import Guidance, Job, Reference, Region
+from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hashes import hash_unet
 from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
-from turbolens_server.steering.masks import Box, BoxMask
+from turbolens_server.steering.masks import Box, BoxMask, PictureMask
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.points import module_of
 from turbolens_server.unet.torch_unet import TorchUNet
@@ -32,6 +34,20 @@ def small(small_model, graph_cache):
     folder, saes = small_model
     model = {"model": str(folder), "saes": [str(saes)]}
     return load_engine(**model, backend="torch"), load_engine(**model, backend="onnx", cache=graph_cache)
+
+
+@pytest.fixture(scope="module")
+def small_regions(small, small_model, graph_cache):
+    """The random small model on PyTorch, and on ONNX Runtime with regions."""
+    folder, saes = small_model
+    model = {"model": str(folder), "saes": [str(saes)], "backend": "onnx", "cache": graph_cache}
+    return small[0], load_engine(**model, onnx_regions=True)
+
+
+@pytest.fixture(scope="module")
+def mini_regions(engine, graph_cache):
+    """The embedded model on PyTorch, and on ONNX Runtime with regions."""
+    return engine, load_engine(backend="onnx", cache=graph_cache, onnx_regions=True)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +237,74 @@ def test_a_request_does_not_depend_on_its_batch_mates(pair):
     together = onnx_engine.run(jobs)
     for row in (0, 2, 3):
         assert_alike(onnx_engine.run([jobs[row]])[0], together[row])
+
+
+SOFT = PictureMask(np.linspace(0, 1, 16, dtype=np.float32)[None].repeat(16, 0))
+REGIONS = (Region(LEFT, "a big green square"), Region(SOFT, "a small pink cross"))
+WITH_REGIONS = ["small_regions", pytest.param("mini_regions", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+
+
+def region_jobs(info) -> list[Job]:
+    """Two regions each: alone, with every kind of edit, with guidance, with a reference that is patched in, and two
+    under one mask, the first of which is cut."""
+    size, saes = info.default_size, tuple(info.saes)
+    patch = Edit("patch", (), 1.0, points=(info.saes[saes[0]].hook_point,), reference="r")
+    plain = Job("a star", 1, 2, *size, regions=REGIONS, saes=saes)
+    return [
+        plain,
+        *(dataclasses.replace(job, regions=REGIONS) for job in mixed_jobs(info, 5, 2)),
+        dataclasses.replace(plain, guidance=Guidance(3.0, 0.5, "snow")),
+        dataclasses.replace(plain, edits=(patch,), references=(Reference("r", "a blue ring", 1),)),
+        dataclasses.replace(plain, regions=(Region(LEFT, "snow " * 100), Region(LEFT, "a red ring"))),
+    ]
+
+
+@pytest.mark.parametrize("pair", WITH_REGIONS, indirect=True)
+def test_onnx_hears_regions_as_torch_does(pair):
+    torch_engine, onnx_engine = pair
+    jobs = region_jobs(torch_engine.info)
+    expected = torch_engine.run(jobs)
+    for a, b in zip(expected, onnx_engine.run(jobs), strict=True):
+        assert_alike(a, b)
+        assert np.abs(a.latents - b.latents).max() <= 1e-3 * np.abs(a.latents).max()
+        assert a.tokens_cut == b.tokens_cut
+    assert expected[-1].tokens_cut > 20
+    for job, found in zip(jobs, expected, strict=True):
+        for regions in ((), job.regions[:1]):  # each of the two is heard
+            (other,) = torch_engine.run([dataclasses.replace(job, regions=regions)])
+            assert np.abs(found.latents - other.latents).max() > 3e-2
+
+
+@pytest.mark.parametrize("pair", WITH_REGIONS, indirect=True)
+def test_on_onnx_mates_with_other_regions_leave_every_bit(pair):
+    onnx_engine = pair[1]
+    plain, mate, *_ = region_jobs(onnx_engine.info)
+    other = dataclasses.replace(plain, regions=REGIONS[::-1], prompt="snow", seed=9)
+    one, two = (onnx_engine.run([first, mate])[1] for first in (plain, other))
+    assert np.array_equal(one.latents, two.latents)
+    assert np.array_equal(one.picture, two.picture)
+    for ours, theirs in zip(one.features, two.features, strict=True):
+        assert np.array_equal(ours.indices, theirs.indices)
+        assert np.array_equal(ours.values, theirs.values)
+
+
+def test_with_regions_served_a_plain_request_keeps_every_bit(small, small_regions):
+    jobs = mixed_jobs(small[1].info, 3, steps=2)
+    jobs = [dataclasses.replace(job, prompt=f"encoded now {row}") for row, job in enumerate(jobs)]
+    for a, b in zip(small[1].run(jobs), small_regions[1].run(jobs), strict=True):
+        assert np.array_equal(a.latents, b.latents)
+        assert np.array_equal(a.picture, b.picture)
+
+
+def test_regions_on_onnx_are_asked_for_and_in_float32(small, small_regions, small_model):
+    plain, hearing = small[1].info, small_regions[1].info
+    assert plain.region_strides == ()
+    assert hearing.region_strides == small[0].info.region_strides != ()
+    assert not hearing.opens_attention
+    assert hearing.memory.weights > plain.memory.weights
+    for asked in ({"backend": "torch"}, {"backend": "onnx", "dtype": "float16"}, {"backend": "tensorrt"}):
+        with pytest.raises(LoadError, match=rf"--onnx-regions goes with .* this is --backend {asked['backend']} in"):
+            load_engine(model=str(small_model[0]), onnx_regions=True, **asked)
 
 
 def test_an_attention_layer_is_exported_read_and_steered(small_model, tmp_path, graph_cache):

@@ -141,7 +141,7 @@ class EngineInfo:
     region_strides: tuple[int, ...] = ()
     """Pixels per cell, each way, of the grids on which the text is heard; empty where the backend takes no regions."""
     opens_attention: bool = True
-    """Whether the backend shows what is within attention layers, which attribution reads."""
+    """Whether the backend runs attention layers as written: gates act in them, and attribution reads what is within."""
     made_for_guidance: bool = False
     """Whether the scheduler's settings are those of models of many steps with guidance. Nothing in a folder says it: a
     distilled model may have kept them."""

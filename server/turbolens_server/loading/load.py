@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.gates import open_gates
 from turbolens_server.loading.hub import embedded_saes
 from turbolens_server.loading.kept import find_kept, folder_of_kept, keep, place_of
-from turbolens_server.loading.memory import Asked, available_bytes, memory_need
+from turbolens_server.loading.memory import Asked, available_bytes, memory_need, size_of
 from turbolens_server.loading.places import EMBEDDED, is_random
 from turbolens_server.loading.saes import fitting, load_saes
 from turbolens_server.loading.schedulers import choose_scheduler, hash_with
@@ -58,6 +59,7 @@ def load_engine(
     size: int | None = None,
     more_sizes: Sequence[str] = (),
     backend: str = "auto",
+    onnx_regions: bool = False,
     cache: Path | None = None,
     hook_points: Sequence[str] = (),
     scheduler: str | None = None,
@@ -88,6 +90,7 @@ def load_engine(
         size: edge of the pictures in pixels, which are square; None: the model's own.
         more_sizes: served beside it, each "WIDTHxHEIGHT".
         backend: "auto", "torch", "torch-compile", "onnx" or "tensorrt": what runs the U-Net.
+        onnx_regions: with "onnx" in float32: take regions, by a second graph beside the first.
         cache: folder of exported graphs, TensorRT engines and compiled code; None: `default_cache()`.
         hook_points: where updates can be read beside the SAEs' own blocks; where none is named, the published four.
         scheduler: another than the model's, by its class in `diffusers`, such as "LCM".
@@ -108,6 +111,10 @@ def load_engine(
     start = time.monotonic()
     on = pick_device(device)
     precision = pick_dtype(dtype, on)
+    if onnx_regions and (backend, precision) != ("onnx", torch.float32):
+        have = f"--backend {backend} in {str(precision).removeprefix('torch.')}"
+        way_out = "--backend torch serves regions as it is"
+        raise LoadError(f"--onnx-regions goes with --backend onnx --dtype float32, and this is {have}; {way_out}")
     available = available_bytes(on)
     artifacts = ArtifactCache(cache or default_cache())
 
@@ -175,11 +182,14 @@ def load_engine(
         picture_size=largest,
         tokens=tokens,
         asked=Asked(
-            regions=0 if ahead_of_time else MAX_REGIONS,
+            regions=0 if ahead_of_time and not onnx_regions else MAX_REGIONS,
             gates=None if gates is None else gates.gates,
             opened=frozenset(() if ahead_of_time else (layer_of(point.name) for point in tapped if is_z(point.name))),
         ),
     )
+    if onnx_regions:
+        second = sum(map(size_of, parts.modules.get().unet.parameters()))
+        counted = dataclasses.replace(counted, weights=counted.weights + second)
     need = memory_need(
         counted,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
@@ -196,6 +206,7 @@ def load_engine(
         keep(place, parts, counted, max_steps)
     with on_device(on):
         spec = GraphSpec.of(parts.unet, tapped, parts.downscale, tokens)
+        strides = tuple(sorted({point.downscale for point in points.values()}))
         latent = (edge // parts.downscale, edge // parts.downscale)
         shape = Shape(parts.hash, components_hash, spec, latent, parts.vae)
         ran: Running | None = None
@@ -210,11 +221,12 @@ def load_engine(
             modules = _moved(parts.modules.get(), on)
             encode = Encoders(*modules.encoders, on)
             to_compile = backend == "torch-compile" and cannot_compile(modules.unet, on) is None
+            grids = tuple(stride // parts.downscale for stride in strides)
+            hearing = dataclasses.replace(spec, hearing=grids) if onnx_regions else None
             ran, more = _run_modules(
-                "torch" if to_compile else backend, modules, spec, parts.hash, on, artifacts, latent
+                "torch" if to_compile else backend, modules, spec, parts.hash, on, artifacts, latent, hearing
             )
         text = TextEncoder(parts.tokenizers, encode, on, zeros_for_nothing=parts.zeros_for_nothing)
-        takes_bias = ran.unet.takes_bias
         info = EngineInfo(
             model=model,
             model_hash=parts.hash,
@@ -247,8 +259,8 @@ def load_engine(
             latent_channels=parts.unet["in_channels"],
             vae_downscale=parts.downscale,
             made_for_guidance=made_for_guidance,
-            region_strides=tuple(sorted({point.downscale for point in points.values()})) if takes_bias else (),
-            opens_attention=takes_bias,  # both where the layers run as written, and not as a graph of old
+            region_strides=strides if ran.unet.takes_bias else (),
+            opens_attention=not ahead_of_time,
             gate=gates,
             other_points=tuple(point for point in points.values() if point not in tapped),
         )
@@ -285,12 +297,13 @@ def _run_modules(
     device: torch.device,
     cache: ArtifactCache,
     latent: tuple[int, int],
+    hearing: GraphSpec | None,
 ) -> tuple[Running, dict[str, str]]:
     """What runs a model's modules, and versions of what it runs on; arguments as for `open_backend`."""
     from turbolens_server.unet.choose import open_backend  # with all backends
 
     try:
-        runner, reason, more = open_backend(backend, modules.unet, spec, model_hash, device, cache, latent)
+        runner, reason, more = open_backend(backend, modules.unet, spec, model_hash, device, cache, latent, hearing)
     except BackendError as error:
         raise LoadError(f"--backend {backend}: {error}") from error
     on_gpu, compiled = device.type == "cuda", runner.name == NAME

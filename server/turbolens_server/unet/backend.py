@@ -61,7 +61,7 @@ class UNetBackend(Protocol):
 
     @property
     def takes_bias(self) -> bool:
-        """Whether conditions may have a bias, gates, and any number of tokens."""
+        """Whether conditions may have a bias, and any number of tokens."""
         ...
 
     def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions, tap: Tap) -> Tensor:

@@ -35,6 +35,7 @@ def open_backend(
     device: torch.device,
     cache: ArtifactCache,
     latent: tuple[int, int],
+    hearing: GraphSpec | None = None,
 ) -> tuple[UNetBackend, str, dict[str, str]]:
     """A backend for a U-Net that is still on the CPU.
 
@@ -47,6 +48,7 @@ def open_backend(
         device: to run on.
         cache: of exported graphs and engines.
         latent: (height, width) of the latents that are served.
+        hearing: of the graph that "onnx" runs what has a bias on; None: it takes none.
 
     Returns:
         The backend, why it is this one, and the versions of what it runs on.
@@ -67,9 +69,13 @@ def open_backend(
         case "onnx":
             runtime = need("onnxruntime", "onnx")
             graph = ensure_graph(cache, unet, spec, model_hash)
+            other = None if hearing is None else ensure_graph(cache, unet, hearing, model_hash)
             unet.to("meta")
+            hears = None
+            if hearing is not None and other is not None:
+                hears = GraphUNet("onnx", hearing, OnnxRunner(other.folder / GRAPH_FILE, device))
             runner = OnnxRunner(graph.folder / GRAPH_FILE, device)
-            return GraphUNet("onnx", spec, runner), reason, {"onnxruntime": runtime.__version__}
+            return GraphUNet("onnx", spec, runner, hears), reason, {"onnxruntime": runtime.__version__}
         case "tensorrt":
             if device.type != "cuda" or (target := current_target(device)) is None:
                 raise BackendError(f"TensorRT engines run on a GPU, not on {device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -46,7 +47,8 @@ def graph_key(unet: UNet2DConditionModel, spec: GraphSpec, model_hash: str, dtyp
     """All that decides a graph, in values that JSON can hold."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     text = json.dumps(config, sort_keys=True, default=str)
-    return {
+    hearing = {"hearing": list(spec.hearing)} if spec.hearing else {}
+    return hearing | {
         "version": _VERSION,
         "model": model_hash,
         "config": hashlib.sha256(text.encode()).hexdigest(),
@@ -87,20 +89,29 @@ def write_graph(unet: UNet2DConditionModel, spec: GraphSpec, path: Path, opset: 
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     rows = torch.export.Dim("rows", min=2, max=_MAX_ROWS)
     columns = torch.export.Dim("columns", min=2, max=_MAX_ROWS)
+    tokens = torch.export.Dim("tokens", min=2)
 
     def grid_dims(stride: int) -> dict[int, Any]:
         """Named after the coarsest grid, of which every other is a multiple."""
         finer = spec.stride // stride
         return {0: batch, 2: finer * rows if finer > 1 else rows, 3: finer * columns if finer > 1 else columns}
 
+    def hearing_dims(stride: int) -> dict[int, Any]:
+        _, rows, columns = grid_dims(stride).values()
+        return {0: batch, 1: rows, 2: columns, 3: tokens}
+
     # Shapes of the trace: no two dynamic dimensions alike, or the graph could take one for the other.
     inputs = random_inputs(spec, next(unet.parameters()).dtype, batch=2, rows=4, columns=3)
-    at_points = tuple(grid_dims(point.stride) for point in spec.points)
-    steered = (at_points, at_points) if at_points else ()
-    shapes = (grid_dims(1), *({0: batch},) * 4, *steered)
+    shapes: dict[str, Any] = {"sample": grid_dims(1)}
+    shapes |= {name: {0: batch} for name in ("timestep", "text", "pooled", "time_ids")}
+    if spec.hearing:
+        shapes["text"] = {0: batch, 1: tokens}
+        shapes["hearing"] = tuple(hearing_dims(stride) for stride in spec.hearing)
+    if at_points := tuple(grid_dims(point.stride) for point in spec.points):
+        shapes |= {"gains": at_points, "biases": at_points}
     program = torch.onnx.export(
         SteerableUNet(unet, spec).eval(),
-        _as_arguments(inputs, spec),
+        kwargs=_as_arguments(inputs, spec),
         dynamo=True,
         dynamic_shapes=shapes,
         input_names=list(spec.input_names()),
@@ -143,7 +154,8 @@ def _group_norm(
 
 @torch.no_grad()
 def check_graph(path: Path, unet: UNet2DConditionModel, spec: GraphSpec) -> dict[str, float]:
-    """Compare an exported graph with the U-Net it came from: on another batch and size than it was traced at, steered.
+    """Compare an exported graph with the U-Net it came from: on another batch, size and, where it takes any, number of
+    tokens than it was traced at, steered.
 
     Returns:
         By output, the largest difference as a share of the largest magnitude.
@@ -152,9 +164,10 @@ def check_graph(path: Path, unet: UNet2DConditionModel, spec: GraphSpec) -> dict
         BackendError: an output differs by more than TOLERANCE.
     """
     dtype = next(unet.parameters()).dtype
-    inputs = random_inputs(spec, dtype, batch=3, rows=2, columns=4)
+    asked = dataclasses.replace(spec, tokens=3 * spec.tokens) if spec.hearing else spec
+    inputs = random_inputs(asked, dtype, batch=3, rows=2, columns=4)
     inputs["sample"][-1] += _OFFSET
-    expected = dict(zip(spec.output_names(), SteerableUNet(unet, spec)(*_as_arguments(inputs, spec)), strict=True))
+    expected = dict(zip(spec.output_names(), SteerableUNet(unet, spec)(**_as_arguments(inputs, spec)), strict=True))
     given = {name: tensor.new_empty(tensor.shape) for name, tensor in expected.items()}
     # As written, without ONNX Runtime's own rewriting: less memory, and it is the graph that is on trial.
     OnnxRunner(path, torch.device("cpu"), optimize=False)(inputs, given)
@@ -175,18 +188,23 @@ def random_inputs(spec: GraphSpec, dtype: torch.dtype, *, batch: int, rows: int,
     for name in spec.input_names():
         shape = spec.input_shape(name, batch, rows * spec.stride, columns * spec.stride)
         inputs[name] = torch.randn(shape, generator=generator).to(spec.input_dtype(name, dtype))
+        if name.startswith("hearing."):  # half of the tokens are not heard
+            inputs[name] = inputs[name].clamp(min=0).log()
     inputs["timestep"] = torch.linspace(0, 999, batch)
     return inputs
 
 
-def _as_arguments(inputs: dict[str, Tensor], spec: GraphSpec) -> tuple[Any, ...]:
-    """Named inputs as the arguments of :class:`SteerableUNet`."""
-    values = tuple(inputs[name] for name in spec.input_names())
-    points = len(spec.points)
-    if not points:  # the exporter takes no empty tuples
-        return values
-    first = len(values) - 2 * points
-    return *values[:first], values[first : first + points], values[first + points :]
+def _as_arguments(inputs: dict[str, Tensor], spec: GraphSpec) -> dict[str, Any]:
+    """Named inputs as the arguments of :class:`SteerableUNet`; the exporter takes no empty tuples."""
+    groups = {"hearing": "hearing", "gain": "gains", "bias": "biases"}
+    found: dict[str, Any] = {}
+    for name in spec.input_names():
+        kind, _, which = name.partition(".")
+        if which:
+            found[groups[kind]] = (*found.get(groups[kind], ()), inputs[name])
+        else:
+            found[kind] = inputs[name]
+    return found
 
 
 def _difference(given: Tensor, expected: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turbolens_server.unet.backend import PREDICTION, Affine, update_name
+from turbolens_server.unet.conditions import Conditions
 from turbolens_server.unet.points import HookPoint
 
 
@@ -37,6 +38,9 @@ class GraphSpec:
     """Of the text."""
     text_dim: int
     pooled_dim: int
+    hearing: tuple[int, ...] = ()
+    """Latent cells per cell, each way, of the grids on which the graph takes a bias on cross-attention, rising; its
+    texts are then of any number of tokens. Empty: it takes no bias, and texts of `tokens` alone."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], points: Sequence[HookPoint], vae_downscale: int, tokens: int) -> GraphSpec:
@@ -60,7 +64,8 @@ class GraphSpec:
         """Of the graph, in order."""
         gains = (f"gain.{point.name}" for point in self.points)
         biases = (f"bias.{point.name}" for point in self.points)
-        return ("sample", "timestep", "text", "pooled", "time_ids", *gains, *biases)
+        hearing = (f"hearing.{stride}" for stride in self.hearing)
+        return ("sample", "timestep", "text", "pooled", "time_ids", *hearing, *gains, *biases)
 
     def output_names(self) -> tuple[str, ...]:
         """Of the graph, in order."""
@@ -77,9 +82,14 @@ class GraphSpec:
             gains[f"gain.{point.name}"], biases[f"bias.{point.name}"] = pair
         return gains | biases
 
+    def hearing_inputs(self, conditions: Conditions, sample: Tensor) -> dict[str, Tensor]:
+        """What is added to the logits on every grid for latents [B, C, h, w]: [B, rows, columns, tokens]."""
+        grids = {stride: (sample.shape[2] // stride, sample.shape[3] // stride) for stride in self.hearing}
+        return {f"hearing.{stride}": conditions.bias[grid].unflatten(1, grid) for stride, grid in grids.items()}
+
     def input_shape(self, name: str, batch: int, height: int, width: int) -> tuple[int, ...]:
         """Shape of an input for a batch of latents of height x width cells."""
-        kind, _, point_name = name.partition(".")
+        kind, _, which = name.partition(".")
         fixed = {
             "sample": (self.channels, height, width),
             "timestep": (),
@@ -89,7 +99,9 @@ class GraphSpec:
         }
         if kind in fixed:
             return batch, *fixed[kind]
-        point = next(point for point in self.points if point.name == point_name)
+        if kind == "hearing":
+            return batch, height // int(which), width // int(which), self.tokens
+        point = next(point for point in self.points if point.name == which)
         return batch, 1 if kind == "gain" else point.d_model, height // point.stride, width // point.stride
 
     @staticmethod

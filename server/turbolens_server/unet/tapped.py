@@ -8,7 +8,7 @@ early, and a compiler or exporter sees plain code. Tests hold it to diffusers' o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -115,7 +115,7 @@ def tapped_forward(
     added = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
     embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
 
-    blocks = blocks or _OwnModules()
+    blocks = blocks or OwnModules()
     context = blocks.prepare(conditions)
     on_update = tap or _add_as_it_is
     stop_after = block_of(stop_after) if stop_after else None
@@ -169,8 +169,13 @@ def _add_as_it_is(_: str, update: Tensor, __: tuple[int, int]) -> Tensor:
     return update
 
 
-class _OwnModules:
+class OwnModules:
     """The U-Net's modules, called as `UNet2DConditionModel.forward` calls them."""
+
+    def __init__(self, bias: Mapping[str, Tensor] | None = None) -> None:
+        """`bias` by block in place of the conditions', which looks it up by its grid and so fixes the size: an exported
+        graph is for all of them."""
+        self._bias = bias
 
     def prepare(self, conditions: Conditions) -> Conditions:
         return conditions
@@ -182,23 +187,31 @@ class _OwnModules:
     def transformer(
         self, name: str, module: Transformer2DModel, hidden: Tensor, text: Any, tap: OnUpdate, at: frozenset[str]
     ) -> Tensor:
+        bias = self._bias[name] if self._bias else text.bias_on((hidden.shape[2], hidden.shape[3]))
         if text.gating is None and name not in {block_of(point) for point in at}:
-            bias = text.bias_on((hidden.shape[2], hidden.shape[3]))
             heard = {"encoder_hidden_states": text.hidden, "encoder_attention_mask": bias}
             attended: Tensor = module(hidden, **heard, return_dict=False)[0]
             return attended
-        return _tapped_attention(name, module, hidden, text, tap, at)
+        return _tapped_attention(name, module, hidden, text, bias, tap, at)
 
 
 def _tapped_attention(
-    name: str, attention: Transformer2DModel, hidden: Tensor, text: Conditions, tap: OnUpdate, at: frozenset[str]
+    name: str,
+    attention: Transformer2DModel,
+    hidden: Tensor,
+    text: Conditions,
+    bias: Tensor | None,
+    tap: OnUpdate,
+    at: frozenset[str],
 ) -> Tensor:
-    """`Transformer2DModel.forward` with updates passed through `tap`; the block's own is `proj_out`'s output."""
+    """`Transformer2DModel.forward` with updates passed through `tap`; the block's own is `proj_out`'s output.
+
+    `bias` is added to the logits of its cross-attentions; what `text` says of it is not looked at."""
     batch, _, height, width = hidden.shape
     grid = (height, width)
     tokens, inner = attention._operate_on_continuous_inputs(hidden)
     for number, layer in enumerate(attention.transformer_blocks):
-        heard = (text.hidden, text.bias_on(grid))
+        heard = (text.hidden, bias)
         tokens = run_layer(name, number, layer, tokens, *heard, lambda point, x: tap(point, x, grid), at, text.gating)
     if attention.use_linear_projection:
         update = attention.proj_out(tokens)

@@ -737,25 +737,26 @@ def test_regions_come_with_their_masks_on_the_grids_of_the_run():
     assert valid.run.regions == request.run.regions
 
 
-def test_a_backend_that_serves_no_regions_refuses_them_by_name():
+@pytest.mark.parametrize(("backend", "other"), [("tensorrt", ""), ("onnx", " or --onnx-regions --dtype float32")])
+def test_a_backend_that_serves_no_regions_refuses_them_by_name(backend, other):
     with pytest.raises(RpcError) as caught:
-        validate_generate(a_request(regions=[a_region()]), an_info(region_strides=(), backend="tensorrt"), LIMITS)
+        validate_generate(a_request(regions=[a_region()]), an_info(region_strides=(), backend=backend), LIMITS)
     (violation,) = caught.value.violations
     assert (violation.field, violation.description) == (
-        "run.regions", "the backend tensorrt serves none; serve with --backend torch"
+        "run.regions", f"the backend {backend} serves none; serve with --backend torch{other}"
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("strides", "told"),
+    ("opens", "told"),
     [
-        ((16,), "no learned region gates are served; serve with --gate PATH"),
-        ((), "the backend onnx takes no learned region gates; serve with --backend torch"),
+        (True, "no learned region gates are served; serve with --gate PATH"),
+        (False, "the backend onnx takes no learned region gates; serve with --backend torch"),
     ],
 )
-def test_gates_that_are_not_served_are_refused_by_name(strides, told):
+def test_gates_that_are_not_served_are_refused_by_name(opens, told):
     with pytest.raises(RpcError) as caught:
-        validate_generate(a_request(gate=True), an_info(region_strides=strides, backend="onnx"), LIMITS)
+        validate_generate(a_request(gate=True), an_info(opens_attention=opens, backend="onnx"), LIMITS)
     (violation,) = caught.value.violations
     assert (violation.field, violation.description) == ("run.gate", told)
     assert not validate_generate(a_request(gate=False), INFO, LIMITS).jobs[0].gate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -35,6 +36,19 @@ def test_inputs_and_outputs_have_names_and_named_dimensions(half_graph):
     assert outputs["update.mid.0"][0] == "batch"
     assert outputs["update.mid.0"][2] == 64
     assert {node.op_type for node in graph.node} >= {"Attention"}, "half precision takes attention as one node"
+
+
+def test_a_graph_that_takes_a_bias_has_texts_of_any_length(small_torch, small_spec, graph_cache):
+    parts, info = small_torch.components, small_torch.info
+    unet, strides = parts.unet, [stride // parts.vae_downscale for stride in info.region_strides]
+    spec = dataclasses.replace(small_spec, hearing=tuple(strides))
+    entry = ensure_graph(ArtifactCache(graph_cache), unet, spec, info.model_hash)
+    graph = onnx.load(entry.folder / GRAPH_FILE, load_external_data=False).graph
+    inputs = {value.name: dimensions(value) for value in graph.input}
+    assert tuple(inputs) == spec.input_names()
+    assert inputs["text"] == ["batch", "tokens", spec.text_dim]
+    assert inputs["hearing.2"] == ["batch", "rows", "columns", "tokens"]
+    assert max(entry.notes["differs_by"].values()) <= TOLERANCE[torch.float32]
 
 
 def test_groups_far_from_zero_keep_their_precision(half_graph, tmp_path):
@@ -92,7 +106,8 @@ def test_all_that_decides_a_graph_is_in_its_key(half_graph, small_torch):
         graph_key(unet, spec, "one", torch.float16),
         graph_key(unet, spec, "two", torch.float16),
         graph_key(unet, spec, "one", torch.float32),
-        graph_key(unet, type(spec)(**{**vars(spec), "points": spec.points[:1]}), "one", torch.float16),
+        graph_key(unet, dataclasses.replace(spec, points=spec.points[:1]), "one", torch.float16),
+        graph_key(unet, dataclasses.replace(spec, hearing=(2,)), "one", torch.float16),
     ]
     assert len({str(key) for key in keys}) == len(keys)
     assert keys[0]["opset"] == 23

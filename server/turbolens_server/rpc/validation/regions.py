@@ -25,7 +25,8 @@ def check_regions(
         size: (height, width) of the picture in pixels.
     """
     if regions and not checks.info.region_strides:
-        checks.wrong(field, f"the backend {checks.info.backend} serves none; serve with --backend torch")
+        other = " or --onnx-regions --dtype float32" if checks.info.backend == "onnx" else ""
+        checks.wrong(field, f"the backend {checks.info.backend} serves none; serve with --backend torch{other}")
         return ()
     found = []
     for i, region in enumerate(regions):
@@ -49,4 +50,4 @@ def check_gate(checks: Checks, field: str, *, gate: bool) -> None:
     if gate and checks.info.gate is None:
         takes = "no learned region gates are served; serve with --gate PATH"
         none = f"the backend {checks.info.backend} takes no learned region gates; serve with --backend torch"
-        checks.wrong(field, takes if checks.info.region_strides else none)
+        checks.wrong(field, takes if checks.info.opens_attention else none)
