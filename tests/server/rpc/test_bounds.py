@@ -55,10 +55,13 @@ def a_run_with(path: str, many: int) -> run_pb2.Run:
 
 def refused(run: run_pb2.Run) -> RpcError:
     """The refusal, which took next to no time."""
-    started = time.thread_time()
-    with pytest.raises(RpcError) as caught:
-        validate_generate(gs.GenerateRequest(run=run), INFO, LIMITS)
-    assert time.thread_time() - started < 0.1
+    took = []
+    for _ in range(3):  # in one of which a collection of all that the tests before left behind may fall
+        started = time.thread_time()
+        with pytest.raises(RpcError) as caught:
+            validate_generate(gs.GenerateRequest(run=run), INFO, LIMITS)
+        took.append(time.thread_time() - started)
+    assert min(took) < 0.1
     assert sum(len(one.field) + len(one.description) for one in caught.value.violations) < 100_000
     return caught.value
 
