@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from turbolens_server.engine import text
 from turbolens_server.engine.engine import Engine
 from turbolens_server.engine.modules import Modules
 from turbolens_server.engine.running import Running
 from turbolens_server.engine.text import Encoders
+from turbolens_server.loading.memory import size_of
 from turbolens_server.logs import get_logger
 from turbolens_server.unet.artifacts import ArtifactCache, Entry
 from turbolens_server.unet.backend import BackendError, UNetBackend
@@ -38,7 +37,7 @@ _COPIES = 5
 def cannot_compile(unet: object, device: torch.device) -> str | None:
     """Why a model is not compiled ahead for a device, by its U-Net, in words; None where it is."""
     weights = list(unet.parameters())  # type: ignore[attr-defined]
-    size = _bytes_of(weights)
+    size = sum(map(size_of, weights))
     if device.type != "cpu":
         return "it is compiled ahead for CPUs alone"
     if weights[0].dtype != torch.float32:
@@ -119,7 +118,7 @@ def ensure_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Runnin
     read, log = modules.get(), get_logger()
     weights = [*read.unet.parameters(), *read.vae.parameters()]
     texts = Encoders(*read.encoders, engine.device)
-    encoders = texts if _bytes_of(texts.parameters()) <= _MOST_BYTES else None
+    encoders = texts if sum(map(size_of, texts.parameters())) <= _MOST_BYTES else None
     if encoders is not None:
         weights += encoders.parameters()
     log.info("compiling", model=engine.info.model, why="nothing in the cache fits; it takes minutes, once")
@@ -131,14 +130,10 @@ def ensure_compiled(engine: Engine, cache: ArtifactCache, reason: str) -> Runnin
             folder, encoders, read.unet, read.vae, shape.spec, shape.latent, torch.get_num_threads(),
             lambda what: log.info("compiling", part=what, seconds=round(time.monotonic() - began)),
         ),
-        needs_bytes=_COPIES * _bytes_of(weights),
+        needs_bytes=_COPIES * sum(map(size_of, weights)),
         on_wait=lambda: log.info("compiling", why="another process compiles; waiting for it"),
     )  # fmt: skip
     return _running(shape, modules, entry, reason)
-
-
-def _bytes_of(weights: Iterable[Tensor]) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _running(shape: Shape, modules: Modules, entry: Entry, reason: str) -> Running:

@@ -123,7 +123,8 @@ def load_engine(
             through_ours("transformers", "diffusers")
         from turbolens_server.loading.whole import read_model  # with all that its modules are made of
 
-        return read_model(model, on, precision, variant, vae, loras, model_config)
+        hashes = None if place is None else (place.hash, place.components_hash)
+        return read_model(model, on, precision, variant, vae, loras, model_config, hashes)
 
     place, found = None, None
     able_to = backend in ("auto", NAME) and on.type == "cpu" and precision == torch.float32
@@ -134,12 +135,10 @@ def load_engine(
             "max_steps": max_steps,
             "size": size,
             "more_sizes": list(more_sizes),
-        }
-        settings |= {
             "gate": gate,
             "hook_points": list(hook_points),
             "saes": saes and list(saes),
-        }  # what is counted with
+        }
         place = place_of(artifacts.root, folder, settings)
         found = find_kept(place, folder, Modules(lambda: _told(read, model))) if place else None
     parts = found or read()

@@ -45,9 +45,14 @@ def folder_of(model: str, variant: str | None) -> Path | None:
 
 
 def read_pipeline(
-    model: str, folder: Path | None, device: torch.device, dtype: torch.dtype, variant: str | None
+    model: str,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: str | None,
+    unet_hash: str | None = None,
 ) -> tuple[StableDiffusionXLPipeline, str]:
-    """As `load_pipeline`, from where the model is.
+    """As `load_pipeline`, from where the model is; `unet_hash` where it is known already.
 
     Raises:
         LoadError: with one clear line.
@@ -69,7 +74,7 @@ def read_pipeline(
         raise LoadError(f"{model}: {error}") from error
     except Exception as error:  # diffusers, transformers and safetensors raise many kinds
         raise LoadError(f"{model}: cannot be loaded as an SDXL pipeline ({first_line(error)})") from error
-    return pipeline, hash_unet(folder, variant)
+    return pipeline, unet_hash or hash_unet(folder, variant)
 
 
 @contextlib.contextmanager

@@ -31,9 +31,10 @@ def read_model(
     vae: str | None = None,
     loras: Sequence[str] = (),
     model_config: str | None = None,
+    hashes: tuple[str, str] | None = None,
 ) -> Model:
     """A model on the host, before anything is moved; arguments as for `load_engine`, with `device` to make random
-    weights on.
+    weights on, and `hashes` of a folder's U-Net and of all else that draws, where they are known: its files are large.
 
     Raises:
         LoadError: with one clear line.
@@ -45,7 +46,7 @@ def read_model(
         if model_config is not None:
             raise LoadError(f"--model-config {model_config}: is for a --model that is one .safetensors file")
         folder = folder_of(model, variant)
-        pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant)
+        pipeline, unet_hash = read_pipeline(model, folder, device, dtype, variant, hashes[0] if hashes else None)
     else:
         if variant is not None:
             raise LoadError(f"--variant {variant}: {file} is one file, which has no variants")
@@ -54,7 +55,10 @@ def read_model(
         folder = config_folder(model_config)
         pipeline, unet_hash = read_single_file(file, folder, dtype), hash_file(file)
     fused = fuse_loras(pipeline, loras)
-    components = unet_hash if folder is None else hash_components(folder, variant, vae_at, file)
+    if hashes is not None:
+        components = hashes[1]
+    else:
+        components = unet_hash if folder is None else hash_components(folder, variant, vae_at, file)
     for tokenizer, encoder in (
         (pipeline.tokenizer, pipeline.text_encoder),
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
