@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -54,9 +55,25 @@ class TLS:
 
     @classmethod
     def from_files(cls, ca: str | Path = "", certificate: str | Path = "", key: str | Path = "") -> TLS:
-        """From files in PEM; empty: as None above."""
-        read = [Path(file).read_bytes() if file else None for file in (ca, key, certificate)]
-        return cls(*read)
+        """From files in PEM; empty: as None above.
+
+        Raises:
+            ValueError: a file cannot be read or is no PEM, or certificate and key do not belong together.
+        """
+        if bool(certificate) != bool(key):
+            raise ValueError("TLS: of the caller's certificate and its key one is missing; give both or neither")
+        # gRPC itself would say of wrong ones only that no server answers.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        named = f"ca {ca}"
+        try:
+            if ca:
+                context.load_verify_locations(ca)
+            named = f"certificate {certificate}, key {key}"
+            if key:
+                context.load_cert_chain(certificate, key, password="")
+            return cls(*(Path(file).read_bytes() if file else None for file in (ca, key, certificate)))
+        except OSError as error:
+            raise ValueError(f"TLS: {named}: {error.strerror or error}") from error
 
 
 Token = str | Callable[[], str]

@@ -42,18 +42,48 @@ def test_what_is_no_target_is_refused_before_anything_is_sent(said):
         connection(said, None, (), None, {})
 
 
+CA = b"""-----BEGIN CERTIFICATE-----
+MIIBdTCCARugAwIBAgIUA+FRkTG2QOrpmFJu2LYaRmTBSNMwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMjkxMzUwNDZaGA8yMTI2MTEwNTEzNTA0
+NlowDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABPu6
+FY6xkrU47/seI7Ylrtp3p2p6JtNBZRBK4u99jfdCMl061/6KshZiQoWRIkxPUfKI
+kwGh+EB6cY1f98IEPlujUzBRMB0GA1UdDgQWBBQp1BAT/XF2k+hUZomcC4G91CEh
+ITAfBgNVHSMEGDAWgBQp1BAT/XF2k+hUZomcC4G91CEhITAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCA0gAMEUCIQC8edTylt9V9uED2zGCtS+TF4WQyb1t3b5Q
+lUQzwmAXngIgd1Pkx7UQQN2WDVXRzR28mmZvCbPI8hjHHKs/FNrUwxY=
+-----END CERTIFICATE-----
+"""
+
+
 def test_what_is_left_out_comes_from_the_environment(tmp_path):
-    (tmp_path / "ca.pem").write_bytes(b"the CA")
+    (tmp_path / "ca.pem").write_bytes(CA)
     environment = {
         "TURBOLENS_TARGET": "far:1",
         "TURBOLENS_TOKEN": "secret",
         "TURBOLENS_TLS_CA": str(tmp_path / "ca.pem"),
     }
     to = connection(None, None, (), None, environment)
-    assert (to.target, to.tls) == ("dns:///far:1", tl.TLS(b"the CA"))
+    assert (to.target, to.tls) == ("dns:///far:1", tl.TLS(CA))
     assert to.metadata() == (("authorization", "Bearer secret"),)
     assert connection(None, None, (), None, {}).target == "dns:///localhost:50051"
     assert connection("near:2", "mine", [("x", "y")], True, environment).metadata()[0][1] == "Bearer mine"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"ca": "none.pem"}, r"ca .*none\.pem: No such file"),
+        ({"ca": "text.pem"}, r"ca .*text\.pem: "),
+        ({"certificate": "ca.pem"}, "one is missing"),
+        ({"key": "ca.pem"}, "one is missing"),
+        ({"certificate": "ca.pem", "key": "text.pem"}, r"certificate .*ca\.pem, key .*text\.pem: "),
+    ],
+)
+def test_files_that_no_connection_can_come_from_are_named(files, said, tmp_path):
+    (tmp_path / "ca.pem").write_bytes(CA)
+    (tmp_path / "text.pem").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=f"TLS: .*{said}"):
+        tl.TLS.from_files(**{name: tmp_path / file for name, file in files.items()})
 
 
 def test_a_token_does_not_travel_in_the_clear_unless_told_so():

@@ -109,13 +109,16 @@ def test_a_server_that_loads_or_warms_up(later_s, tmp_path):
     assert '"stopped"' in more
 
 
+@LINUX
 def test_a_server_that_serves_and_compiles_in_the_background(tmp_path):
-    process = start("serve", "--port", "0", "--log-format", "json", folder=tmp_path)
+    process = start("serve", "--port", "0", "--log-format", "json", "--backend", "auto", folder=tmp_path)
     says('"ready"', process)
+    wait_for(lambda: len(left(tmp_path)) > 1, process)
     time.sleep(1.0)  # what compiles is a process of its own, at its imports
     code, error = interrupt(process)
     assert code == 0
     assert "not compiled" not in error
+    ends_whole(tmp_path)
 
 
 @LINUX

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+from google.protobuf.descriptor import FileDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-_V1: Final = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+_V1: Final = "grpc.reflection.v1.ServerReflection"
 
 
 class _V1Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio's stubs leave it untyped
@@ -20,11 +22,36 @@ class _V1Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio's stub
         )
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handler if handler_call_details.method == _V1 else None
+        return self._handler if handler_call_details.method == f"/{_V1}/ServerReflectionInfo" else None
+
+
+def _described(services: Sequence[str]) -> Any:
+    """The files of services and of `v1`, which grpcio-reflection does not bring.
+
+    In a pool of their own: in everybody's, a program that brings `v1` itself would find it taken.
+    """
+    everybodys, pool = descriptor_pool.Default(), descriptor_pool.DescriptorPool()
+    added: set[str] = set()
+
+    def add(file: FileDescriptor) -> None:
+        if file.name not in added:
+            added.add(file.name)
+            for needed in file.dependencies:
+                add(needed)
+            pool.AddSerializedFile(file.serialized_pb)
+
+    for service in services:
+        add(everybodys.FindFileContainingSymbol(service))
+    alpha = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+    v1 = text_format.MessageToString(alpha).replace("reflection.v1alpha", "reflection.v1")
+    v1 = v1.replace("reflection/v1alpha", "reflection/v1")
+    pool.Add(text_format.Parse(v1, descriptor_pb2.FileDescriptorProto()))
+    return pool
 
 
 def enable_reflection(services: Sequence[str], server: Any) -> None:
     """Let tools list the services of a `grpc.aio` server and read their messages."""
-    names = (*services, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    server.add_generic_rpc_handlers((_V1Handler(reflection.aio.ReflectionServicer(names)),))
+    known = (*services, reflection.SERVICE_NAME)
+    names, pool = (*known, _V1), _described(known)
+    reflection.enable_server_reflection(names, server, pool)
+    server.add_generic_rpc_handlers((_V1Handler(reflection.aio.ReflectionServicer(names, pool)),))

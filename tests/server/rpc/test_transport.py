@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
@@ -167,11 +168,12 @@ async def test_tools_list_and_describe_the_services_in_both_versions_of_reflecti
         reflection_pb2.ServerReflectionRequest.SerializeToString,
         reflection_pb2.ServerReflectionResponse.FromString,
     )
-    questions = [
-        reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol="turbolens.v1.GenerationService"),
-    ]
-    listed, described = [answer async for answer in ask(iter(questions))]
+    (listed,) = [answer async for answer in ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))]
     names = {service.name for service in listed.list_services_response.service}
-    assert {"turbolens.v1.GenerationService", "grpc.health.v1.Health"} <= names
-    assert described.file_descriptor_response.file_descriptor_proto
+    both = {f"grpc.reflection.{each}.ServerReflection" for each in ("v1", "v1alpha")}
+    assert {"turbolens.v1.GenerationService", "grpc.health.v1.Health", *both} <= names
+    questions = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(names)]
+    answers = [answer.file_descriptor_response.file_descriptor_proto async for answer in ask(iter(questions))]
+    for name, files in zip(sorted(names), answers, strict=True):
+        protos = [FileDescriptorProto.FromString(file) for file in files]
+        assert name in {f"{proto.package}.{service.name}" for proto in protos for service in proto.service}
