@@ -106,8 +106,8 @@ fleet: $(STAMP)dev       ## Simulate a fleet of GPUs: ways to share a load, loss
 test-slow: $(STAMP)dev   ## Run the tutorial as it is written and a new user's first hour; compile a U-Net for this CPU
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pytest -s -m slow tests/training tests/parity tests/server
 
-test-versions: $(STAMP)dev  ## Test the SDK with the oldest and newest grpcio and protobuf that it allows
-	@$(PY) tools/versions.py
+test-versions: $(STAMP)dev  ## Test the SDK with the oldest and newest grpcio and protobuf that it allows (PAIRS="0 3": of four)
+	@$(PY) tools/versions.py $(if $(PAIRS),--only $(PAIRS))
 
 test-interop: $(STAMP)interop  ## Our SAEs in SAELens, those that other libraries saved here; training beside it
 	@$(PY) -m pytest -m interop tests/interop tests/benchmarks
