@@ -252,6 +252,9 @@ def test_a_mask_holds_an_edit_to_its_place(lens):
 
 def test_an_extra_long_prompt_is_cut_with_a_warning(lens):
     assert [w.code for w in lens.generate("star " * 300, seed=1).warnings] == ["PROMPT_CUT"]
+    (warning,) = lens.generate("a star", regions=[(tl.box(0, 0, 0.5, 1), "star " * 300)], seed=1).warnings
+    assert warning.code == "PROMPT_CUT"
+    assert "or a region's last" in warning.message
     assert lens.generate("", seed=1).warnings == ()
 
 

@@ -37,7 +37,10 @@ def _prompt_cut(jobs: Sequence[Job], results: Sequence[Result | None], info: Eng
         return None
     one = len({job.prompt for job in jobs}) == 1
     which = "the prompt's" if one else f"of {textwrap.shorten(jobs[worst.job].prompt, 60)!r} the"
-    return f"{which} last {worst.tokens_cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+    told = f"last {worst.tokens_cut} tokens did not reach the model, which reads {info.max_prompt_tokens}"
+    if not jobs[worst.job].regions:
+        return f"{which} {told}"
+    return f"{which} or a region's {told}; what a phrase has no room for goes into one more region of the same mask"
 
 
 def _no_guidance(jobs: Sequence[Job], info: EngineInfo) -> str | None:

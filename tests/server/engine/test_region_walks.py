@@ -169,3 +169,14 @@ def test_mates_with_other_regions_keep_every_bit(engine):
 def test_a_long_phrase_is_counted_too(engine):
     (result,) = engine.run([job(Region(LEFT, "snow " * 200))])
     assert result.tokens_cut > 100
+
+
+def test_what_a_window_has_no_room_for_is_heard_from_a_second_one_under_the_same_mask(engine):
+    first, second = ", ".join(["a big green square"] * 15), ", ".join(["a small pink cross"] * 15)
+    (cut,) = engine.run([job(Region(LEFT, f"{first}, {second}"))])
+    (whole,) = engine.run([job(Region(LEFT, first), Region(LEFT, second))])
+    (one,) = engine.run([job(Region(LEFT, first))])
+    assert cut.tokens_cut > 0
+    assert whole.tokens_cut == 0
+    assert apart(whole, one) > 0.05
+    assert apart(whole, cut) > 0.05
