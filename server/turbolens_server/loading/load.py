@@ -18,7 +18,6 @@ from turbolens_server.engine.engine import Components, Engine, pipelined_on
 from turbolens_server.engine.info import EngineInfo, SaeInfo
 from turbolens_server.engine.modules import Modules, Read
 from turbolens_server.engine.running import Running
-from turbolens_server.engine.sampler import UnsupportedScheduler, check_scheduler
 from turbolens_server.engine.text import Encode, Encoders, TextEncoder
 from turbolens_server.engine.types import MAX_REGIONS
 from turbolens_server.loading.compiled import Shape, cannot_compile, ensure_compiled, find_packages
@@ -31,7 +30,7 @@ from turbolens_server.loading.kept import find_kept, folder_of_kept, keep, place
 from turbolens_server.loading.memory import Asked, available_bytes, memory_need, size_of
 from turbolens_server.loading.places import EMBEDDED, is_random
 from turbolens_server.loading.saes import fitting, load_saes
-from turbolens_server.loading.schedulers import choose_scheduler, hash_with
+from turbolens_server.loading.schedulers import sampling
 from turbolens_server.logs import get_logger, through_ours
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.backend import BackendError
@@ -142,24 +141,8 @@ def load_engine(
         place = place_of(artifacts.root, folder, settings)
         found = find_kept(place, folder, Modules(lambda: _told(read, model))) if place else None
     parts = found or read()
-    try:
-        sampler = choose_scheduler(parts.scheduler, scheduler, timestep_spacing)
-        able = check_scheduler(sampler, max_steps, timesteps)
-    except UnsupportedScheduler as error:
-        raise LoadError(f"{model}: {error}") from error
-    if max_steps < len(timesteps):
-        raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
-    embeds_guidance = parts.embeds_guidance
-    made_for_guidance = sampler.config.get("timestep_spacing") == "leading" and not timesteps and not embeds_guidance
-    if made_for_guidance:
-        get_logger().warning(
-            "few steps from little noise",
-            model=model,
-            reason="timesteps are spaced as for models of many steps with guidance",
-            way_out="if it is distilled, --timestep-spacing trailing; else --max-steps 50, and guidance in requests",
-        )
-    other = sampler is not parts.scheduler
-    components_hash = hash_with(parts.components_hash, sampler) if other else parts.components_hash
+    sampled = sampling(model, parts, scheduler, timestep_spacing, timesteps, max_steps)
+    sampler, able, components_hash = sampled.scheduler, sampled.abilities, sampled.components_hash
     points = parts.points
     changed = "unet" in parts.fused.parts
     served = _open_saes(model, saes, points, parts.hash, fused=changed, force=force_sae, max_steps=max_steps)
@@ -252,12 +235,12 @@ def load_engine(
             train_timesteps=int(sampler.config.num_train_timesteps),
             previews=able.previews,
             loras=parts.fused.loras,
-            embedded_guidance=embedded_guidance if embeds_guidance else 1.0,
-            takes_guidance=not embeds_guidance,
+            embedded_guidance=embedded_guidance if parts.embeds_guidance else 1.0,
+            takes_guidance=not parts.embeds_guidance,
             takes_pictures=able.pictures,
             latent_channels=parts.unet["in_channels"],
             vae_downscale=parts.downscale,
-            made_for_guidance=made_for_guidance,
+            made_for_guidance=sampled.made_for_guidance,
             region_strides=strides if ran.unet.takes_bias else (),
             opens_attention=not ahead_of_time,
             gate=gates,

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
+from turbolens_server.engine.sampler import Abilities, UnsupportedScheduler, check_scheduler
 from turbolens_server.files import first_line
+from turbolens_server.loading.described import Model
 from turbolens_server.loading.errors import LoadError
+from turbolens_server.logs import get_logger
 
 _ENDINGS: Final = ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler")
 """So that `LCM`, `EulerAncestral` and `UniPC` are understood."""
 _SPACINGS: Final = ("leading", "linspace", "trailing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a model is denoised here."""
+
+    scheduler: Any
+    abilities: Abilities
+    components_hash: str
+    """Of the model's other parts, with this scheduler."""
+    made_for_guidance: bool
+    """It looks like a model of many steps with guidance."""
+
+
+def sampling(
+    model: str, parts: Model, name: str | None, spacing: str | None, timesteps: Sequence[int], max_steps: int
+) -> Sampling:
+    """How a model is denoised, by the scheduler that is asked for; arguments as for `load_engine`.
+
+    Raises:
+        LoadError: there is no such scheduler, or it cannot serve.
+    """
+    try:
+        scheduler = choose_scheduler(parts.scheduler, name, spacing)
+        abilities = check_scheduler(scheduler, max_steps, timesteps)
+    except UnsupportedScheduler as error:
+        raise LoadError(f"{model}: {error}") from error
+    if max_steps < len(timesteps):
+        raise LoadError(f"--timesteps: {len(timesteps)} of them, and requests may have {max_steps}; raise --max-steps")
+    leading = scheduler.config.get("timestep_spacing") == "leading"
+    made_for_guidance = leading and not timesteps and not parts.embeds_guidance
+    if made_for_guidance:
+        get_logger().warning(
+            "few steps from little noise",
+            model=model,
+            reason="timesteps are spaced as for models of many steps with guidance",
+            way_out="if it is distilled, --timestep-spacing trailing; else --max-steps 50, and guidance in requests",
+        )
+    other = scheduler is not parts.scheduler
+    components_hash = hash_with(parts.components_hash, scheduler) if other else parts.components_hash
+    return Sampling(scheduler, abilities, components_hash, made_for_guidance)
 
 
 def choose_scheduler(own: Any, name: str | None, spacing: str | None) -> Any:
