@@ -207,8 +207,10 @@ def _grey_of_shares(array: Any) -> Any:
     from PIL import Image
 
     values = np.asarray(array, dtype=np.float64)
-    if values.ndim != 2 or not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise ValueError(f"a mask is [height, width] with finite values in [0, 1], got shape {values.shape}")
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a mask is [height, width], got shape {values.shape}")
+    if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
+        raise ValueError(f"a mask's values are in [0, 1], got {values.min():g} to {values.max():g}")
     return Image.fromarray(np.round(values * 255).astype(np.uint8))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbolens._blocks import RunFeatures
+from turbolens._edits import FeatureRef
 from turbolens._model import Model
 from turbolens._numbers import whole
 from turbolens._png import read_text
@@ -66,7 +67,12 @@ class Manifest:
         """What to ask for, to have it again: all prompts and seeds, as they ran."""
         run = self.provenance.run
         if self.kind == "picture":
-            run = dataclasses.replace(run, features=None, only=(), float32=False)
+            # How an SAE is read may be said of one in use alone, and of some the features were the only use: of those
+            # one feature comes back.
+            asked = () if run.features is None else run.features or (*run.k, *run.prefix)
+            read = tuple(sae for sae in dict.fromkeys((*run.k, *run.prefix)) if sae in asked)
+            only = tuple(FeatureRef(sae, 0) for sae in read)
+            run = dataclasses.replace(run, features=read or None, only=only, float32=False)
         return Call(run=run, several=True, format=self.format, quality=self.quality)
 
     def to_json(self) -> str:

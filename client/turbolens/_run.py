@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, TypeVar
 
 from turbolens._edits import Edit, FeatureLike, FeatureRef, Mask, to_refs
@@ -397,7 +397,7 @@ def _call(
         guidance_scale=number(given.pop("guidance_scale", 0.0), "guidance_scale"),
         guidance_rescale=number(given.pop("guidance_rescale", 0.0), "guidance_rescale"),
         negative_prompt=_text_or_none(given.pop("negative_prompt", None), "the negative prompt"),
-        steer=tuple(given.pop("steer", ())),
+        steer=_edits(given.pop("steer", ())),
         references=_references(given.pop("references", {})),
         regions=_regions(given.pop("regions", ())),
         gate=switch(given.pop("gate", False), "gate"),
@@ -452,9 +452,16 @@ def _references(references: Mapping[str, Reference]) -> Mapping[str, Reference]:
     return dict(references)
 
 
+def _edits(steer: Sequence[Edit]) -> tuple[Edit, ...]:
+    edits = tuple(steer) if isinstance(steer, Iterable) else (steer,)
+    if not isinstance(steer, Iterable) or not all(isinstance(edit, Edit) for edit in edits):
+        raise TypeError(f'steer is {steer!r}; give a list of edits: steer=[add("up.0.1/202", 8)]')
+    return edits
+
+
 def _regions(regions: Regions) -> tuple[tuple[Mask, str], ...]:
     found = []
-    for region in regions:
+    for region in regions if isinstance(regions, Iterable) else (regions,):
         if not (isinstance(region, tuple) and len(region) == 2 and isinstance(region[0], Mask)):
             raise TypeError('regions are masks with phrases: regions=[(box(0, 0, 0.5, 1), "a red ring")]')
         found.append((region[0], text(region[1], "a region's phrase")))

@@ -394,6 +394,20 @@ def test_references_have_names(references, client, fake):
     assert not fake.requests
 
 
+@pytest.mark.parametrize("steer", [None, "up.0.1/3", tl.add("up.0.1/3", 1), ["up.0.1/3"]])
+def test_edits_are_a_list(steer, client, fake):
+    with pytest.raises(TypeError, match="give a list of edits"):
+        client.generate("x", steer=steer)
+    assert not fake.requests
+
+
+@pytest.mark.parametrize("regions", [None, 3, (tl.box(0, 0, 1, 1), "a ring"), ["a ring"]])
+def test_regions_are_masks_with_phrases(regions, client, fake):
+    with pytest.raises(TypeError, match="regions are masks with phrases"):
+        client.generate("x", regions=regions)
+    assert not fake.requests
+
+
 def test_a_server_that_passes_over_more_prompts_is_told_of(client):
     """The fake one does: it draws the first alone."""
     with pytest.raises(tl.Unimplemented, match="1 of 2 results"):

@@ -135,9 +135,18 @@ def test_an_image_of_numbers_past_1_is_refused():
         tl.mask(Image.fromarray(np.array([[0, 255]], np.float32)))
 
 
-@pytest.mark.parametrize("bad", [np.ones(4), np.full((2, 2), 2.0), np.full((2, 2), np.nan)])
-def test_arrays_that_are_no_masks(bad):
-    with pytest.raises(ValueError, match="mask"):
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (np.ones(4), r"got shape \(4,\)"),
+        (np.ones((0, 3)), r"got shape \(0, 3\)"),
+        (np.full((2, 2), 2.0), "got 2 to 2"),
+        (np.full((2, 2), np.nan), "got nan to nan"),
+        (np.array([[0, np.inf]]), "got 0 to inf"),
+    ],
+)
+def test_arrays_that_are_no_masks(bad, told):
+    with pytest.raises(ValueError, match=f"a mask.*{told}"):
         tl.mask(bad)
 
 

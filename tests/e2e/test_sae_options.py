@@ -158,3 +158,14 @@ def test_the_async_client_asks_the_same(nested):
 
     found, expected = asyncio.run(ask()), lens.extract(PROMPT, seed=7, k={AT: 2}, prefix={AT: 48})
     assert np.array_equal(found[AT].to_dense(), expected[AT].to_dense())
+
+
+@pytest.mark.parametrize("given", [
+    {"features": [AT]},
+    {"features": True, "steer": [tl.scale(f"{AT}/3", 2)]},
+    {"steer": [tl.scale(f"{AT}/3", 2)]},
+])  # fmt: skip
+def test_a_picture_with_features_read_smaller_beside_it_is_made_again(given, nested, tmp_path):
+    lens = nested[1]
+    lens.generate(PROMPT, seed=7, k={AT: 3}, prefix={AT: 16}, **given).save(tmp_path / "a.png")
+    assert str(lens.replay(tmp_path / "a.png")) == "equal"

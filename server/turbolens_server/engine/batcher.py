@@ -261,11 +261,13 @@ class Batcher(Generic[R]):
         """Jobs will take what this one did, and others by their steps and pixels, until a batch has ended."""
         self._expected = took_s / (job.lanes * _size(batch_key(job))) or None
 
-    def ended(self, batch: Sequence[Slot[R]], started: float, now: float) -> None:
-        """A batch that ran from `started` to `now` is done."""
+    def ended(self, batch: Sequence[Slot[R]], started: float, now: float, *, whole: bool = True) -> None:
+        """A batch that ran from `started` to `now` is done; one that stopped early does not tell how long jobs take."""
         shared = len({slot.request for slot in batch}) > 1
         callers = frozenset(slot.caller for slot in batch)
         self._shared = Shared(now, now - started, _lanes(batch), callers) if shared else None
+        if not whole:
+            return
         key, newest = batch_key(batch[0].job), (now - started) / _lanes(batch)
         known = self._lane_s.get(key, newest)
         self._lane_s[key] = known + _NEWEST_WEIGHT * (newest - known)

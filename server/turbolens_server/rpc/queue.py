@@ -327,7 +327,7 @@ class Queue:
             for ticket in batch.tickets & self._tickets.keys():
                 self._end(ticket, error)
         else:
-            self._batcher.ended(batch.slots, started, loop.time())
+            self._batcher.ended(batch.slots, started, loop.time(), whole=not batch.served_nobody)
             self._texts.batch_took(loop.time() - started)
         finally:
             batch.count_steps(self.metrics)

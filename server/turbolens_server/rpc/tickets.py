@@ -102,6 +102,11 @@ class Batch:
             self._left_at.setdefault(row, self._steps)
         return cancelled
 
+    @property
+    def served_nobody(self) -> bool:
+        """Whether it ended because all had left, maybe long before its last step."""
+        return len(self._left_at) == len(self.slots)
+
     def forward(self, loop: asyncio.AbstractEventLoop, tell: Callable[[Ticket, Event], None], event: Event) -> None:
         """Have the loop tell an event of the engine to the request that it belongs to; called in the engine's
         threads."""

@@ -35,8 +35,9 @@ def refuse_edit(bundle: Bundle, kind: EditKind, reference: str | None = None) ->
     if bundle.steps is None or not (KINDS[kind].reads_own or KINDS[kind].reference or reference):
         return None
     taken = [name for name, other in KINDS.items() if not other.reads_own and not other.reference]
+    said = f"{kind} in the unit of a reference" if reference and not KINDS[kind].reference else kind
     return (
-        f"{kind} needs activations while the picture is made, and those of the temporal SAE {bundle.name} are known "
+        f"{said} needs activations while the picture is made, and those of the temporal SAE {bundle.name} are known "
         f"after the last step; it takes {' and '.join(taken)}"
     )
 

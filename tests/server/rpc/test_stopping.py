@@ -79,3 +79,19 @@ async def test_the_first_callers_of_all_are_counted_by_the_warm_up(fake):
         fake.gate.set()
         assert len(await asyncio.gather(*(call for call in calls if call not in refused))) == 10
         await stopping
+
+
+async def test_who_leaves_does_not_teach_that_jobs_are_short(fake):
+    fake.warm_up_s = 0.99
+    fake.gate.clear()
+    async with serve(fake, max_batch=4, grace_s=50) as running:
+        left = ask(running, 0)
+        assert await asyncio.to_thread(fake.started.wait, 5)
+        left.cancel()
+        assert await asyncio.to_thread(fake.stopped.wait, 5)
+        calls = [ask(running, seed) for seed in range(1, 13)]  # of 4 s each, of which 40 s may wait and run
+        await asyncio.wait(calls, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.sleep(0.2)
+        assert len([call for call in calls if call.done()]) == 2
+        fake.gate.set()
+        await asyncio.gather(*calls, return_exceptions=True)

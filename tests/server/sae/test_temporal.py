@@ -303,6 +303,7 @@ def test_the_engine_serves_it_beside_the_others(temporal_engine: Engine) -> None
         ({"edits": (edit("add", 1.0),), "steps": 1}, "mid.0 serves runs of 3 steps alone"),
         ({"edits": (edit("scale", 0.0),)}, "scale needs activations .* mid.0 .* takes add and replace"),
         ({"edits": (edit("set", 1.0),)}, "set needs activations"),
+        ({"edits": (edit("add", 1.0, reference="o"),)}, "add in the unit of a reference needs activations"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_the_first_step(

@@ -82,7 +82,7 @@ class MaskChecks:
             elif not all(0 <= v <= 1 for point in points for v in point):
                 self._checks.bad(f"{field}[{i}].points", points, "coordinates must be 0 to 1")
             elif abs(_area(points)) < 1e-9:
-                self._checks.bad(f"{field}[{i}].points", points, "the polygon has no area")
+                self._checks.bad(f"{field}[{i}].points", points, "no area, or its sides cross so that it cancels")
             shapes.append(points)
         return PolygonMask(tuple(shapes))
 
