@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Unpack, overload
 import grpc
 
 from turbolens._attribution import Attribution, Position
-from turbolens._channel import TLS, Connection, Token, async_channel, connection
+from turbolens._channel import TLS, Connection, Metadata, Token, async_channel, connection, pairs
 from turbolens._contrast import contrast
 from turbolens._edits import FeatureLike, Features, Mask, replace, to_ref
 from turbolens._embedded import Embedded
@@ -773,7 +773,7 @@ def connect(
     target: str | Sequence[str] | None = None,
     *,
     token: Token | None = None,
-    metadata: Sequence[tuple[str, str | bytes]] = (),
+    metadata: Metadata = (),
     tls: TLS | bool | None = None,
     timeout: float | None = 60.0,
     attempts: int = ATTEMPTS,
@@ -796,12 +796,12 @@ def connect(
         settings: of the embedded server, such as `model` or `sae`.
 
     Raises:
-        ValueError: the target cannot be one, or a token would travel in the clear.
+        ValueError: the target cannot be one, a token or metadata cannot travel, or a token would in the clear.
     """
     if target == "embedded":
         if tls is not None or token is not None:
             raise TypeError("tls, token: the embedded server is reached inside this process, where there is neither")
-        to = Connection(target, more=tuple(metadata))
+        to = Connection(target, more=pairs(metadata))
         return AsyncLens(to, timeout=timeout, attempts=attempts, embedded=Embedded(settings))
     if settings:
         raise TypeError(f"{', '.join(settings)}: only an embedded server takes settings")

@@ -39,6 +39,9 @@ _SERVICE_CONFIG: Final = {
     "methodConfig": [{"name": [{"service": f"turbolens.v1.{s}"} for s in _SERVICES], "retryPolicy": _RETRY}],
 }
 _HOST_PORT: Final = re.compile(r"(?P<host>\[[^\]\s]+\]|[^:\s\[\],/]+)(?::(?P<port>[0-9]{1,5}))?")
+_TOKEN: Final = re.compile(r"[!-~]+")
+_KEY: Final = re.compile(r"[a-z0-9_.-]+")
+_TEXT: Final = re.compile(r"[ -~]*")
 _SCHEMES: Final = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:", "passthrough:")
 
 
@@ -78,6 +81,8 @@ class TLS:
 
 Token = str | Callable[[], str]
 """A token, or what gives the current one, asked at every call."""
+Metadata = Sequence[tuple[str, str | bytes]] | Mapping[str, str | bytes]
+"""Pairs of keys and values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Connection:
         """What every call brings."""
         if self.token is None:
             return (*_trace(), *self.more)
-        token = self.token if isinstance(self.token, str) else self.token()
+        token = self.token if isinstance(self.token, str) else _plain(self.token())
         return (("authorization", f"Bearer {token}"), *_trace(), *self.more)
 
     def options(self) -> list[tuple[str, Any]]:
@@ -112,6 +117,32 @@ class Connection:
         if self.authority is not None:
             options.append(("grpc.default_authority", self.authority))
         return options
+
+
+def _plain(token: str) -> str:
+    """A token that can travel; gRPC's own error would not say what is wrong."""
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise ValueError("a token is plain ASCII without spaces or line ends; that of its file is none of it")
+    return token
+
+
+def pairs(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
+    """Metadata that can travel, likewise.
+
+    Raises:
+        ValueError: a key or a value cannot.
+    """
+    given = tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
+    for pair in given:
+        key, value = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+        kind, text = (bytes, None) if str(key).endswith("-bin") else (str, _TEXT)
+        fits = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith("grpc-") and isinstance(value, kind)
+        if not fits or (text is not None and not text.fullmatch(cast(str, value))):
+            raise ValueError(
+                f"metadata holds {pair!r}; give pairs of a key in lower case and a value of plain ASCII, or of bytes "
+                "where the key ends in -bin"
+            )
+    return given
 
 
 def _trace() -> tuple[tuple[str, str], ...]:
@@ -136,7 +167,7 @@ def client_version() -> str:
 def connection(
     target: str | Sequence[str] | None,
     token: Token | None,
-    metadata: Sequence[tuple[str, str | bytes]],
+    metadata: Metadata,
     tls: TLS | bool | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Connection:
@@ -151,11 +182,15 @@ def connection(
         environment: where those are.
 
     Raises:
-        ValueError: a target cannot be one, or a token would travel in the clear.
+        ValueError: a target cannot be one, a token or metadata cannot travel, or a token would in the clear.
     """
     said = target if target is not None else environment.get("TURBOLENS_TARGET") or f"localhost:{DEFAULT_PORT}"
+    if not isinstance(said, str) and not said:
+        raise ValueError("an empty list is no target; give host:port, or unix:path")
     several = [one.strip() for one in said.split(",")] if isinstance(said, str) else list(said)
     token = token if token is not None else environment.get("TURBOLENS_TOKEN") or None
+    if isinstance(token, str):
+        _plain(token)
     files = {name: environment.get(f"TURBOLENS_TLS_{name}", "") for name in ("CA", "CERT", "KEY")}
     if tls is None and any(files.values()):
         tls = TLS.from_files(files["CA"], files["CERT"], files["KEY"])
@@ -166,7 +201,7 @@ def connection(
             "tls=False where a mesh or a tunnel does it"
         )
     address, authority = _address(several)
-    return Connection(address, secure, token, tuple(metadata), authority)
+    return Connection(address, secure, token, pairs(metadata), authority)
 
 
 def _is_local(target: str) -> bool:
@@ -195,7 +230,7 @@ def _address(targets: Sequence[str]) -> tuple[str, str | None]:
 
 def _with_port(target: str) -> str:
     """gRPC takes 443 where there is no port, which no server of ours listens on."""
-    if target.startswith(_SCHEMES) or "://" in target:
+    if target.startswith(_SCHEMES):
         return target
     with contextlib.suppress(ValueError):
         return f"[{ipaddress.IPv6Address(target)}]:{DEFAULT_PORT}"

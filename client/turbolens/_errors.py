@@ -158,7 +158,10 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
                 elif detail.Unpack(retry):
                     retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
-        message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
+        if "handshake failed" in message or "verification check failed" in message:
+            message = f"no TLS connection to {target}: the server's certificate and tls= do not agree ({message})"
+        else:
+            message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer in time; give the call a longer timeout ({message})"
     kind = EXCEPTIONS.get(code, TurboLensError)

@@ -37,8 +37,6 @@ def main(argv: list[str]) -> None:
     config = checked(given)
     gc.disable()  # until all is loaded, which then stays: collections on the way find nothing, and take a quarter of it
     configure_logging(config.log_format, config.log_level)
-    # gRPC's core prints plain lines, one for each handshake that fails. What an operator set stays.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     last_spans = _send_traces() if config.traces else None
     # Imported late: a command's help and a mistyped setting must not wait for torch.
     from turbolens_server.sae.bundle import BundleError

@@ -35,7 +35,7 @@ def test_a_target_is_a_host_and_a_port_or_several(said, read):
 
 
 @pytest.mark.parametrize(
-    "said", ["", " ", "a b", "host:", "host:x", "host:70000", ":1", "a:1:2:x", "host:1/path", [""]]
+    "said", ["", " ", "a b", "host:", "host:x", "host:70000", ":1", "a:1:2:x", "host:1/path", [""], [], "http://host:1"]
 )
 def test_what_is_no_target_is_refused_before_anything_is_sent(said):
     with pytest.raises(ValueError, match="no target"):
@@ -91,6 +91,37 @@ def test_a_token_does_not_travel_in_the_clear_unless_told_so():
         connection("far:1", "secret", (), None, {})
     for target, tls in (("far:1", True), ("far:1", False), ("localhost:1", None), ("unix:/x", None)):
         assert connection(target, "secret", (), tls, {}).token == "secret"
+
+
+@pytest.mark.parametrize("token", ["secret\n", " secret", "sécret", ""])
+def test_a_token_that_cannot_travel_is_told(token, running):
+    with pytest.raises(ValueError, match="a token is plain ASCII"):
+        tl.connect(running.target, token=token)
+    with tl.connect(running.target, token=lambda: token) as client, pytest.raises(ValueError, match="plain ASCII"):
+        client.generate("x")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("X-Team", "blue"),
+        ("x-team", "b\nc"),
+        ("x-team", "ü"),
+        ("x-team", 3),
+        ("x-team-bin", "b"),
+        ("grpc-x", "b"),
+        "xy",
+    ],
+)
+def test_metadata_that_cannot_travel_is_told(pair, running):
+    with pytest.raises(ValueError, match="metadata holds"):
+        tl.connect(running.target, metadata=[pair])
+
+
+def test_metadata_may_be_a_mapping(running, fake):
+    with tl.connect(running.target, metadata={"x-team": "blue", "x-team-bin": b"\0"}) as client:
+        client.generate("x")
+    assert {("x-team", "blue"), ("x-team-bin", b"\0")} <= set(fake.metadata)
 
 
 def test_every_call_brings_token_and_metadata(running, fake):

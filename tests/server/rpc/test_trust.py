@@ -232,8 +232,9 @@ def hook(event, arguments):
         looked_up.append(str(arguments[0]))
         print("LOOKED UP", arguments[0], file=sys.stderr, flush=True)
 sys.addaudithook(hook)
-from turbolens_server.app import main
-main(["--port", "0", "--log-format", "json", *sys.argv[1:]])
+sys.argv = ["turbolens", "serve", "--port", "0", "--log-format", "json", *sys.argv[1:]]
+from turbolens_command import main
+main()
 import gc
 print("LEFT TO COLLECT", len(gc.get_objects()), gc.get_freeze_count(), file=sys.stderr)
 """
