@@ -109,7 +109,8 @@ class Lens:
         return self._model
 
     def wait_ready(self, timeout: float | None = 300.0) -> Model:
-        """Wait until the server answers and has its model, which it then tells.
+        """Wait until the server answers and has its model, which it then tells. It is asked anew: another may have been
+        started in its place.
 
         Args:
             timeout: seconds; None: no limit.
@@ -119,6 +120,7 @@ class Lens:
             TurboLensError: it answered that it will not serve this caller.
         """
         until = time.monotonic() + (math.inf if timeout is None else seconds(timeout, "timeout"))
+        self._model = None
         while True:
             try:
                 return self.model()

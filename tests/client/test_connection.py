@@ -217,6 +217,9 @@ def test_wait_ready_waits_for_a_server_that_loads(client, fake):
 
     fake.on["GetModel"] = loading
     assert client.wait_ready(20).name == "fake"
+    loads[0] = 1  # another server in its place
+    assert client.wait_ready(20).name == "fake"
+    assert loads == [0]
 
 
 def test_wait_ready_gives_up_in_time():
