@@ -72,9 +72,9 @@ def contact_strip(
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(f"{strength:+g}", fontsize=7)
+            axis.set_title(f" \n{strength:+g}", fontsize=7)  # below the room for the prompt, which is wider
         row[0].set_ylabel(name, fontsize=6)
-        row[0].text(0, 1.25, prompt, transform=row[0].transAxes, fontsize=6)
+        row[0].text(0, 1.17, prompt, transform=row[0].transAxes, fontsize=6, in_layout=False)
     figure.tight_layout()
     save_figure(figure, path)
 
