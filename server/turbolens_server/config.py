@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from turbolens_server.engine.batcher import MAX_BATCH
+
+_OF_THE_SDK: Final = frozenset({"TURBOLENS_TARGET", "TURBOLENS_TOKEN", "TURBOLENS_TLS_CA"})
+"""Variables that another package reads, and that look like settings of ours."""
+_A_TYPO: Final = 0.925
+"""How alike two names are that differ by a letter or two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +225,11 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
             wrong.append(f"{name}={text!r}: {error}")
         else:
             wrong += _misfits(field.name, values[field.name], f"{name}={text!r}")
+    ours = {f"TURBOLENS_{field.name.upper()}" for field in dataclasses.fields(ServerConfig)}
+    # Only what looks like one of ours: Kubernetes, the SDK and the studio have names of their own.
+    for name in sorted(n for n in environment if n.startswith("TURBOLENS_") and n not in ours | _OF_THE_SDK):
+        if near := difflib.get_close_matches(name, ours, 1, _A_TYPO):
+            wrong.append(f"{name}: no such setting; {near[0]} is one")
     return values, wrong
 
 

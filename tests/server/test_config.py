@@ -38,6 +38,8 @@ def test_precedence(tmp_path):
         ("sae = [1]", {}, "list of texts"),
         ('log_format = "xml"', {}, "one of auto, json, pretty"),
         ("", {"TURBOLENS_LOG_LEVEL": "loud"}, "one of debug, info"),
+        ("", {"TURBOLENS_PROT": "80"}, "TURBOLENS_PROT: no such setting; TURBOLENS_PORT is one"),
+        ("", {"TURBOLENS_MAX_STEP": "8"}, "TURBOLENS_MAX_STEPS is one"),
     ],
 )
 def test_what_cannot_be_used_is_named(text, environment, says, tmp_path):
@@ -45,6 +47,12 @@ def test_what_cannot_be_used_is_named(text, environment, says, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
         read_config(["--config", str(file)], environment)
+
+
+def test_variables_that_others_read_are_none_of_ours():
+    of_the_sdk = {f"TURBOLENS_{name}": "x" for name in ("TARGET", "TOKEN", "TLS_CA")}
+    of_kubernetes = {"TURBOLENS_SERVICE_PORT": "80", "TURBOLENS_SERVICE_HOST": "1", "TURBOLENS_PORT_80_TCP_PORT": "80"}
+    assert read_config([], of_the_sdk | of_kubernetes | {"TURBOLENS_STUDIO_TOKEN": "x"}) == ServerConfig()
 
 
 def test_all_that_cannot_be_used_is_named_together(tmp_path):

@@ -174,7 +174,7 @@ class Catalog:
             ways = []
             for one in feature.effects:
                 group = whole[one.attribute, one.value]
-                how = f"{_how(one, near)}, {group.rank} together move {group.moved:.2g} of pictures"
+                how = f"{_how(one, near)}, {group.rank} together move {group.moved:.0%} of pictures"
                 if (score := near[one.value].score * group.score * _LATER ** (one.rank - 1)) > 0:
                     ways.append((score, how))
             for score, how, label in self._labelled(sae, feature, near):

@@ -12,7 +12,7 @@ from turbolens_server.loading.checks import is_foreign
 from turbolens_server.loading.errors import LoadError
 from turbolens_server.loading.hub import SAE_PATTERNS, resolve, snapshot
 from turbolens_server.sae.formats.names import check_name
-from turbolens_server.sae.formats.read import find_saes, read_sae
+from turbolens_server.sae.formats.read import at_block, find_saes, is_bundle, read_sae
 from turbolens_server.unet.points import HookPoint, find_point, list_points
 
 
@@ -32,6 +32,8 @@ def _parts_of(source: str, points: Any) -> tuple[str | None, str | None, str]:
 def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: bool = False) -> list[SaeInfo]:
     """Every SAE that one `--sae` names; `fused` says that the model is not the one of its folder."""
     name, hook_point, path = _parts_of(source, points)
+    if not path.strip():
+        raise LoadError(f"--sae {source!r}: names no folder and no hub id")
     folder = resolve(path, "--sae", snapshot(SAE_PATTERNS))
     try:
         found = find_saes(folder)
@@ -42,7 +44,15 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: boo
     if (name or hook_point) and len(found) > 1:
         raise LoadError(f"--sae {source}: {folder} holds {len(found)} SAEs; name one of them")
     try:
-        bundles = [read_sae(path, hook_point) for path in found]
+        bundles = [read_sae(path, None if is_bundle(path) else hook_point) for path in found]
+        moved = [bundle.hook_point for bundle in bundles if hook_point not in (None, bundle.hook_point)]
+        if moved and not force:
+            raise LoadError(
+                f"--sae {source}: trained on {moved[0]}; leave out the block, or pass --force-sae to serve it at "
+                f"{hook_point} all the same (every result will say so)"
+            )
+        if hook_point is not None:
+            bundles = [at_block(bundle, hook_point) for bundle in bundles]
         if name is not None:
             bundles = [dataclasses.replace(b, name=check_name(name, b.hook_point)) for b in bundles]
     except ValueError as error:
@@ -55,7 +65,7 @@ def load_saes(source: str, points: Any, model_hash: str, force: bool, fused: boo
             )
         what, flag = f"SAE {bundle.name}", None if force else "--force-sae"
         foreign = is_foreign(what, "it", bundle.model_hash, model_hash, fused=fused, force=flag)
-        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign, source))
+        infos.append(SaeInfo(bundle.name, bundle.hook_point, bundle, foreign or bool(moved), source))
     return infos
 
 

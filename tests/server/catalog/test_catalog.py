@@ -170,7 +170,7 @@ def test_search_ranks_by_what_moves_pictures_and_leaves_out_what_does_not(engine
     found = catalog.search("blue", (), 10, NOTHING)
     assert [match.feature.index for match in found] == [7, 5]  # in the order in which they were taken together
     assert [match.score for match in found] == pytest.approx([0.9, 0.9 * 0.95])
-    assert found[0].reason == "color=blue: word, 2 together move 0.9 of pictures"
+    assert found[0].reason == "color=blue: word, 2 together move 90% of pictures"
     # Nobody measured what moves `thing`, which no edit can: its labels still answer.
     assert [match.feature.index for match in catalog.search("thing", (), 10, NOTHING)] == [8]
 

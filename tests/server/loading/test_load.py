@@ -67,6 +67,19 @@ def test_a_bundle_of_another_model_is_refused_unless_forced(bundle, tiny_folder)
     assert load_engine(model=str(tiny_folder), saes=[str(bundle)], force_sae=True).info.saes["mid.0"].forced
 
 
+def test_a_bundle_is_served_at_another_block_than_its_own_only_where_that_is_forced(bundle, tiny_folder):
+    moved = [f"q@up.0.1={bundle}"]
+    assert "trained on mid.0" in refused(model=str(tiny_folder), saes=moved)
+    sae = load_engine(model=str(tiny_folder), saes=moved, force_sae=True).info.saes["q"]
+    assert (sae.hook_point, sae.forced) == ("up.0.1", True)
+    assert not load_engine(model=str(tiny_folder), saes=[f"q@mid.0={bundle}"]).info.saes["q"].forced
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_sae_without_a_place_is_refused(source, tiny_folder):
+    assert "names no folder" in refused(model=str(tiny_folder), saes=[source])
+
+
 def write_reference(folder: Path, weights: SaeWeights, k: int = 4) -> Path:
     """A folder as the paper's authors publish them, made by hand."""
     final = folder / "unet.mid_block.attentions.0_k4_hidden48_auxk256_bs4096_lr0.0001" / "final"

@@ -129,6 +129,12 @@ def is_bundle(folder: Path) -> bool:
     return isinstance(metadata, dict) and "turbolens" in metadata
 
 
+def at_block(bundle: Bundle, hook_point: str) -> Bundle:
+    """A bundle that sits elsewhere, under that block's name where it has its own block's."""
+    name = hook_point if bundle.name == bundle.hook_point else bundle.name
+    return dataclasses.replace(bundle, hook_point=hook_point, name=name)
+
+
 def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto") -> Bundle:
     """Read the SAE of one folder.
 
@@ -142,10 +148,7 @@ def read_sae(folder: Path, hook_point: str | None = None, format: Format = "auto
     """
     if format == "auto" and is_bundle(folder):
         bundle = load_bundle(folder)
-        if hook_point is None:
-            return bundle
-        name = hook_point if bundle.name == bundle.hook_point else bundle.name
-        return dataclasses.replace(bundle, hook_point=hook_point, name=name)
+        return bundle if hook_point is None else at_block(bundle, hook_point)
     kind = detect(folder) if format == "auto" else format
     sae = _READERS[kind](folder)
     check_weights(sae.weights, str(sae.weights_file))
