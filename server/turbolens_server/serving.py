@@ -208,14 +208,18 @@ class Serving:
         if self._swapping is not None:
             self._swapping.cancel()
             await asyncio.wait({self._swapping})
-        if self._readiness.ready is not None and (refused := self._readiness.ready.queue.stop_within(grace_s)):
+        ready = self._readiness.ready
+        if ready is not None and (refused := ready.queue.stop_within(grace_s)):
             get_logger().warning("refused", requests=refused, why="they cannot be finished within the grace")
         ended = await self._calls.drain(grace_s)
+        if not ended and ready is not None and (left := ready.queue.give_up()):
+            get_logger().warning("cut off", requests=left, why="they took longer than the grace")
+            ended = await self._calls.drain(_LAST_BYTES_S)
         for server in filter(None, (self._server, self._admin)):
             await server.stop(_LAST_BYTES_S if ended else 0)
         self._readiness.checks.close()
-        if self._readiness.ready is not None:
-            await self._readiness.ready.queue.close()
+        if ready is not None:
+            await ready.queue.close()
         await self._side.close()
 
     def _watch(self, engine: Engine, queue: Queue) -> None:

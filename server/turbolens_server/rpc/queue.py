@@ -221,6 +221,14 @@ class Queue:
                 ahead += takes
         return refused
 
+    def give_up(self) -> int:
+        """End every request that is left, and tell its caller to go elsewhere; returns how many there were."""
+        left = list(self._tickets)
+        for ticket in left:
+            ticket.cancelled.set()
+            self._end(ticket, stopping())
+        return len(left)
+
     async def close(self) -> None:
         """End what runs at its next step, and the threads."""
         for ticket in list(self._tickets):

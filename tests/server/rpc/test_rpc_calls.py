@@ -135,7 +135,7 @@ async def test_a_grace_that_passes_ends_what_runs(running):
     call = asyncio.ensure_future(running.generation.Generate(a_request()))
     await asyncio.to_thread(running.engine.started.wait)
     await asyncio.wait_for(running.serving.stop(0.1), 5)
-    with pytest.raises(grpc.aio.AioRpcError):
+    with pytest.raises(grpc.aio.AioRpcError, match="the server is stopping"):
         await call
     assert running.engine.stopped.is_set()
 

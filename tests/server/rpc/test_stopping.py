@@ -46,6 +46,17 @@ async def test_what_can_be_finished_is_and_the_rest_is_told_at_once_to_go_elsewh
         await stopping
 
 
+async def test_what_outlasts_the_grace_is_told_to_go_elsewhere(fake, log_lines):
+    async with serve(fake, max_batch=4, grace_s=100) as running:
+        calls = await busy(running, requests=3, seconds_each=0.01)  # which they then do not keep to
+        await asyncio.wait_for(running.serving.stop(0.5), 5)
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"]
+    (line,) = [line for line in log_lines if line["event"] == "cut off"]
+    assert line["requests"] == 3
+
+
 async def test_no_more_is_let_in_than_a_stop_can_finish(fake):
     async with serve(fake, max_batch=4, grace_s=50) as running:
         calls = await busy(running, requests=4, seconds_each=10)
