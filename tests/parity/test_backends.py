@@ -19,6 +19,7 @@ from turbolens_server.loading.load import load_engine
 from turbolens_server.sae.bundle import SaeWeights, save_bundle
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask, PictureMask
+from turbolens_server.unet.compiled import CompiledParts
 from turbolens_server.unet.fused import FusedBlocks
 from turbolens_server.unet.points import module_of
 from turbolens_server.unet.torch_unet import TorchUNet
@@ -140,6 +141,28 @@ def test_compiled_a_picture_has_the_same_bits_wherever_it_stands(compiled):
     first, last = compiled.run([one, *others])[0], compiled.run([*others, one])[-1]
     assert np.array_equal(first.picture, last.picture)
     assert np.array_equal(first.latents, last.latents)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@torch.inference_mode()
+def test_compiled_code_gives_the_same_bits_on_one_core_for_each_part(compiled, graph_cache, monkeypatch):
+    folder = next((graph_cache / "packages").glob("*/chains.json")).parent
+    walk = compiled.begin(compiled.components.text.encode_all([f"star {n}" for n in range(6)]), range(6), 1)
+    (t,) = walk.timesteps
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        parts, seen = CompiledParts.load(folder), {}
+        tap = Reader(parts.points, seen)
+        made = parts.predict(walk.noise, t, walk.conditions, tap, tap.at)
+        decode = torch.inference_mode()(parts.decode)
+        pictures = [*(map if cores == 1 else parts.workers.map)(decode, walk.noise.split(1))]
+        hidden, pooled = parts.encode(torch.arange(2 * 6 * 77).reshape(2, 6, 77) % 99)
+        found.append([made, *(seen[point] for point in sorted(seen)), *pictures, hidden, pooled])
+    assert len(found[0]) > 10
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,10 +61,17 @@ def decode_rows(
 ) -> Iterator[tuple[int, Picture | None]]:
     """Decode some rows of a batch [B, C, h, w]; yields (row, picture) of live ones.
 
-    One by one: a VAE works at the picture's full size, so it takes far more memory a picture than the U-Net and gains
-    nothing from more, and so a picture's bits do not depend on where it stood in its batch, nor on who is still there.
+    Each by itself: a VAE works at the picture's full size, so it takes far more memory a picture than the U-Net and
+    gains nothing from more, and so a picture's bits do not depend on where it stood in its batch, nor on who is still
+    there. One after the other, unless the VAE has `workers_for` such a batch.
     """
-    for row in rows:
-        if live[row]:
-            (picture,) = decode_latents(vae, latents[row : row + 1])
-            yield row, picture
+    workers = vae.workers_for(latents) if hasattr(vae, "workers_for") else None
+    each = map if workers is None else workers.map
+    wanted = [row for row in rows if live[row]]
+    yield from zip(wanted, each(functools.partial(_decode_row, vae, latents), wanted), strict=True)
+
+
+@torch.inference_mode()  # it is a thread's own
+def _decode_row(vae: Any, latents: Tensor, row: int) -> Picture | None:
+    (picture,) = decode_latents(vae, latents[row : row + 1])
+    return picture

@@ -34,7 +34,7 @@ from turbolens_server.loading.schedulers import sampling
 from turbolens_server.logs import get_logger, through_ours
 from turbolens_server.unet.artifacts import ArtifactCache, default_cache
 from turbolens_server.unet.backend import BackendError
-from turbolens_server.unet.compiled import NAME
+from turbolens_server.unet.compiled import NAME, side_by_side
 from turbolens_server.unet.points import DEFAULT_HOOK_POINTS, HookPoint, is_z, layer_of, list_points
 from turbolens_server.unet.spec import GraphSpec
 
@@ -158,6 +158,7 @@ def load_engine(
         raise LoadError("--more-sizes: a TensorRT engine is built for one size; use another --backend")
     largest = max(sizes, key=math.prod)
     tokens = parts.tokenizers[0].model_max_length
+    latent = (edge // parts.downscale, edge // parts.downscale)
     counted = parts.count(
         max_batch=max_batch,
         latent_size=(largest[0] // parts.downscale, largest[1] // parts.downscale),
@@ -172,6 +173,7 @@ def load_engine(
     if onnx_regions:
         second = sum(map(size_of, parts.modules.get().unet.parameters()))
         counted = dataclasses.replace(counted, weights=counted.weights + second)
+    beside = side_by_side(max_batch, latent) if able_to else 1  # pictures of the first size, where it is compiled
     need = memory_need(
         counted,
         saes=[sae.bundle.weights.tensors().values() for sae in served],
@@ -181,6 +183,7 @@ def load_engine(
         max_batch=max_batch,
         pipelined=pipelined_on(on),
         available=available,
+        decoders=math.ceil(beside * edge**2 / math.prod(largest)),
     )
     if refusal := need.refusal(describe(on), f"a batch of {max_batch} at {largest[1]}x{largest[0]}"):
         raise LoadError(f"{model}: {refusal}")
@@ -189,7 +192,6 @@ def load_engine(
     with on_device(on):
         spec = GraphSpec.of(parts.unet, tapped, parts.downscale, tokens)
         strides = tuple(sorted({point.downscale for point in points.values()}))
-        latent = (edge // parts.downscale, edge // parts.downscale)
         shape = Shape(parts.hash, components_hash, spec, latent, parts.vae)
         ran: Running | None = None
         encode: Encode

@@ -193,7 +193,7 @@ class Counted:
     reading: int
     """Activations of the VAE's encoder."""
     decoding: int
-    """Of its decoder: pictures are decoded one by one."""
+    """Of its decoder, for one picture."""
     texts: int
     """Of the encoded prompts that are kept."""
 
@@ -239,6 +239,7 @@ def memory_need(
     max_batch: int,
     pipelined: bool,
     available: int | None,
+    decoders: int = 1,
 ) -> MemoryNeed:
     """What it takes to serve a model.
 
@@ -251,9 +252,11 @@ def memory_need(
         max_batch: pictures of a batch.
         pipelined: whether a batch is decoded while the next is denoised.
         available: bytes that were free before anything was loaded.
+        decoders: pictures that are decoded at once, as many of the counted size as take what they take.
     """
+    decoding = decoders * counted.decoding
     denoising = max(counted.denoising + encoding_bytes(dictionaries, runs, max_batch), counted.reading)
-    activations = denoising + counted.decoding if pipelined else max(denoising, counted.decoding)
+    activations = denoising + decoding if pipelined else max(denoising, decoding)
     return MemoryNeed(
         weights=counted.weights + sum(map(size_of, gates)),
         saes=sum(size_of(tensor) for tensors in saes for tensor in tensors),

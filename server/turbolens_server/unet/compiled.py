@@ -1,7 +1,7 @@
 """What makes pictures as native code for this CPU; `compiling` makes it.
 
 The U-Net is two chains of packages that end at the hook points: one for a single picture, one for any larger batch. The
-text encoders are likewise two packages. The decoder is one, since pictures are decoded one by one. Nothing here needs
+text encoders are likewise two packages. The decoder is one, since each picture is decoded by itself. Nothing here needs
 the modules that they were made of, nor what those are made with.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +39,9 @@ MOST: Final = 63
 """Most rows of a batch whose size stays open."""
 STEERED: Final = "steered"
 """What a segment calls the update that the one before it ended with, after the tap."""
+_SMALL: Final = 32 * 32
+"""Positions of latents up to which pictures are decoded side by side; of larger ones each takes memory, and is work
+enough for several cores."""
 _SOURCES: Final = ("attention_taps", "compiled", "compiling", "conditions", "native", "rewriting", "segments", "tapped")
 """Files here that decide what is compiled."""
 
@@ -99,22 +104,76 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """A batch in parts of one size, each run on a core of its own; or whole, on all cores.
+
+    Small maps do not keep several cores busy: in each of their many short loops they wait for each other, and for one
+    that something else has taken. Where the rows do not come out even, parts overlap: of other sizes they would differ
+    in their last bits, and a row's place would show.
+    """
+
+    rows: int
+    workers: Executor | None
+    """None: whole."""
+    count: int = 1
+
+    @classmethod
+    def of(cls, rows: int, workers: Executor) -> Parts:
+        """As many as there are cores, where each gets several rows."""
+        cores = torch.get_num_threads()
+        if not 1 < cores <= rows // 2:
+            return cls(rows, None)
+        return cls(rows, workers, math.ceil(rows / math.ceil(rows / cores)))
+
+    @property
+    def _size(self) -> int:
+        return math.ceil(self.rows / self.count)
+
+    @property
+    def _starts(self) -> list[int]:
+        return [min(part * self._size, self.rows - self._size) for part in range(self.count)]
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """[B, ...] -> parts."""
+        return [rows[start : start + self._size] for start in self._starts]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse."""
+        if self.count == 1:
+            return parts[0]
+        new = [part * self._size - start for part, start in enumerate(self._starts)]  # rows that the one before had
+        return torch.cat([part[first:] for part, first in zip(parts, new, strict=True)])
+
+    def each(self, run: Run, given: Sequence[list[Tensor]]) -> list[Sequence[Tensor]]:
+        """What a package makes of each part."""
+        if self.workers is None:
+            return [run(part) for part in given]
+        return list(self.workers.map(torch.inference_mode()(run), given))  # that mode is a thread's own
+
+
+@dataclasses.dataclass(frozen=True)
 class _Chain:
     inputs: tuple[str, ...]
     links: tuple[Segment, ...]
 
-    def run(self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None) -> Tensor | None:
-        values = dict(zip(self.inputs, given, strict=True))
+    def run(
+        self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None, parts: Parts
+    ) -> Tensor | None:
+        """The parts of a batch go each its own way and meet where the tap looks at all rows."""
+        values = [dict(zip(self.inputs, part, strict=True)) for part in zip(*map(parts.split, given), strict=True)]
         for link in self.links:
-            out = link.module([values[name] for name in link.takes])
-            values.update(zip(link.gives, out, strict=True))
-            end: Tensor = out[-1]
+            out = parts.each(link.module, [[part[name] for name in link.takes] for part in values])
+            for part, given_on in zip(values, out, strict=True):
+                part.update(zip(link.gives, given_on, strict=True))
+            ends = [given_on[-1] for given_on in out]
             if link.point is None:
-                return end
-            steered = tap(link.point, end, link.grid) if link.point in at else end
+                return parts.join(ends)
+            if link.point in at:
+                ends = parts.split(tap(link.point, parts.join(ends), link.grid))
             if link.point == stop:
                 return None
-            values[STEERED] = steered.contiguous()
+            for part, end in zip(values, ends, strict=True):
+                part[STEERED] = end.contiguous()
         raise AssertionError("a chain's last link predicts")
 
 
@@ -126,6 +185,8 @@ class CompiledParts:
     text: Mapping[str, Run]
     """By chain; empty where the text encoders are not among them."""
     decoder: Run
+    workers: Executor
+    """Threads with a core each; they begin when they are needed."""
 
     @classmethod
     def load(cls, folder: Path) -> CompiledParts:
@@ -136,19 +197,21 @@ class CompiledParts:
         """
         try:
             told = json.loads((folder / ORDER).read_text())
+            cores = torch.get_num_threads()
+            callers = {name: 1 if batch == 1 else cores for name, batch in CHAINS.items()}
             chains = {}
             for name in CHAINS:
                 links = [
                     Segment(
                         tuple(link["takes"]), tuple(link["gives"]), link["point"], tuple(link["grid"]),
-                        native.load(folder / link["module"]),
+                        native.load(folder / link["module"], callers[name]),
                     )
                     for link in told[name]["links"]
                 ]  # fmt: skip
                 chains[name] = _Chain(tuple(told[name]["inputs"]), tuple(links))
             files = {name: folder / TEXT.format(name) for name in CHAINS}
-            text = {name: native.load(file) for name, file in files.items() if file.exists()}
-            return cls(chains, text, native.load(folder / DECODER))
+            text = {name: native.load(file, callers[name]) for name, file in files.items() if file.exists()}
+            return cls(chains, text, native.load(folder / DECODER, cores), native.workers(cores, "core"))
         except Exception as error:
             raise BackendError(f"{folder}: compiled code cannot be loaded ({first_line(error)})") from error
 
@@ -169,16 +232,25 @@ class CompiledParts:
         """As :func:`turbolens_server.unet.tapped.tapped_forward`; `stop` is one of the points."""
         given = (sample, timestep.float().expand(len(sample)), *conditions.tensors())
         chain = self.chains[_chain_of(len(sample))]
-        return chain.run([tensor.contiguous() for tensor in given], tap, at, stop)
+        parts = Parts.of(len(sample), self.workers)
+        return chain.run([tensor.contiguous() for tensor in given], tap, at, stop, parts)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D']."""
-        hidden, pooled = self.text[_chain_of(ids.shape[1])]([ids.transpose(0, 1).contiguous()])
-        return hidden, pooled
+        parts = Parts.of(ids.shape[1], self.workers)
+        given = [[part] for part in parts.split(ids.transpose(0, 1).contiguous())]
+        hidden, pooled = zip(*parts.each(self.text[_chain_of(ids.shape[1])], given), strict=True)
+        return parts.join(hidden), parts.join(pooled)
 
     def decode(self, latents: Tensor) -> Tensor:
         """One latent [1, C, h, w] as the VAE itself decodes it."""
         return self.decoder([latents.contiguous()])[0]
+
+
+def side_by_side(batch: int, latent: tuple[int, ...]) -> int:
+    """Pictures of a batch that are decoded at once where they are compiled, from latents of (height, width)."""
+    cores = torch.get_num_threads()
+    return cores if cores <= batch and math.prod(latent) <= _SMALL else 1
 
 
 def _chain_of(batch: int) -> str:
@@ -244,7 +316,8 @@ class CompiledUNet:
 
 
 class CompiledDecoder:
-    """A VAE's decoder by its package; latents of another size go to the VAE."""
+    """A VAE's decoder by its package; latents of another size go to the VAE. Small pictures are made side by side, one
+    on each core, for what :class:`Parts` says."""
 
     def __init__(self, parts: CompiledParts, vae: Callable[[], Any], config: Any, latent: tuple[int, int]) -> None:
         """`vae` gives the VAE, of this configuration; it is asked when something first needs it."""
@@ -252,6 +325,11 @@ class CompiledDecoder:
         self._parts = parts
         self._vae = vae
         self._shape = (1, config.latent_channels, *latent)
+
+    def workers_for(self, latents: Tensor) -> Executor | None:
+        """Threads to decode the latents of a batch in, one by one each; None where one at a time has all cores."""
+        fits = tuple(latents.shape[1:]) == self._shape[1:]
+        return self._parts.workers if fits and side_by_side(len(latents), self._shape[2:]) > 1 else None
 
     def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
         """Latents [B, C, h, w] -> (pictures [B, 3, height, width],), as the VAE itself gives them."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,19 +21,29 @@ from torch import Tensor
 LIBRARY: Final = "native.so"
 """File that :func:`build` writes."""
 _SOURCE: Final = """
+#include <ATen/Parallel.h>
+#include <omp.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/custom_class.h>
 
 struct Package : torch::CustomClassHolder {
-  explicit Package(std::string path) : loader(path, "model", /*run_single_threaded=*/true) {}
+  Package(std::string path, int64_t callers)
+      : loader(path, "model", /*run_single_threaded=*/callers == 1, /*num_runners=*/callers) {}
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) {
     return loader.boxed_run(std::move(inputs));
   }
   torch::inductor::AOTIModelPackageLoader loader;
 };
 
+int64_t take_one_core() {
+  at::get_num_threads();  // sets this thread's number to the process's, the first time
+  omp_set_num_threads(1);
+  return at::get_num_threads();
+}
+
 TORCH_LIBRARY(turbolens_compiled, library) {
-  library.class_<Package>("Package").def(torch::init<std::string>()).def("run", &Package::run);
+  library.class_<Package>("Package").def(torch::init<std::string, int64_t>()).def("run", &Package::run);
+  library.def("take_one_core", take_one_core);
 }
 """
 
@@ -57,7 +68,7 @@ def build(folder: Path) -> None:
         source = Path(scratch) / "native.cpp"
         source.write_text(_SOURCE)
         command = [
-            compiler(), "-std=c++20", "-O1", "-fPIC", "-shared", str(source), "-o", str(folder / LIBRARY),
+            compiler(), "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-shared", str(source), "-o", str(folder / LIBRARY),
             f"-I{headers}", f"-I{headers}/torch/csrc/api/include", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         ]  # fmt: skip
@@ -66,10 +77,19 @@ def build(folder: Path) -> None:
         raise RuntimeError(done.stderr.strip() or f"{command[0]} ended with {done.returncode}")
 
 
-def load(package: Path) -> Run:
-    """A package, unpacked in a folder beside what :func:`build` wrote, ready to run."""
-    run: Run = _package_class(package.parent / LIBRARY)(str(package)).run
+def load(package: Path, callers: int = 1) -> Run:
+    """A package, unpacked in a folder beside what :func:`build` wrote, ready to run; for so many threads at a time,
+    who share its weights."""
+    run: Run = _package_class(package.parent / LIBRARY)(str(package), callers).run
     return run
+
+
+def workers(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads in each of which PyTorch's libraries use one core, whatever the process's number; a package was loaded.
+
+    PyTorch's own setting is of the process: a thread that began meanwhile would keep it.
+    """
+    return ThreadPoolExecutor(count, name, initializer=torch.ops.turbolens_compiled.take_one_core)
 
 
 def _package_class(library: Path) -> Any:

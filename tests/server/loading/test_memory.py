@@ -20,6 +20,7 @@ from turbolens_server.files import available_host_bytes
 from turbolens_server.loading import load, memory
 from turbolens_server.loading.memory import (
     Asked,
+    Counted,
     count,
     encoder_bytes,
     memory_need,
@@ -135,6 +136,14 @@ def test_reading_a_picture_counts_where_it_takes_more_than_a_walk(engine):
     assert large.activations - small.activations == pytest.approx(
         memory.slack(encoder_bytes(parts.vae, 256, 256)[1]) - memory.slack(unet_bytes(parts.unet, 1, 8, 8, 8)), abs=2
     )
+
+
+def test_pictures_that_are_decoded_at_once_are_counted_each(engine):
+    counted = Counted(weights=0, denoising=100, reading=0, decoding=60, texts=0)
+    nothing = {"saes": [], "dictionaries": [], "runs": [], "max_batch": 8, "available": None}
+    for decoders, pipelined, most in ((1, False, 100), (2, False, 120), (1, True, 160), (2, True, 220)):
+        need = memory_need(counted, pipelined=pipelined, decoders=decoders, **nothing)
+        assert need.activations == memory.slack(most)
 
 
 def test_the_prompts_that_are_kept_are_counted(engine):
