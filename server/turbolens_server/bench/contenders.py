@@ -80,7 +80,7 @@ def unet_pass(engine: Engine, work: Work, saes: Sequence[str]) -> Callable[[], o
         (t,) = walk.timesteps
         sample = walk.noise.clone()
     jobs = work.jobs(saes=tuple(saes))
-    plan = BatchPlan(jobs, Lanes.of(jobs), engine.info, engine.saes, engine.device, [float(t)])
+    plan = BatchPlan(jobs, Lanes.of(jobs), engine.info, engine.saes, engine.device, [float(t)], engine.running.pick)
 
     def run() -> None:
         with on_device(engine.device), torch.inference_mode():

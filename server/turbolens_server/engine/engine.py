@@ -289,7 +289,7 @@ class Engine:
             bias,
             gate=first.gate,
         )
-        plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist())
+        plan = BatchPlan(jobs, lanes, self.info, self._saes, self._device, walk.timesteps.tolist(), running.pick)
         features: list[list[SparseCodes]] = [[] for _ in jobs]
         attributions: list[Attribution | None] = [None] * len(jobs)
         for step, t in enumerate(walk.timesteps):

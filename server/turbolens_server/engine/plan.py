@@ -13,6 +13,7 @@ from torch import Tensor
 from turbolens_server.engine.info import EngineInfo
 from turbolens_server.engine.lanes import Lanes
 from turbolens_server.engine.types import Attribute, Job, SaeOptions
+from turbolens_server.kernels.select import Pick
 from turbolens_server.sae.sae import Sae
 from turbolens_server.sae.temporal import refuse_edit, refuse_steps
 from turbolens_server.steering.compose import RowEdits, compose
@@ -53,8 +54,11 @@ class BatchPlan:
         saes: Mapping[str, Sae],
         device: torch.device,
         timesteps: Sequence[float],
+        pick: Pick | None = None,
     ) -> None:
+        """`pick` selects features on a CPU; None: NumPy."""
         self.saes = saes
+        self.pick = pick
         self.lanes = lanes
         self.device = device
         self.on_gpu = device.type == "cuda"

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from turbolens_server.engine.text import Encode
+from turbolens_server.kernels.select import Pick
 from turbolens_server.unet.backend import UNetBackend
 
 
@@ -20,6 +21,8 @@ class Running:
     """Why it is these."""
     text: Encode | None = None
     """Encodes prompts; None: the encoders themselves, or their recording on a GPU."""
+    pick: Pick | None = None
+    """Selects features on a CPU; None: NumPy."""
 
 
 class Seat:

@@ -192,20 +192,27 @@ class StepTap:
         sae, run = self._plan.saes[name], self._plan.runs.setdefault(name, [])
         run.append(update)
         if len(run) == sae.bundle.steps:
-            self._read.append((name, grid, self._plan.wanted[name], sae.encode(side_by_side(run))))
+            self._read.append(
+                (name, grid, self._plan.wanted[name], sae.encode(side_by_side(run), pick=self._plan.pick))
+            )
 
     def _encode(self, name: str, update: Tensor, rows: list[int]) -> Codes:
         """Codes of some rows only, each at its own k and prefix: a row that asks for nothing is not encoded."""
-        sae, options = self._plan.saes[name], self._plan.options.get(name, {})
+        plan = self._plan
+        sae, options = plan.saes[name], plan.options.get(name, {})
         alike: dict[SaeOptions, list[int]] = {}  # places in `rows`
         for place, row in enumerate(rows):
             alike.setdefault(options.get(row, SaeOptions(name)), []).append(place)
         if len(alike) == 1:
             (asked,) = alike
-            return sae.encode(update if len(rows) == len(update) else update[rows], k=asked.k, prefix=asked.prefix)
+            own = update if len(rows) == len(update) else update[rows]
+            return sae.encode(own, k=asked.k, prefix=asked.prefix, pick=plan.pick)
         return in_one(
             [
-                (places, sae.encode(update[[rows[place] for place in places]], k=asked.k, prefix=asked.prefix))
+                (
+                    places,
+                    sae.encode(update[[rows[at] for at in places]], k=asked.k, prefix=asked.prefix, pick=plan.pick),
+                )
                 for asked, places in alike.items()
             ]
         )

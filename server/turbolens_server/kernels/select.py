@@ -6,8 +6,7 @@ two alike, and NumPy, which partitions such numbers several at once, needs less 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -21,45 +20,38 @@ _AT_ONCE: Final = 2**17
 _HELPERS: Final = ThreadPoolExecutor(8, thread_name_prefix="select")
 """NumPy lets other threads run; a pool for the process, since its threads hold nothing."""
 
-Selected = tuple[Tensor, Tensor]
-"""Values [N, k] float32, falling and >= 0, and their features [N, k] int64."""
+Pick = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]], None]
+"""Selects from pre-activations [N, d_sae] into what is given: values and indices [N, k]."""
 
 
-def select_topk(pre: Sequence[Tensor], k: int) -> list[Selected]:
-    """Select in several matrices at once.
+def select_topk(pre: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor]:
+    """Values [N, k] float32, falling and >= 0, and their features [N, k] int64.
 
     Args:
-        pre: pre-activations, each [N, d_sae] float32 on the CPU, of one width. What is not positive counts as 0.
+        pre: pre-activations [N, d_sae] float32 on the CPU. What is not positive counts as 0.
         k: how many to keep, 1 to d_sae: NaN first, the larger value, among equal ones the smaller feature.
+        pick: does it; None: NumPy. They are equal bit by bit.
     """
-    width = pre[0].shape[1]
-    values: npt.NDArray[np.float32] = np.empty((sum(map(len, pre)), k), np.float32)
+    pick, given, width = pick or by_numpy, pre.numpy(), pre.shape[1]
+    values: npt.NDArray[np.float32] = np.empty((len(pre), k), np.float32)
     indices: npt.NDArray[np.int64] = np.empty(values.shape, np.int64)
-    ends = list(itertools.accumulate(map(len, pre), initial=0))
     rows = max(1, _AT_ONCE // width)
-    pieces = [
-        (matrix.numpy()[at : at + rows], slice(start + at, start + min(at + rows, len(matrix))))
-        for matrix, start in zip(pre, ends, strict=False)
-        for at in range(0, len(matrix), rows)
-    ]
 
-    def work(own: Sequence[tuple[npt.NDArray[np.float32], slice]]) -> None:
-        for piece, where in own:
-            _select(piece, values[where], indices[where])
+    def work(starts: range) -> None:
+        for start in starts:
+            own = slice(start, start + rows)
+            pick(given[own], values[own], indices[own])
 
-    threads = min(torch.get_num_threads(), values.shape[0] * width // _AT_ONCE)
+    threads, starts = min(torch.get_num_threads(), len(pre) * width // _AT_ONCE), range(0, len(pre), rows)
     if threads > 1:
-        list(_HELPERS.map(work, (pieces[one::threads] for one in range(threads))))
+        list(_HELPERS.map(work, (starts[one::threads] for one in range(threads))))
     else:
-        work(pieces)
-    return [
-        (torch.from_numpy(values[start:end]), torch.from_numpy(indices[start:end]))
-        for start, end in itertools.pairwise(ends)
-    ]
+        work(starts)
+    return torch.from_numpy(values), torch.from_numpy(indices)
 
 
-def _select(pre: npt.NDArray[np.float32], values: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]) -> None:
-    """Of some rows, into what is given for them."""
+def by_numpy(pre: npt.NDArray[np.float32], values: npt.NDArray[np.float32], indices: npt.NDArray[np.int64]) -> None:
+    """A `Pick`."""
     rows, width = pre.shape
     k = values.shape[1]
     keys = np.empty((rows, width), "<u8")

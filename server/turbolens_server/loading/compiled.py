@@ -149,4 +149,5 @@ def _running(shape: Shape, modules: Modules, entry: Entry, reason: str) -> Runni
 
     unet = CompiledUNet(parts, plain, shape.spec, shape.latent)
     decoder = CompiledDecoder(parts, lambda: modules.get().vae, shape.vae, shape.latent)
-    return Running(unet, decoder, reason, CompiledText(parts, encoders, shape.spec) if parts.text else None)
+    text_encoders = CompiledText(parts, encoders, shape.spec) if parts.text else None
+    return Running(unet, decoder, reason, text_encoders, parts.pick)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from turbolens_server.kernels import ops
-from turbolens_server.kernels.select import select_topk
+from turbolens_server.kernels.select import Pick, select_topk
 from turbolens_server.sae.bundle import Bundle
 from turbolens_server.sae.temporal import changes, directions
 
@@ -68,7 +68,7 @@ class Sae:
         self._scales = None if weights.scales is None else weights.scales.to(device)
         self._predictors = None if weights.predictors is None else weights.predictors.to(device)
 
-    def encode(self, x: Tensor, *, k: int | None = None, prefix: int | None = None) -> Codes:
+    def encode(self, x: Tensor, *, k: int | None = None, prefix: int | None = None, pick: Pick | None = None) -> Codes:
         """Activations of updates x [..., d_in] (any float type); of a temporal SAE, those of all steps side by side.
 
         TopK keeps the k largest pre-activations and then their positive part (Gao et al. 2024, arXiv 2406.04093);
@@ -78,6 +78,7 @@ class Sae:
             x: updates.
             k: of a Matryoshka TopK, 1 to `nesting.k_max`; None: the bundle's own.
             prefix: of a Matryoshka, one of `nesting.prefixes`: only so many first features exist. None: all.
+            pick: selects on a CPU; None: NumPy.
 
         Raises:
             ValueError: the bundle does not allow this k or prefix, or reads another width.
@@ -91,7 +92,9 @@ class Sae:
                 "; ".join(f"{name}={asked[name]}: the SAE {self.bundle.name} {why}" for name, why in refused.items())
             )
         k, d_sae = k or self.bundle.k, prefix or self.bundle.d_sae
-        W_enc, bias = self.W_enc[:, :d_sae], self.bias[:d_sae]
+        W_enc, bias = self.W_enc, self.bias
+        if d_sae < len(bias):
+            W_enc, bias = W_enc[:, :d_sae], bias[:d_sae]
         if self._scales is not None:
             x = changes(x.float(), self._scales, self._predictors)
         if self._fused:
@@ -102,7 +105,7 @@ class Sae:
         else:
             pre = pre * (pre > self.threshold[:d_sae])
             width = max(1, int((pre > 0).sum(-1).max()))
-        ((values, indices),) = select_topk([pre], width)
+        values, indices = select_topk(pre, width, pick)
         shape = (*x.shape[:-1], width)
         return Codes(values.reshape(shape), indices.reshape(shape))
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from turbolens_server.files import first_line
+from turbolens_server.kernels import select_native
+from turbolens_server.kernels.select import Pick
 from turbolens_server.unet import native
 from turbolens_server.unet.backend import BackendError, OnUpdate, Tap, UNetBackend
 from turbolens_server.unet.conditions import Conditions
@@ -65,7 +67,7 @@ def compiled_key(spec: GraphSpec, model: str, components: str, latent: tuple[int
         latent: (height, width) of the latents.
         threads: that will run them; their number is part of the code.
     """
-    code = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in _SOURCES)
+    code = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in _SOURCES) + select_native.SOURCE
     return {
         "model": model,
         "components": components,
@@ -187,6 +189,8 @@ class CompiledParts:
     decoder: Run
     workers: Executor
     """Threads with a core each; they begin when they are needed."""
+    pick: Pick
+    """Selects features."""
 
     @classmethod
     def load(cls, folder: Path) -> CompiledParts:
@@ -211,7 +215,8 @@ class CompiledParts:
                 chains[name] = _Chain(tuple(told[name]["inputs"]), tuple(links))
             files = {name: folder / TEXT.format(name) for name in CHAINS}
             text = {name: native.load(file, callers[name]) for name, file in files.items() if file.exists()}
-            return cls(chains, text, native.load(folder / DECODER, cores), native.workers(cores, "core"))
+            pick = select_native.load(folder / native.SELECT)
+            return cls(chains, text, native.load(folder / DECODER, cores), native.workers(cores, "core"), pick)
         except Exception as error:
             raise BackendError(f"{folder}: compiled code cannot be loaded ({first_line(error)})") from error
 

@@ -18,8 +18,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from turbolens_server.kernels import select_native
+
 LIBRARY: Final = "native.so"
-"""File that :func:`build` writes."""
+"""File that :func:`build` writes; the other one:"""
+SELECT: Final = "select.so"
+"""`kernels/select_native.py`."""
 _SOURCE: Final = """
 #include <ATen/Parallel.h>
 #include <omp.h>
@@ -57,21 +61,35 @@ def compiler() -> str:
 
 
 def build(folder: Path) -> None:
-    """Compile what loads packages, into a folder.
+    """Compile what loads packages, and what selects features, into a folder.
 
     Raises:
         RuntimeError: the compiler says why.
     """
     root = Path(torch.__file__).parent
     headers = root / "include"
+    _compile(
+        _SOURCE, folder / LIBRARY, "-O1", "-fopenmp",
+        f"-I{headers}", f"-I{headers}/torch/csrc/api/include", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    )  # fmt: skip
+    build_select(folder)
+
+
+def build_select(folder: Path) -> None:
+    """Compile what selects features, for this CPU, into a folder.
+
+    Raises:
+        RuntimeError: the compiler says why.
+    """
+    _compile(select_native.SOURCE, folder / SELECT, "-O3", "-march=native")
+
+
+def _compile(code: str, library: Path, *flags: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "native.cpp"
-        source.write_text(_SOURCE)
-        command = [
-            compiler(), "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-shared", str(source), "-o", str(folder / LIBRARY),
-            f"-I{headers}", f"-I{headers}/torch/csrc/api/include", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10",
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        ]  # fmt: skip
+        source.write_text(code)
+        command = [compiler(), "-std=c++20", "-fPIC", "-shared", str(source), "-o", str(library), *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip() or f"{command[0]} ended with {done.returncode}")

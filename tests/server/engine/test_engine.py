@@ -15,6 +15,7 @@ import torch
 from turbolens_server.cuda_graphs import on_device
 from turbolens_server.engine.decode import decode_latents, decode_rows
 from turbolens_server.engine.types import FeaturesReady, Job, NotFinite, Result, StepDone
+from turbolens_server.kernels.select import by_numpy
 from turbolens_server.steering.edits import Edit, Unit, WeightedFeature
 from turbolens_server.steering.masks import Box, BoxMask
 
@@ -41,6 +42,30 @@ def active(engine):
 
 def edit(kind, sae, features, amount, **more) -> Edit:
     return Edit(kind, tuple(WeightedFeature(sae, f) for f in features), amount, **more)
+
+
+def test_what_runs_a_batch_selects_its_features_too(engine, active):
+    """Those that are wanted, and those that an edit reads."""
+    first, *_ = engine.info.saes
+    jobs = [job(saes=tuple(engine.info.saes)), job(edits=(edit("scale", first, active[first], 0.5),))]
+    selected = []
+
+    def pick(pre, values, indices):
+        selected.append(pre.shape)
+        by_numpy(pre, values, indices)
+
+    was = engine.running
+    expected = engine.run(jobs)
+    engine.use(dataclasses.replace(was, pick=pick))
+    try:
+        found = engine.run(jobs)
+    finally:
+        engine.use(was)
+    assert sorted(rows for rows, _ in selected) == [64] * (len(engine.info.saes) - 1) + [128]
+    for a, b in zip(expected, found, strict=True):
+        assert np.array_equal(a.latents, b.latents)
+        for ours, theirs in zip(a.features, b.features, strict=True):
+            assert np.array_equal(ours.values, theirs.values)
 
 
 def test_a_run_without_edits_is_bit_equal_whatever_is_extracted(engine):
