@@ -47,7 +47,8 @@ def port():
 
 @pytest.fixture(scope="module")
 def served(bundle, port):
-    with start(sae=(str(bundle),), admin_port=port) as server:
+    # A long grace: on a slow machine less work may wait than is asked for here.
+    with start(sae=(str(bundle),), admin_port=port, grace_s=600) as server:
         yield server
 
 

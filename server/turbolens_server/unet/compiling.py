@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import tempfile
 import time
 import zipfile
@@ -147,11 +148,14 @@ def _compile_chain(
 
 def _package(traced: Any, folder: Path, threads: int) -> None:
     """Compile into a folder: of a package in one file every process that loads it would unpack a copy of its own."""
-    settings = {
+    settings: dict[str, Any] = {
         "freezing": True,
-        "cpp.threads": threads,
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, and takes longest to compile
     }
+    # A number that is said stands in every loop, also where a part of a batch has one core. Of all cores of the machine,
+    # not said, loops take as many as their caller has.
+    if not threads == os.cpu_count() == torch.get_num_threads():
+        settings["cpp.threads"] = threads
     with tempfile.TemporaryDirectory() as scratch:
         path = str(Path(scratch) / "package.pt2")
         with torch.no_grad():
