@@ -146,21 +146,16 @@ def test_compiled_a_picture_has_the_same_bits_wherever_it_stands(compiled):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @torch.inference_mode()
-def test_compiled_code_gives_the_same_bits_on_one_core_for_each_part(compiled, graph_cache, monkeypatch):
+def test_compiled_pictures_decoded_side_by_side_have_the_same_bits(compiled, graph_cache, monkeypatch):
     folder = next((graph_cache / "packages").glob("*/chains.json")).parent
     walk = compiled.begin(compiled.components.text.encode_all([f"star {n}" for n in range(6)]), range(6), 1)
-    (t,) = walk.timesteps
     found = []
     for cores in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
-        parts, seen = CompiledParts.load(folder), {}
-        tap = Reader(parts.points, seen)
-        made = parts.predict(walk.noise, t, walk.conditions, tap, tap.at)
+        parts = CompiledParts.load(folder)
         decode = torch.inference_mode()(parts.decode)
-        pictures = [*(map if cores == 1 else parts.workers.map)(decode, walk.noise.split(1))]
-        hidden, pooled = parts.encode(torch.arange(2 * 6 * 77).reshape(2, 6, 77) % 99)
-        found.append([made, *(seen[point] for point in sorted(seen)), *pictures, hidden, pooled])
-    assert len(found[0]) > 10
+        found.append([*(map if cores == 1 else parts.workers.map)(decode, walk.noise.split(1))])
+    assert len(found[0]) == 6
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
 

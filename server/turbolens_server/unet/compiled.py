@@ -106,76 +106,22 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """A batch in parts of one size, each run on a core of its own; or whole, on all cores.
-
-    Small maps do not keep several cores busy: in each of their many short loops they wait for each other, and for one
-    that something else has taken. Where the rows do not come out even, parts overlap: of other sizes they would differ
-    in their last bits, and a row's place would show.
-    """
-
-    rows: int
-    workers: Executor | None
-    """None: whole."""
-    count: int = 1
-
-    @classmethod
-    def of(cls, rows: int, workers: Executor) -> Parts:
-        """As many as there are cores, where each gets several rows."""
-        cores = torch.get_num_threads()
-        if not 1 < cores <= rows // 2:
-            return cls(rows, None)
-        return cls(rows, workers, math.ceil(rows / math.ceil(rows / cores)))
-
-    @property
-    def _size(self) -> int:
-        return math.ceil(self.rows / self.count)
-
-    @property
-    def _starts(self) -> list[int]:
-        return [min(part * self._size, self.rows - self._size) for part in range(self.count)]
-
-    def split(self, rows: Tensor) -> list[Tensor]:
-        """[B, ...] -> parts."""
-        return [rows[start : start + self._size] for start in self._starts]
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse."""
-        if self.count == 1:
-            return parts[0]
-        new = [part * self._size - start for part, start in enumerate(self._starts)]  # rows that the one before had
-        return torch.cat([part[first:] for part, first in zip(parts, new, strict=True)])
-
-    def each(self, run: Run, given: Sequence[list[Tensor]]) -> list[Sequence[Tensor]]:
-        """What a package makes of each part."""
-        if self.workers is None:
-            return [run(part) for part in given]
-        return list(self.workers.map(torch.inference_mode()(run), given))  # that mode is a thread's own
-
-
-@dataclasses.dataclass(frozen=True)
 class _Chain:
     inputs: tuple[str, ...]
     links: tuple[Segment, ...]
 
-    def run(
-        self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None, parts: Parts
-    ) -> Tensor | None:
-        """The parts of a batch go each its own way and meet where the tap looks at all rows."""
-        values = [dict(zip(self.inputs, part, strict=True)) for part in zip(*map(parts.split, given), strict=True)]
+    def run(self, given: Sequence[Tensor], tap: OnUpdate, at: frozenset[str], stop: str | None) -> Tensor | None:
+        values = dict(zip(self.inputs, given, strict=True))
         for link in self.links:
-            out = parts.each(link.module, [[part[name] for name in link.takes] for part in values])
-            for part, given_on in zip(values, out, strict=True):
-                part.update(zip(link.gives, given_on, strict=True))
-            ends = [given_on[-1] for given_on in out]
+            out = link.module([values[name] for name in link.takes])
+            values.update(zip(link.gives, out, strict=True))
+            end: Tensor = out[-1]
             if link.point is None:
-                return parts.join(ends)
-            if link.point in at:
-                ends = parts.split(tap(link.point, parts.join(ends), link.grid))
+                return end
+            steered = tap(link.point, end, link.grid) if link.point in at else end
             if link.point == stop:
                 return None
-            for part, end in zip(values, ends, strict=True):
-                part[STEERED] = end.contiguous()
+            values[STEERED] = steered.contiguous()
         raise AssertionError("a chain's last link predicts")
 
 
@@ -202,19 +148,18 @@ class CompiledParts:
         try:
             told = json.loads((folder / ORDER).read_text())
             cores = torch.get_num_threads()
-            callers = {name: 1 if batch == 1 else cores for name, batch in CHAINS.items()}
             chains = {}
             for name in CHAINS:
                 links = [
                     Segment(
                         tuple(link["takes"]), tuple(link["gives"]), link["point"], tuple(link["grid"]),
-                        native.load(folder / link["module"], callers[name]),
+                        native.load(folder / link["module"]),
                     )
                     for link in told[name]["links"]
                 ]  # fmt: skip
                 chains[name] = _Chain(tuple(told[name]["inputs"]), tuple(links))
             files = {name: folder / TEXT.format(name) for name in CHAINS}
-            text = {name: native.load(file, callers[name]) for name, file in files.items() if file.exists()}
+            text = {name: native.load(file) for name, file in files.items() if file.exists()}
             pick = select_native.load(folder / native.SELECT)
             return cls(chains, text, native.load(folder / DECODER, cores), native.workers(cores, "core"), pick)
         except Exception as error:
@@ -237,15 +182,12 @@ class CompiledParts:
         """As :func:`turbolens_server.unet.tapped.tapped_forward`; `stop` is one of the points."""
         given = (sample, timestep.float().expand(len(sample)), *conditions.tensors())
         chain = self.chains[_chain_of(len(sample))]
-        parts = Parts.of(len(sample), self.workers)
-        return chain.run([tensor.contiguous() for tensor in given], tap, at, stop, parts)
+        return chain.run([tensor.contiguous() for tensor in given], tap, at, stop)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids [2, B, tokens] -> hidden states [B, tokens, D] and pooled text [B, D']."""
-        parts = Parts.of(ids.shape[1], self.workers)
-        given = [[part] for part in parts.split(ids.transpose(0, 1).contiguous())]
-        hidden, pooled = zip(*parts.each(self.text[_chain_of(ids.shape[1])], given), strict=True)
-        return parts.join(hidden), parts.join(pooled)
+        hidden, pooled = self.text[_chain_of(ids.shape[1])]([ids.transpose(0, 1).contiguous()])
+        return hidden, pooled
 
     def decode(self, latents: Tensor) -> Tensor:
         """One latent [1, C, h, w] as the VAE itself decodes it."""
@@ -322,7 +264,7 @@ class CompiledUNet:
 
 class CompiledDecoder:
     """A VAE's decoder by its package; latents of another size go to the VAE. Small pictures are made side by side, one
-    on each core, for what :class:`Parts` says."""
+    on each core: in each of their many short loops several cores would wait for each other."""
 
     def __init__(self, parts: CompiledParts, vae: Callable[[], Any], config: Any, latent: tuple[int, int]) -> None:
         """`vae` gives the VAE, of this configuration; it is asked when something first needs it."""

@@ -152,7 +152,7 @@ def _package(traced: Any, folder: Path, threads: int) -> None:
         "freezing": True,
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls kernels, and takes longest to compile
     }
-    # A number that is said stands in every loop, also where a part of a batch has one core. Where it is that of all
+    # A number that is said stands in every loop, also where a picture is decoded on one core. Where it is that of all
     # cores of the machine it need not be said, and loops take as many as their caller has.
     if not threads == os.cpu_count() == torch.get_num_threads():
         settings["cpp.threads"] = threads
