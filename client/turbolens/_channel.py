@@ -126,6 +126,14 @@ def _plain(token: str) -> str:
     return token
 
 
+def _travels(key: object, value: object) -> bool:
+    if not isinstance(key, str) or not _KEY.fullmatch(key) or key.startswith("grpc-"):
+        return False
+    if key.endswith("-bin"):
+        return isinstance(value, bytes)
+    return isinstance(value, str) and _TEXT.fullmatch(value) is not None
+
+
 def pairs(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """Metadata that can travel, likewise.
 
@@ -134,10 +142,7 @@ def pairs(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:
     """
     given = tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
     for pair in given:
-        key, value = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-        kind, text = (bytes, None) if str(key).endswith("-bin") else (str, _TEXT)
-        fits = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith("grpc-") and isinstance(value, kind)
-        if not fits or (text is not None and not text.fullmatch(cast(str, value))):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and _travels(*pair)):
             raise ValueError(
                 f"metadata holds {pair!r}; give pairs of a key in lower case and a value of plain ASCII, or of bytes "
                 "where the key ends in -bin"

@@ -231,9 +231,7 @@ class Queue:
 
     async def close(self) -> None:
         """End what runs at its next step, and the threads."""
-        for ticket in list(self._tickets):
-            ticket.cancelled.set()
-            self._batcher.drop(ticket)
+        self.give_up()
         self._texts.drop()
         await asyncio.gather(*self._batches, return_exceptions=True)
         for thread in (self._denoise, self._decode):

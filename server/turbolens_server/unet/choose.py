@@ -68,13 +68,11 @@ def open_backend(
             return TorchUNet(unet, blocks, name), reason, {}
         case "onnx":
             runtime = need("onnxruntime", "onnx")
-            graph = ensure_graph(cache, unet, spec, model_hash)
-            other = None if hearing is None else ensure_graph(cache, unet, hearing, model_hash)
+            specs = [spec] if hearing is None else [spec, hearing]
+            files = [ensure_graph(cache, unet, one, model_hash).folder / GRAPH_FILE for one in specs]
             unet.to("meta")
-            hears = None
-            if hearing is not None and other is not None:
-                hears = GraphUNet("onnx", hearing, OnnxRunner(other.folder / GRAPH_FILE, device))
-            runner = OnnxRunner(graph.folder / GRAPH_FILE, device)
+            hears = None if hearing is None else GraphUNet("onnx", hearing, OnnxRunner(files[1], device))
+            runner = OnnxRunner(files[0], device)
             return GraphUNet("onnx", spec, runner, hears), reason, {"onnxruntime": runtime.__version__}
         case "tensorrt":
             if device.type != "cuda" or (target := current_target(device)) is None:
