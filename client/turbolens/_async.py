@@ -50,7 +50,7 @@ from turbolens._run import (
 from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
 from turbolens._waiting import async_home, async_messages
-from turbolens._window import async_window
+from turbolens._window import CALLS, RUNS, async_window
 from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.admin_service_pb2_grpc import AdminServiceStub
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -97,7 +97,8 @@ class AsyncLens:
         self._at_home: Callable[[], bool]
         self._model: Model | None = None
         self._labels = Labels()
-        self._window = async_window()
+        self._window = async_window(RUNS)
+        self._calls = async_window(CALLS)
 
     async def model(self) -> Model:
         """The model, its hook points and SAEs, and every limit; asked once."""
@@ -124,7 +125,7 @@ class AsyncLens:
         while True:
             try:
                 return await self.model()
-            except Unavailable as error:
+            except (Unavailable, Overloaded) as error:
                 wait = error.retry_after or _READY_S
                 if time.monotonic() + wait > until:
                     raise
@@ -720,15 +721,16 @@ class AsyncLens:
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         name_request(request)
-        attempts = Attempts(self._timeout if timeout is None else timeout, self._attempts)
-        while True:
-            try:
-                return await method(request, timeout=attempts.left_s(), metadata=self._to.metadata())
-            except grpc.RpcError as refusal:
-                error = from_rpc_error(refusal, self._target)
-                if (wait := attempts.wait_s(error)) is None:
-                    raise error from None
-            await asyncio.sleep(wait)
+        async with self._calls:
+            attempts = Attempts(self._timeout if timeout is None else timeout, self._attempts)
+            while True:
+                try:
+                    return await method(request, timeout=attempts.left_s(), metadata=self._to.metadata())
+                except grpc.RpcError as refusal:
+                    error = from_rpc_error(refusal, self._target)
+                    if (wait := attempts.wait_s(error)) is None:
+                        raise error from None
+                await asyncio.sleep(wait)
 
     async def _events(self, method: Any, request: Any, call: Call) -> AsyncIterator[Event]:
         name_request(request)

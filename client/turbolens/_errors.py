@@ -115,6 +115,10 @@ EXCEPTIONS: Final[dict[grpc.StatusCode, type[TurboLensError]]] = {
     grpc.StatusCode.UNKNOWN: InternalError,
 }
 """Status codes and what they become; any other is a plain TurboLensError."""
+_REFUSED_STREAM: Final = "RST_STREAM with error code 7"
+"""What gRPC says where HTTP/2's REFUSED_STREAM has come back as often as it asks again by itself."""
+_CALLS_END_S: Final = 0.5
+"""In which some of a connection's calls are over, at a guess."""
 
 
 def out_of_time(target: str, said: str = "its stream stood still") -> DeadlineExceeded:
@@ -165,6 +169,10 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer in time; give the call a longer timeout ({message})"
     kind = EXCEPTIONS.get(code, TurboLensError)
+    if code is grpc.StatusCode.UNAVAILABLE and not reason and _REFUSED_STREAM in message:
+        # The server has not looked at it, and is there: it takes so many calls at once on one connection.
+        kind, retry_after = Overloaded, _CALLS_END_S
+        message = f"{target} has as many calls on this connection as it takes at once ({error.details()})"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         # gRPC gives a message over the size limit the status of a full queue, but waiting does not shrink it.
         kind = InvalidRequest

@@ -50,7 +50,7 @@ from turbolens._sweep import Sweep, SweptKind, sweep
 from turbolens._table import Table
 from turbolens._twin import run_sync
 from turbolens._waiting import sync_home, sync_messages
-from turbolens._window import sync_window
+from turbolens._window import CALLS, RUNS, sync_window
 from turbolens_proto.v1 import admin_service_pb2, feature_service_pb2, model_service_pb2
 from turbolens_proto.v1.admin_service_pb2_grpc import AdminServiceStub
 from turbolens_proto.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -97,7 +97,8 @@ class Lens:
         self._at_home: Callable[[], bool]
         self._model: Model | None = None
         self._labels = Labels()
-        self._window = sync_window()
+        self._window = sync_window(RUNS)
+        self._calls = sync_window(CALLS)
 
     def model(self) -> Model:
         """The model, its hook points and SAEs, and every limit; asked once."""
@@ -124,7 +125,7 @@ class Lens:
         while True:
             try:
                 return self.model()
-            except Unavailable as error:
+            except (Unavailable, Overloaded) as error:
                 wait = error.retry_after or _READY_S
                 if time.monotonic() + wait > until:
                     raise
@@ -714,15 +715,16 @@ class Lens:
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         name_request(request)
-        attempts = Attempts(self._timeout if timeout is None else timeout, self._attempts)
-        while True:
-            try:
-                return method(request, timeout=attempts.left_s(), metadata=self._to.metadata())
-            except grpc.RpcError as refusal:
-                error = from_rpc_error(refusal, self._target)
-                if (wait := attempts.wait_s(error)) is None:
-                    raise error from None
-            time.sleep(wait)
+        with self._calls:
+            attempts = Attempts(self._timeout if timeout is None else timeout, self._attempts)
+            while True:
+                try:
+                    return method(request, timeout=attempts.left_s(), metadata=self._to.metadata())
+                except grpc.RpcError as refusal:
+                    error = from_rpc_error(refusal, self._target)
+                    if (wait := attempts.wait_s(error)) is None:
+                        raise error from None
+                time.sleep(wait)
 
     def _events(self, method: Any, request: Any, call: Call) -> Iterator[Event]:
         name_request(request)

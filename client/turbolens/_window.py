@@ -1,4 +1,4 @@
-"""How many runs one client has under way: the rest wait here, where they cost the server nothing."""
+"""How much one client has under way: the rest waits here, where it costs the server nothing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import asyncio
 import threading
 from typing import Final
 
-MOST: Final = 32
+RUNS: Final = 32
 """Several batches' worth, and fewer than a server's queue holds: two such clients are not refused."""
+CALLS: Final = 64
+"""Fewer than the 100 that a server takes on one connection, with room for streams: those above are sent back, and where
+answers are slow gRPC gives up on them. More than runs, so that a question does not wait for pictures."""
 
 
-def async_window() -> asyncio.Semaphore:
+def async_window(most: int) -> asyncio.Semaphore:
     """For the async client."""
-    return asyncio.Semaphore(MOST)
+    return asyncio.Semaphore(most)
 
 
-def sync_window() -> threading.Semaphore:
+def sync_window(most: int) -> threading.Semaphore:
     """For the sync client, whose threads share it."""
-    return threading.Semaphore(MOST)
+    return threading.Semaphore(most)
