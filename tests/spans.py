@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -20,6 +21,12 @@ def exporter() -> InMemorySpanExporter:
     return kept
 
 
-def of_trace(trace_id: int) -> list[ReadableSpan]:
-    """The spans of one trace."""
-    return [span for span in exporter().get_finished_spans() if span.context.trace_id == trace_id]
+def of_trace(trace_id: int, awaited: str = "") -> list[ReadableSpan]:
+    """The spans of one trace; once it has one of the name that is awaited, since a picture is answered before the loop
+    that records its batch comes to do so."""
+    until = time.monotonic() + 30
+    while True:
+        found = [span for span in exporter().get_finished_spans() if span.context.trace_id == trace_id]
+        if not awaited or awaited in {span.name for span in found} or time.monotonic() > until:
+            return found
+        time.sleep(0.01)

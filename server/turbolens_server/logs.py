@@ -78,7 +78,7 @@ def configure_logging(style: str, level: str) -> None:
         structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *renderer], foreign_pre_chain=_OF_LIBRARIES)
     )
     logger, root = logging.getLogger(NAME), logging.getLogger()
-    logger.handlers = root.handlers = [handler]
+    logger.handlers, root.handlers = [handler], [handler]  # two lists: what is added to one is not the other's
     logger.propagate = False
     logger.setLevel(level.upper())
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))

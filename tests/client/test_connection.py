@@ -230,11 +230,11 @@ def test_wait_ready_gives_up_in_time():
 
 
 def test_a_wait_past_the_timeout_gives_the_refusal_itself_and_at_once(running, fake):
-    fake.on["Generate"] = full(30, times=9)
+    fake.on["Generate"] = full(300, times=9)
     start = time.monotonic()
-    with tl.connect(running.target, timeout=5) as client, pytest.raises(tl.Overloaded, match="full"):
+    with tl.connect(running.target, timeout=60) as client, pytest.raises(tl.Overloaded, match="full"):
         client.generate("x")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30
 
 
 def test_calls_take_turns_over_several_servers_and_survive_the_loss_of_one(running, fake):

@@ -80,7 +80,7 @@ def test_the_event_loop_goes_on_while_the_server_starts(monkeypatch):
 
         @staticmethod
         def start():
-            assert ticked.wait(5), "nothing else ran on the event loop"
+            assert ticked.wait(30), "nothing else ran on the event loop"
             return Running()
 
     monkeypatch.setattr(_embedded, "entry_points", lambda **_: [EntryPoint()])
@@ -99,7 +99,7 @@ def test_who_gives_up_while_the_server_starts_leaves_none_behind(started, monkey
 
     def slow(self):
         begun.set()
-        assert go.wait(5)
+        assert go.wait(30)
         return start(self)
 
     monkeypatch.setattr(_embedded.Embedded, "start", slow)
@@ -110,7 +110,7 @@ def test_who_gives_up_while_the_server_starts_leaves_none_behind(started, monkey
                 raise AssertionError
 
         task = asyncio.create_task(enter())
-        await asyncio.to_thread(begun.wait, 5)
+        await asyncio.to_thread(begun.wait, 30)
         task.cancel()
         go.set()
         with pytest.raises(asyncio.CancelledError):

@@ -13,7 +13,7 @@ def test_a_programs_span_holds_the_call_with_its_steps_saes_and_pictures(lens):
     spans.exporter()
     with trace.get_tracer("a program").start_as_current_span("work") as work:
         lens.generate("my secret prompt", seed=7, steps=3, features=["up.0.1", "down.2.1"])
-    found = spans.of_trace(work.get_span_context().trace_id)
+    found = spans.of_trace(work.get_span_context().trace_id, awaited="vae")
     names = collections.Counter(span.name for span in found)
     assert names == {
         "work": 1, "turbolens.v1.GenerationService/Generate": 1, "queue": 1, "batch": 1, "text": 1, "unet.step": 3,

@@ -376,7 +376,7 @@ class Queue:
                     free()
                 started = loop.time()
                 await loop.run_in_executor(self._decode, decode, denoised)
-                second = (started, loop.time())
+                second = (started, max(started, batch.last_told))
                 seconds.labels("vae").observe(second[1] - started)
         finally:
             contexts = [ticket.context for ticket in batch.tickets]

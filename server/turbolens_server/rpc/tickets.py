@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from opentelemetry.context import Context
@@ -82,6 +83,9 @@ class Batch:
         """Steps that have been taken."""
         self.times: list[StepTimes] = []
         """Of the steps that have been taken, where the engine tells."""
+        self.last_told = 0.0
+        """When the last picture was told, on the loop's clock: its caller may have it before the loop comes to see that
+        the batch is over, and its trace shall not say that it was decoded after it was answered."""
         self._left_at: dict[int, int] = {}
         """Steps that had been taken when a row was first seen to be cancelled, by row."""
 
@@ -115,6 +119,8 @@ class Batch:
             self._steps = max(self._steps, event.step + 1)
             if event.times is not None and event.step == len(self.times):
                 self.times.append(event.times)
+        elif isinstance(event, Result | NotFinite):
+            self.last_told = time.monotonic()
         key = (slot.request, slot.index, *_what(event))
         if key in self._told:
             return

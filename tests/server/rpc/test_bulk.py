@@ -22,7 +22,7 @@ def an_item(number: int, **fields) -> fs.ExtractFeaturesBatchRequest:
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -125,7 +125,7 @@ async def test_a_caller_who_leaves_ends_all_its_items_at_once(fake):
         await until(lambda: queue.waiting)
         call.cancel()
         await until(lambda: not queue.waiting and not running.serving._ledger.held)
-        assert await asyncio.to_thread(fake.stopped.wait, 5)
+        assert await asyncio.to_thread(fake.stopped.wait, 30)
         assert len(fake.batches) == 1
 
 

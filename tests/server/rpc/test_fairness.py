@@ -167,7 +167,7 @@ async def test_searches_take_turns_with_pictures_and_share_passes(fake):
             asyncio.ensure_future(running.generation.Generate(messages.generate(prompt="", seeds=range(16))))
             for _ in range(2)
         ]
-        assert await asyncio.to_thread(fake.started.wait, 5)
+        assert await asyncio.to_thread(fake.started.wait, 30)
         words = [f"word {i % 12}" for i in range(24)]
         searches = [running.features.SearchFeatures(fs.SearchFeaturesRequest(query=word)) for word in words]
         asked = asyncio.gather(*searches)

@@ -47,7 +47,7 @@ async def test_the_first_one_may_leave_without_taking_the_others_along(running):
     running.engine.gate.clear()
     first, second = ask(running), ask(running)
     second = asyncio.ensure_future(second)
-    assert await asyncio.to_thread(running.engine.started.wait, 5)
+    assert await asyncio.to_thread(running.engine.started.wait, 30)
     await asyncio.sleep(0.1)
     first.cancel()
     await asyncio.sleep(0.1)
@@ -59,11 +59,11 @@ async def test_the_first_one_may_leave_without_taking_the_others_along(running):
 async def test_when_all_have_left_the_engine_stops_and_the_next_one_begins_anew(running):
     running.engine.gate.clear()
     calls = [ask(running), ask(running)]
-    assert await asyncio.to_thread(running.engine.started.wait, 5)
+    assert await asyncio.to_thread(running.engine.started.wait, 30)
     await asyncio.sleep(0.1)
     for call in calls:
         call.cancel()
-    assert await asyncio.to_thread(running.engine.stopped.wait, 5)
+    assert await asyncio.to_thread(running.engine.stopped.wait, 30)
     running.engine.gate.set()
     assert (await ask(running)).generations
 

@@ -66,10 +66,12 @@ async def test_a_deadline_is_not_a_cancellation_in_the_log(running, log_lines):
     running.engine.gate.clear()
     with pytest.raises(grpc.aio.AioRpcError):
         await running.generation.Generate(a_request(), timeout=0.2)
+    before = len(running.engine.batches)
     call = running.generation.Generate(a_request())
-    await asyncio.sleep(0.2)
-    call.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
+        while len(running.engine.batches) == before:
+            await asyncio.sleep(0.01)
+        call.cancel()
         while len([line for line in log_lines if line["event"] == "rpc"]) < 2:
             await asyncio.sleep(0.01)
     codes = [line["code"] for line in log_lines if line["event"] == "rpc"]
@@ -134,7 +136,7 @@ async def test_a_grace_that_passes_ends_what_runs(running):
     running.engine.gate.clear()
     call = asyncio.ensure_future(running.generation.Generate(a_request()))
     await asyncio.to_thread(running.engine.started.wait)
-    await asyncio.wait_for(running.serving.stop(0.1), 5)
+    await asyncio.wait_for(running.serving.stop(0.1), 30)
     with pytest.raises(grpc.aio.AioRpcError, match="the server is stopping"):
         await call
     assert running.engine.stopped.is_set()
@@ -143,7 +145,7 @@ async def test_a_grace_that_passes_ends_what_runs(running):
 async def test_the_program_serves_until_it_is_told_to_stop(fake, monkeypatch, log_lines):
     monkeypatch.setattr(serving, "load_from", lambda config, **_: fake)
     program = asyncio.create_task(app._serve(ServerConfig(port=0, grace_s=1, backend="torch")))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not any(line["event"] == "ready" for line in log_lines):
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -222,7 +224,7 @@ def test_a_program_that_loses_its_gpu_fails_to_be_started_anew():
         address = next(line["address"] for line in lines if line["event"] == "listening")
         next(line for line in lines if line["event"] == "ready")
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
-            generation_service_pb2_grpc.GenerationServiceStub(channel).Generate(a_request(), timeout=10)
+            generation_service_pb2_grpc.GenerationServiceStub(channel).Generate(a_request(), timeout=30)
         assert program.wait(30) == 1
         assert {"device lost", "stopped"} <= {line["event"] for line in lines}
 

@@ -60,7 +60,7 @@ def channel(running, files, caller: str | None = None) -> grpc.aio.Channel:
 
 async def generate(over: grpc.aio.Channel, **options):
     stub = generation_service_pb2_grpc.GenerationServiceStub(over)
-    return await stub.Generate(messages.generate(prompt="", seeds=options.pop("seeds", [1])), timeout=10, **options)
+    return await stub.Generate(messages.generate(prompt="", seeds=options.pop("seeds", [1])), timeout=30, **options)
 
 
 async def test_with_a_certificate_the_port_speaks_tls_alone(fake, files):
@@ -217,7 +217,7 @@ async def test_a_quota_holds_and_says_when_more_is_there(fake, tokens):
     async with serve(fake, tokens=str(path)) as running:
         fake.gate.clear()
         running_call = asyncio.ensure_future(generate(running.channel, seeds=[1, 2], metadata=mine))
-        assert await asyncio.to_thread(fake.started.wait, 5)
+        assert await asyncio.to_thread(fake.started.wait, 30)
         with pytest.raises(grpc.aio.AioRpcError, match="2 of 3 pictures in flight") as caught:
             await generate(running.channel, seeds=[1, 2], metadata=mine)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -238,7 +238,7 @@ async def test_a_call_that_a_full_server_refused_uses_no_quota_up(fake, tokens):
     async with serve(fake, tokens=str(path), max_queue=1) as running:
         fake.gate.clear()
         others = [asyncio.ensure_future(generate(running.channel, metadata=bearer(given["all"])))]
-        assert await asyncio.to_thread(fake.started.wait, 5)
+        assert await asyncio.to_thread(fake.started.wait, 30)
         others.append(asyncio.ensure_future(generate(running.channel, metadata=bearer(given["all"]))))
         await asyncio.sleep(0.2)
         for _ in range(3):  # of two pictures each, where four are a minute's

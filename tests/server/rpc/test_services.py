@@ -407,7 +407,7 @@ async def test_health_answers_while_the_engine_works(running):
     call = asyncio.ensure_future(running.generation.Generate(a_request()))
     await asyncio.to_thread(running.engine.started.wait)
     health = health_pb2_grpc.HealthStub(running.channel)
-    answer = await health.Check(health_pb2.HealthCheckRequest(service="turbolens.v1.GenerationService"), timeout=5)
+    answer = await health.Check(health_pb2.HealthCheckRequest(service="turbolens.v1.GenerationService"), timeout=30)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     running.engine.gate.set()
     assert len((await call).generations) == 1
@@ -417,11 +417,11 @@ async def test_what_is_known_of_model_and_features_is_told_while_the_engine_work
     running.engine.gate.clear()
     call = asyncio.ensure_future(running.generation.Generate(a_request()))
     await asyncio.to_thread(running.engine.started.wait)
-    assert (await running.models.GetModel(ms.GetModelRequest(), timeout=5)).model.name == "fake"
-    listed = await running.features.ListFeatures(fs.ListFeaturesRequest(parent="saes/mid.0"), timeout=5)
+    assert (await running.models.GetModel(ms.GetModelRequest(), timeout=30)).model.name == "fake"
+    listed = await running.features.ListFeatures(fs.ListFeaturesRequest(parent="saes/mid.0"), timeout=30)
     name = listed.features[0].name
-    assert (await running.features.GetFeature(fs.GetFeatureRequest(name=name), timeout=5)).feature.name == name
-    await running.features.NearestFeatures(fs.NearestFeaturesRequest(name=name), timeout=5)
+    assert (await running.features.GetFeature(fs.GetFeatureRequest(name=name), timeout=30)).feature.name == name
+    await running.features.NearestFeatures(fs.NearestFeaturesRequest(name=name), timeout=30)
     assert not call.done()
     running.engine.gate.set()
     await call

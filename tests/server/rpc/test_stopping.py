@@ -23,7 +23,7 @@ async def busy(running, requests: int, seconds_each: float):
     running.engine.started.clear()
     running.engine.gate.clear()
     calls = [ask(running, 1)]
-    assert await asyncio.to_thread(running.engine.started.wait, 5)
+    assert await asyncio.to_thread(running.engine.started.wait, 30)
     for seed in range(2, requests + 1):
         calls.append(ask(running, seed))
         await asyncio.sleep(0.02)
@@ -49,7 +49,7 @@ async def test_what_can_be_finished_is_and_the_rest_is_told_at_once_to_go_elsewh
 async def test_what_outlasts_the_grace_is_told_to_go_elsewhere(fake, log_lines):
     async with serve(fake, max_batch=4, grace_s=100) as running:
         calls = await busy(running, requests=3, seconds_each=0.01)  # which they then do not keep to
-        await asyncio.wait_for(running.serving.stop(0.5), 5)
+        await asyncio.wait_for(running.serving.stop(0.5), 30)
         for error in await asyncio.gather(*calls, return_exceptions=True):
             assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is stopping")
             assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"]
@@ -79,7 +79,7 @@ async def test_the_first_callers_of_all_are_counted_by_the_warm_up(fake):
     fake.gate.clear()
     async with serve(fake, max_batch=4, grace_s=50) as running:
         calls = [ask(running, seed) for seed in range(12)]  # of 4 s each, of which 40 s may wait and run
-        done, _ = await asyncio.wait(calls, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(calls, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(0.2)
         refused = [call for call in calls if call.done()]
         assert done
@@ -97,11 +97,11 @@ async def test_who_leaves_does_not_teach_that_jobs_are_short(fake):
     fake.gate.clear()
     async with serve(fake, max_batch=4, grace_s=50) as running:
         left = ask(running, 0)
-        assert await asyncio.to_thread(fake.started.wait, 5)
+        assert await asyncio.to_thread(fake.started.wait, 30)
         left.cancel()
-        assert await asyncio.to_thread(fake.stopped.wait, 5)
+        assert await asyncio.to_thread(fake.stopped.wait, 30)
         calls = [ask(running, seed) for seed in range(1, 13)]  # of 4 s each, of which 40 s may wait and run
-        await asyncio.wait(calls, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(calls, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(0.2)
         assert len([call for call in calls if call.done()]) == 2
         fake.gate.set()

@@ -116,9 +116,11 @@ async def test_streams_opened_and_reset_at_once_keep_memory_and_health_bounded(r
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reader.read(1 << 20), 0.01)
     writer.close()
-    assert sum(line["event"] == "rpc" for line in log_lines) > 50  # they did arrive
+    # Some did arrive; without the bound more than 1,500 of them were begun for nobody, here as from several callers at
+    # once, where health waited 23 seconds.
+    assert 50 < sum(line["event"] == "rpc" for line in log_lines) < 1000
     assert resident_mib() - before < 100
-    assert max(waited) < 1  # on a busy machine; without the bound more than two, and 23 from several callers
+    assert max(waited) < 10
     await running.generation.Generate(messages.generate(prompt="", seeds=[1]))
 
 
@@ -140,7 +142,7 @@ async def test_a_connection_that_says_nothing_is_ended(fake, monkeypatch):
     async with serve(fake) as running:
         host, _, port = running.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await reader.read(4096):  # what the server says of itself, and then the end
                 pass
         writer.close()
@@ -152,7 +154,7 @@ async def test_who_pings_without_end_is_disconnected(running):
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(PREFACE + PING * 50)
     seen = b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while piece := await reader.read(4096):
             seen += piece
     assert b"too_many_pings" in seen

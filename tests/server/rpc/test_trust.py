@@ -180,6 +180,14 @@ def test_what_libraries_log_and_warn_of_is_json_too(capsys):
     assert "soon gone" in second["event"]
 
 
+@pytest.mark.usefixtures("_loggers_restored")
+def test_who_listens_to_our_events_hears_no_librarys():
+    configure_logging("json", "info")
+    heard = logging.NullHandler()
+    logging.getLogger("turbolens").addHandler(heard)
+    assert heard not in logging.getLogger().handlers
+
+
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
 @pytest.mark.usefixtures("_loggers_restored")
 def test_libraries_that_print_for_themselves_do_so_as_json(library, capsys, monkeypatch):
