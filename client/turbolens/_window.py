@@ -9,8 +9,9 @@ from typing import Final
 RUNS: Final = 32
 """Several batches' worth, and fewer than a server's queue holds: two such clients are not refused."""
 CALLS: Final = 64
-"""Fewer than the 100 that a server takes on one connection, with room for streams: those above are sent back, and where
-answers are slow gRPC gives up on them. More than runs, so that a question does not wait for pictures."""
+"""Fewer than the 100 that a server takes on one connection, with room for streams. gRPC itself keeps to that bound too,
+but begins a call while the server still counts the one that it has just answered, which sends it back; where answers
+are slow gRPC gives up on it (grpcio 1.85.3). More than runs, so that a question does not wait for pictures."""
 
 
 def async_window(most: int) -> asyncio.Semaphore:
