@@ -161,18 +161,18 @@ def from_rpc_error(error: Any, target: str) -> TurboLensError:
                     violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
                 elif detail.Unpack(retry):
                     retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    kind = EXCEPTIONS.get(code, TurboLensError)
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
-        if "handshake failed" in message or "verification check failed" in message:
+        if _REFUSED_STREAM in message:
+            # The server is there and has not looked at it: it takes so many calls at once on one connection.
+            kind, retry_after = Overloaded, _CALLS_END_S
+            message = f"{target} has as many calls on this connection as it takes at once ({message})"
+        elif "handshake failed" in message or "verification check failed" in message:
             message = f"no TLS connection to {target}: the server's certificate and tls= do not agree ({message})"
         else:
             message = f"no TurboLens server answers at {target}; start one with `turbolens serve` ({message})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer in time; give the call a longer timeout ({message})"
-    kind = EXCEPTIONS.get(code, TurboLensError)
-    if code is grpc.StatusCode.UNAVAILABLE and not reason and _REFUSED_STREAM in message:
-        # The server has not looked at it, and is there: it takes so many calls at once on one connection.
-        kind, retry_after = Overloaded, _CALLS_END_S
-        message = f"{target} has as many calls on this connection as it takes at once ({error.details()})"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         # gRPC gives a message over the size limit the status of a full queue, but waiting does not shrink it.
         kind = InvalidRequest

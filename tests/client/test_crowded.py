@@ -37,7 +37,7 @@ class Held:
 
 
 @pytest.mark.parametrize("kind", ["threads", "async"])
-def test_a_client_holds_back_what_a_connection_would_not_take(running, fake, client, kind, monkeypatch):
+def test_a_client_holds_back_what_a_connection_would_not_take(running, fake, kind, monkeypatch):
     monkeypatch.setattr("turbolens._async.CALLS", 3)
     monkeypatch.setattr("turbolens._sync.CALLS", 3)
     fake.on["SearchFeatures"] = held = Held(3)

@@ -7,6 +7,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import pytest
@@ -50,6 +51,20 @@ async def test_a_call_is_a_span_of_its_callers_trace_which_the_log_names(running
     assert "my secret prompt" not in "".join(span.to_json() for span in own(metadata))
     (line,) = [line for line in log_lines if line["event"] == "rpc"]
     assert line["trace_id"] == metadata[0][1].split("-")[1]
+
+
+async def test_a_picture_is_decoded_before_it_is_answered(running, fake, metadata):
+    decode = fake.decode
+
+    def slow_to_return(*given, **options):
+        decode(*given, **options)
+        time.sleep(0.3)  # by when the answer has gone out
+
+    fake.decode = slow_to_return
+    await running.generation.Generate(messages.generate(prompt="", seeds=[1]), metadata=metadata)
+    found = await named(metadata)
+    answered = found["turbolens.v1.GenerationService/Generate"].end_time
+    assert max(found["vae"].end_time, found["batch"].end_time) <= answered
 
 
 @pytest.mark.parametrize("streamed", [False, True])
